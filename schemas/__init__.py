@@ -1,0 +1,1 @@
+"""The contract: records that cross a process. Stdlib and pydantic only; everyone may import it."""

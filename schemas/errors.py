@@ -1,0 +1,188 @@
+"""Every failure has a name, an owner and a next step.
+
+GristmillError                  internal mistake of ours                      exit 1
+├── BadInput                    the caller's fault; never retried             exit 2
+│   ├── InvalidRequest          a field is missing, unknown or out of range
+│   ├── InvalidJson             not JSON, or not UTF-8
+│   ├── EmptyFile               a bulk input with no rows
+│   ├── DuplicateCustomId       two rows of one file share a custom_id
+│   ├── PayloadTooLarge         the request is bigger than the broker should carry
+│   ├── PromptTooLong           prompt + max_tokens do not fit the model
+│   ├── ModelNotFound           nobody serves it, or it is not in the cache
+│   ├── ModelInvalid            the model directory cannot be used
+│   ├── JobNotFound             no state, no log and no result under this id
+│   ├── JobFailed               waited for a result, and the job failed
+│   ├── IdempotencyConflict     same key, another body
+│   └── Misconfigured           a setting, a missing package, a missing bucket
+├── Transient                   worth another attempt, after a wait           exit 75
+│   ├── BrokerUnavailable       broker or state Redis does not answer
+│   ├── StoreUnavailable        the result store does not answer
+│   ├── EngineUnavailable       the engine process died, hangs or is starting
+│   └── WaitTimeout             the caller's own patience ran out
+└── Fenced                      a newer attempt owns the job: stop, write nothing
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GristmillError(Exception):
+    """Root of the tree. ``code`` is a stable contract; the message may change."""
+
+    code: ClassVar[str] = "internal_error"
+    exit_code: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+    @property
+    def message(self) -> str:
+        """What happened, with numbers, and what to do next."""
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+class BadInput(GristmillError):
+    """The caller's fault: sending it again changes nothing."""
+
+    code = "bad_input"
+    exit_code = 2
+
+
+class InvalidRequest(BadInput):
+    """A field is missing, unknown or out of range. ``param`` names it where there is one."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidJson(BadInput):
+    """A line or a body that is not JSON, or not UTF-8."""
+
+    code = "invalid_json_line"
+
+
+class EmptyFile(BadInput):
+    """A bulk input without a single row."""
+
+    code = "empty_file"
+
+
+class DuplicateCustomId(BadInput):
+    """Two rows of one file share a custom_id, the only join key of the output."""
+
+    code = "duplicate_custom_id"
+
+
+class PayloadTooLarge(BadInput):
+    """The request is larger than a broker message should be."""
+
+    code = "payload_too_large"
+
+    def __init__(self, *, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"the request is {size_bytes:,} bytes and the limit is {limit_bytes:,}; "
+            "shorten the prompt, or raise GRISTMILL_MAX_PAYLOAD_BYTES on both sides"
+        )
+        self.size_bytes, self.limit_bytes = size_bytes, limit_bytes
+
+
+class PromptTooLong(BadInput):
+    """The prompt, or the prompt and the tokens asked for, do not fit the model."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, *, prompt_tokens: int, max_tokens: int | None, limit: int) -> None:
+        if max_tokens is None or prompt_tokens >= limit:
+            text = (
+                f"prompt is {prompt_tokens:,} tokens and this worker takes {limit:,} in all; "
+                f"shorten it by at least {prompt_tokens - limit + 1:,} or use a model with a longer context"
+            )
+        else:
+            text = (
+                f"prompt ({prompt_tokens:,} tokens) + max_tokens ({max_tokens:,}) is "
+                f"{prompt_tokens + max_tokens:,} and this worker takes {limit:,} in all; "
+                f"lower max_tokens to {limit - prompt_tokens:,}"
+            )
+        super().__init__(text)
+        self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit
+
+
+class ModelNotFound(BadInput):
+    """Nobody serves the model, or it is not in the model cache."""
+
+    code = "model_not_found"
+
+
+class ModelInvalid(BadInput):
+    """A model directory that cannot be used; the message names the file or the tensor."""
+
+    code = "model_invalid"
+
+
+class JobNotFound(BadInput):
+    """No state, no log and no result under this id."""
+
+    code = "job_not_found"
+
+
+class JobFailed(BadInput):
+    """Raised to whoever waits for the result of a job that did not succeed.
+
+    ``code`` of the instance is the job's own error code.
+    """
+
+    def __init__(self, job_id: str, code: str, message: str) -> None:
+        super().__init__(f"job {job_id}: {message} [{code}]")
+        self.job_id, self.job_error_code = job_id, code
+
+
+class IdempotencyConflict(BadInput):
+    """The same idempotency key with another body."""
+
+    code = "idempotency_conflict"
+
+
+class Misconfigured(BadInput):
+    """A setting that cannot work, a missing package, a missing bucket."""
+
+    code = "misconfigured"
+
+
+class Transient(GristmillError):
+    """Worth another attempt, after a wait."""
+
+    code = "transient"
+    exit_code = 75
+    retryable = True
+
+
+class BrokerUnavailable(Transient):
+    """The broker or the state Redis does not answer, or refuses to write."""
+
+    code = "broker_unavailable"
+
+
+class StoreUnavailable(Transient):
+    """The result store does not answer."""
+
+    code = "store_unavailable"
+
+
+class EngineUnavailable(Transient):
+    """The engine process died, hangs, or is still starting."""
+
+    code = "engine_unavailable"
+
+
+class WaitTimeout(Transient):
+    """The caller's own timeout ran out; the job goes on."""
+
+    code = "wait_timeout"
+
+
+class Fenced(GristmillError):
+    """A newer attempt owns the job. Not a failure: stop, and write nothing more."""
+
+    code = "fenced"

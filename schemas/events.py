@@ -1,0 +1,100 @@
+"""What stands in a job's log and on its channel: Started, Delta, Done, End.
+
+The log is a Redis Stream ``gm:{job}:out``; each entry has one field ``d``, the JSON of one event, and an id
+``<attempt>-<seq>``. The channel of the same name carries ``<id> <json>``. ``schemas/README.md`` is the guide
+for subscribers in other languages.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from .errors import InvalidRequest
+from .job import JobState
+from .result import ErrorInfo, FinishReason, Usage
+from .wire import Float, Int, Record, invalid_request, loads
+
+
+class EntryId(NamedTuple):
+    """``<attempt>-<seq>``: orders entries, and fences: a log never accepts an id below its top."""
+
+    attempt: int
+    seq: int
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Self:
+        """Raises InvalidRequest unless ``text`` is ``<digits>-<digits>``."""
+        head, dash, tail = (text.decode("ascii", "replace") if isinstance(text, bytes) else text).partition(
+            "-"
+        )
+        if not (dash and head.isascii() and head.isdigit() and tail.isascii() and tail.isdigit()):
+            raise InvalidRequest("an entry id looks like 1700000000000-12", param="last_id")
+        return cls(int(head), int(tail))
+
+    def __str__(self) -> str:
+        return f"{self.attempt}-{self.seq}"
+
+
+class Started(Record):
+    """An attempt began. The first entry of each attempt, always with seq 0."""
+
+    kind: Literal["started"] = "started"
+    worker: str
+    at: Float
+    """Unix seconds by the state server's clock."""
+
+
+class Delta(Record):
+    """New tokens of one choice. ``text`` may be empty: half a character, or a possible stop string, waits.
+
+    ``offset`` counts the tokens of this choice before ``ids``: a reader that knows how many tokens it has
+    can tell a repetition (offset below), a continuation (equal) and a gap (above).
+    """
+
+    kind: Literal["delta"] = "delta"
+    choice: Int = 0
+    offset: Int
+    ids: tuple[Int, ...]
+    text: str = ""
+    at: Float | None = None
+    """Unix seconds when the first of these tokens was sampled; set on the first delta of a choice."""
+
+
+class Done(Record):
+    """Generation ended and the log is complete: the result can be built from it alone."""
+
+    kind: Literal["done"] = "done"
+    reason: FinishReason
+    choice: Int = 0
+    text: str = ""
+    """What the detokeniser or the stop matcher still held back."""
+    stop_reason: str | Int | None = None
+    error: ErrorInfo | None = None
+    usage: Usage = Usage()
+    at: Float
+
+
+class End(Record):
+    """The result is durable. The last entry of a log."""
+
+    kind: Literal["end"] = "end"
+    state: JobState
+    finish_reason: FinishReason | None = None
+    usage: Usage = Usage()
+    error: ErrorInfo | None = None
+    result: str | None = None
+    """Name of the object in the result store."""
+
+
+Event = Annotated[Started | Delta | Done | End, Field(discriminator="kind")]
+_EVENT: TypeAdapter[Started | Delta | Done | End] = TypeAdapter(Event)
+
+
+def event_from_json(data: str | bytes) -> Started | Delta | Done | End:
+    """Raises InvalidJson or InvalidRequest."""
+    try:
+        return _EVENT.validate_python(loads(data))
+    except ValidationError as exc:
+        raise invalid_request(exc) from exc

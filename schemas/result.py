@@ -1,0 +1,130 @@
+"""Result: what a job ends in. Its object in the result store is the commit point."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .job import Endpoint, JobId, JobState
+from .wire import WIRE_VERSION, Float, Int, Record
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended. The first two are OpenAI's names."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    ERROR = "error"
+
+    @property
+    def state(self) -> JobState:
+        """The final state of a job that ended for this reason."""
+        return _STATE_OF[self]
+
+
+_STATE_OF: dict[FinishReason, JobState] = {
+    FinishReason.STOP: JobState.SUCCEEDED,
+    FinishReason.LENGTH: JobState.SUCCEEDED,
+    FinishReason.CANCELLED: JobState.CANCELLED,
+    FinishReason.EXPIRED: JobState.EXPIRED,
+    FinishReason.ERROR: JobState.FAILED,
+}
+
+
+class ErrorInfo(Record):
+    """A failure as users see it: ``code`` is stable, ``message`` has the numbers and the next step."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Usage(Record):
+    """Tokens, as users pay for them: each once, however many attempts it took."""
+
+    prompt_tokens: Int = Field(default=0, ge=0)
+    completion_tokens: Int = Field(default=0, ge=0)
+    cached_tokens: Int = Field(default=0, ge=0)
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Timings(Record):
+    """Unix seconds by the worker's clock; ``submitted_at`` by the submitter's."""
+
+    submitted_at: Float
+    started_at: Float | None = None
+    """The first attempt's claim."""
+    first_token_at: Float | None = None
+    finished_at: Float
+
+    @property
+    def queue_s(self) -> float | None:
+        """Seconds from submission to the first claim."""
+        return None if self.started_at is None else max(0.0, self.started_at - self.submitted_at)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from submission to the first token."""
+        return None if self.first_token_at is None else max(0.0, self.first_token_at - self.submitted_at)
+
+    @property
+    def e2e_s(self) -> float:
+        """Seconds from submission to the end."""
+        return max(0.0, self.finished_at - self.submitted_at)
+
+
+class Choice(Record):
+    """One completion of the prompt."""
+
+    index: Int = 0
+    text: str = ""
+    finish_reason: FinishReason
+    stop_reason: str | Int | None = None
+    """The stop string or the stop token id that matched; None for the end token."""
+    token_ids: tuple[Int, ...] | None = None
+
+
+class Result(Record):
+    """How a job ended. Written once, create-only; the text equals what a follower was shown."""
+
+    v: Literal[1] = WIRE_VERSION
+    job_id: JobId
+    model: str
+    state: JobState
+    endpoint: Endpoint = Endpoint.NATIVE
+    choices: tuple[Choice, ...] = ()
+    usage: Usage = Usage()
+    timings: Timings
+    error: ErrorInfo | None = None
+    attempts: Int = Field(default=1, ge=0)
+    """How often the job was claimed; 0: it ended without a claim."""
+    seed: Int | None = None
+    custom_id: str | None = None
+    retry_of: JobId | None = None
+    metadata: dict[str, str] = Field(default_factory=dict[str, str])
+
+    @model_validator(mode="after")
+    def _final_and_explained(self) -> Self:
+        if not self.state.final:
+            raise ValueError(f"a result has a final state, not {self.state}")
+        if (self.state is JobState.FAILED) != (self.error is not None):
+            raise ValueError("a failed result has an error, and only a failed one")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The first choice's text; empty when there is none."""
+        return self.choices[0].text if self.choices else ""
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """The first choice's finish reason."""
+        return self.choices[0].finish_reason if self.choices else None

@@ -1,0 +1,92 @@
+"""The connections that producers and workers share, read once from ``GRISTMILL_*``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .errors import Misconfigured
+from .job import DEFAULT_JOB_TTL_S, DEFAULT_TENANT, Tenant
+
+SCHEMES = ("redis", "rediss", "unix", "redis+socket", "sqs", "embedded")
+
+
+def default_home() -> Path:
+    """Where models and embedded brokers live unless ``GRISTMILL_HOME`` says otherwise."""
+    return Path.home() / ".local" / "share" / "gristmill"
+
+
+class Settings(BaseSettings):
+    """Connections and limits both sides must agree on. Frozen. Durations are seconds, sizes bytes.
+
+    ``broker_url``: ``redis(s)://host:port/db``, ``unix:///path``, ``sqs://`` or ``embedded:DIR``;
+    empty means an embedded one under ``home``. ``state_url`` defaults to the broker when that is a Redis.
+    ``results_url``: ``file:///dir`` or ``s3://bucket/prefix``; empty means ``home``/results.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="GRISTMILL_", frozen=True, extra="ignore", populate_by_name=True
+    )
+
+    home: Path = Field(default_factory=default_home)
+    broker_url: str = ""
+    state_url: str = ""
+    results_url: str = ""
+    model: str | None = None
+    tenant: Tenant = DEFAULT_TENANT
+
+    visibility_timeout_s: PositiveFloat = 60.0
+    lease_renew_every_s: PositiveFloat = 20.0
+    job_ttl_s: PositiveFloat = DEFAULT_JOB_TTL_S
+    result_ttl_s: PositiveFloat = 86_400.0
+    max_payload_bytes: PositiveInt = 4 * 1024 * 1024
+    inline_result_bytes: Annotated[int, Field(ge=0)] = 64 * 1024
+    """Results up to this size also stay in Redis for ``result_ttl_s``."""
+    connect_timeout_s: PositiveFloat = 5.0
+    command_timeout_s: PositiveFloat = 10.0
+
+    s3_endpoint_url: str | None = None
+    s3_region: str | None = None
+    s3_access_key: SecretStr | None = None
+    s3_secret_key: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _two_renewals_may_fail(self) -> Self:
+        if self.visibility_timeout_s < 3 * self.lease_renew_every_s:
+            raise ValueError(
+                f"visibility_timeout_s ({self.visibility_timeout_s:g}) must be at least "
+                f"3 x lease_renew_every_s ({self.lease_renew_every_s:g})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _known_scheme(self) -> Self:
+        for name in ("broker_url", "state_url"):
+            url: str = getattr(self, name)
+            if url and url.split(":", 1)[0] not in SCHEMES:
+                raise ValueError(f"{name} starts with none of {', '.join(s + ':' for s in SCHEMES)}")
+        return self
+
+    @property
+    def broker(self) -> str:
+        """The broker URL with its default filled in."""
+        return self.broker_url or f"embedded:{self.home / 'embedded'}"
+
+    @property
+    def results(self) -> str:
+        """The result store's URL with its default filled in."""
+        return self.results_url or f"file://{self.home.absolute() / 'results'}"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Environment plus overrides (None means: not given). Raises Misconfigured naming the setting."""
+    try:
+        return Settings(**{k: v for k, v in overrides.items() if v is not None})  # pyright: ignore[reportArgumentType]
+    except ValidationError as exc:
+        first = exc.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        name = f"GRISTMILL_{where.upper()}: " if where else ""
+        raise Misconfigured(name + first["msg"].removeprefix("Value error, ")) from exc

@@ -1,0 +1,80 @@
+"""JSON in and out. One base class for everything that crosses a process."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import InvalidJson, InvalidRequest
+
+WIRE_VERSION = 1
+
+# JSON has one number type and pydantic is lenient: without these, true would pass as 1 and "5" as 5.
+Int = Annotated[int, Field(strict=True)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Bool = Annotated[bool, Field(strict=True)]
+
+
+class Record(BaseModel):
+    """A frozen record. Unknown fields are refused; ``from_json(to_json(x)) == x``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> str:
+        """Compact JSON. Fields at their default are left out, but for those that say what the record is."""
+        body = self.model_dump_json(exclude_defaults=True)
+        head = ",".join(
+            f"{json.dumps(name)}:{json.dumps(getattr(self, name))}"
+            for name in ("v", "kind")
+            if name in type(self).model_fields
+        )
+        if not head:
+            return body
+        return "{" + head + ("}" if body == "{}" else "," + body[1:])
+
+    @classmethod
+    def from_json(cls, data: str | bytes) -> Self:
+        """Raises InvalidJson (not JSON, not UTF-8) or InvalidRequest (names the first bad field)."""
+        return cls.from_python(loads(data))
+
+    @classmethod
+    def from_python(cls, data: Any) -> Self:
+        """Like ``from_json`` for data that is parsed already."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as exc:
+            raise invalid_request(exc) from exc
+
+
+def loads(data: str | bytes) -> Any:
+    """Parse one JSON value strictly: UTF-8 only, no NaN, no Infinity. Raises InvalidJson."""
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+    except UnicodeDecodeError as exc:
+        raise InvalidJson(f"not UTF-8: byte 0x{data[exc.start]:02x} at position {exc.start:,}") from exc
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as exc:
+        raise InvalidJson(f"not JSON: {exc.msg} at column {exc.colno:,}") from exc
+    except RecursionError as exc:
+        raise InvalidJson("not accepted: JSON nested too deep") from exc
+
+
+def _refuse_constant(name: str) -> float:
+    raise json.JSONDecodeError(f"{name} is not a JSON number", name, 0)
+
+
+def invalid_request(exc: ValidationError) -> InvalidRequest:
+    """The first problem in one line, and how many more there are. Never quotes the prompt."""
+    errors = exc.errors(include_input=False, include_url=False)
+    first = errors[0]
+    where = ".".join(str(part) for part in first["loc"]) or "request"
+    if first["type"] == "extra_forbidden":
+        text = f"unknown field {where!r}; remove it"
+    else:
+        text = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    if len(errors) > 1:
+        text += f" (and {len(errors) - 1} more)"
+    return InvalidRequest(text, param=where)
