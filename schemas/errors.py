@@ -2,7 +2,11 @@
 
 GristmillError                  internal mistake of ours                      exit 1
 ├── BadInput                    the caller's fault; never retried             exit 2
-│   ├── InvalidRequest          a field is missing, unknown or out of range
+│   ├── InvalidRequest          a field is unknown or out of range
+│   │   ├── MissingParameter    a required field is not there
+│   │   ├── InvalidMethod       a batch line whose method is not POST
+│   │   ├── UrlMismatch         a batch line for an endpoint that is not served
+│   │   └── Unsupported         a known feature that this version does not have
 │   ├── InvalidJson             not JSON, or not UTF-8
 │   ├── EmptyFile               a bulk input with no rows
 │   ├── DuplicateCustomId       two rows of one file share a custom_id
@@ -10,6 +14,7 @@ GristmillError                  internal mistake of ours                      ex
 │   ├── PromptTooLong           prompt + max_tokens do not fit the model
 │   ├── ModelNotFound           nobody serves it, or it is not in the cache
 │   ├── ModelInvalid            the model directory cannot be used
+│   ├── ModelGated              its owner wants terms accepted, or a token
 │   ├── JobNotFound             no state, no log and no result under this id
 │   ├── JobFailed               waited for a result, and the job failed
 │   ├── IdempotencyConflict     same key, another body
@@ -17,6 +22,7 @@ GristmillError                  internal mistake of ours                      ex
 ├── Transient                   worth another attempt, after a wait           exit 75
 │   ├── BrokerUnavailable       broker or state Redis does not answer
 │   ├── StoreUnavailable        the result store does not answer
+│   ├── DownloadFailed          the package index or the model hub does not answer
 │   ├── EngineUnavailable       the engine process died, hangs or is starting
 │   └── WaitTimeout             the caller's own patience ran out
 └── Fenced                      a newer attempt owns the job: stop, write nothing
@@ -55,6 +61,30 @@ class InvalidRequest(BadInput):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class MissingParameter(InvalidRequest):
+    """A required field is not there."""
+
+    code = "missing_required_parameter"
+
+
+class InvalidMethod(InvalidRequest):
+    """A batch line whose ``method`` is not POST."""
+
+    code = "invalid_method"
+
+
+class UrlMismatch(InvalidRequest):
+    """A batch line for an endpoint that is not served."""
+
+    code = "url_mismatch"
+
+
+class Unsupported(InvalidRequest):
+    """A feature of the API that this version does not have; refused rather than ignored."""
+
+    code = "unsupported"
 
 
 class InvalidJson(BadInput):
@@ -121,6 +151,12 @@ class ModelInvalid(BadInput):
     code = "model_invalid"
 
 
+class ModelGated(BadInput):
+    """The model's owner wants its terms accepted, or a token that may read it."""
+
+    code = "model_gated"
+
+
 class JobNotFound(BadInput):
     """No state, no log and no result under this id."""
 
@@ -168,6 +204,12 @@ class StoreUnavailable(Transient):
     """The result store does not answer."""
 
     code = "store_unavailable"
+
+
+class DownloadFailed(Transient):
+    """The package index or the model hub does not answer, or stopped half-way."""
+
+    code = "download_failed"
 
 
 class EngineUnavailable(Transient):

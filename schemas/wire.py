@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import InvalidJson, InvalidRequest
+from .errors import InvalidJson, InvalidRequest, MissingParameter
 
 WIRE_VERSION = 1
 
@@ -55,7 +55,12 @@ def loads(data: str | bytes) -> Any:
     except UnicodeDecodeError as exc:
         raise InvalidJson(f"not UTF-8: byte 0x{data[exc.start]:02x} at position {exc.start:,}") from exc
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair parses, and cannot be written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError as exc:
+        raise InvalidJson("not Unicode: an escape \\ud800 to \\udfff without its other half") from exc
     except json.JSONDecodeError as exc:
         raise InvalidJson(f"not JSON: {exc.msg} at column {exc.colno:,}") from exc
     except RecursionError as exc:
@@ -66,6 +71,12 @@ def _refuse_constant(name: str) -> float:
     raise json.JSONDecodeError(f"{name} is not a JSON number", name, 0)
 
 
+def _in_json_words(message: str) -> str:
+    for python, word in (("tuple", "list"), ("Tuple", "List"), ("dictionary", "JSON object")):
+        message = message.replace(python, word)
+    return message
+
+
 def invalid_request(exc: ValidationError) -> InvalidRequest:
     """The first problem in one line, and how many more there are. Never quotes the prompt."""
     errors = exc.errors(include_input=False, include_url=False)
@@ -74,7 +85,8 @@ def invalid_request(exc: ValidationError) -> InvalidRequest:
     if first["type"] == "extra_forbidden":
         text = f"unknown field {where!r}; remove it"
     else:
-        text = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+        text = f"{where}: {_in_json_words(first['msg'].removeprefix('Value error, '))}"
     if len(errors) > 1:
         text += f" (and {len(errors) - 1} more)"
-    return InvalidRequest(text, param=where)
+    kind = MissingParameter if first["type"] == "missing" else InvalidRequest
+    return kind(text, param=where)

@@ -1,0 +1,169 @@
+"""Lines of bulk files: OpenAI's batch input, its output and error lines, and bare ``{"prompt": …}`` lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field
+
+from .errors import InvalidMethod, InvalidRequest, UrlMismatch
+from .job import Endpoint, JobState
+from .openai import PARSERS, Request, parse_messages, response_body
+from .result import ErrorInfo, Result
+from .sampling import SamplingParams
+from .wire import Record, loads
+
+MAX_CUSTOM_ID_CHARS = 512
+_URLS = {endpoint.value: endpoint for endpoint in PARSERS}
+_STATUS = {
+    "model_not_found": 404,
+    "payload_too_large": 413,
+    "internal_error": 500,
+    "engine_crash": 500,
+    "engine_unavailable": 503,
+    "store_unavailable": 503,
+    "broker_unavailable": 503,
+}
+"""HTTP status of an error code; the others are the request's own fault: 400."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One valid line of a bulk input."""
+
+    number: int
+    """Line number, from 1, empty lines counted: what an editor shows."""
+    custom_id: str
+    request: Request
+
+
+class _Line(Record):
+    """The envelope of an OpenAI batch line. The body is its endpoint's business."""
+
+    custom_id: Annotated[str, Field(strict=True, min_length=1, max_length=MAX_CUSTOM_ID_CHARS)]
+    method: Any = "POST"
+    url: Any
+    body: Any
+
+
+class _BareLine(Record):
+    """Our own short form: a prompt, and sampling under the names of SamplingParams beside it."""
+
+    custom_id: Annotated[str, Field(strict=True, min_length=1, max_length=MAX_CUSTOM_ID_CHARS)] | None = None
+    model: Annotated[str, Field(strict=True, min_length=1, max_length=256)] | None = None
+    prompt: Annotated[str, Field(strict=True, min_length=1)] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+
+
+def parse_line(data: bytes, number: int) -> Row:
+    """One line of a bulk input, which is not empty. Raises InvalidJson, or InvalidRequest or a subclass."""
+    line = loads(data)
+    if not isinstance(line, dict):
+        raise InvalidRequest("the line is not a JSON object")
+    fields = cast("dict[str, Any]", line)
+    if "body" in fields or "url" in fields or "method" in fields:
+        return _batch_row(fields, number)
+    return _bare_row(fields, number)
+
+
+def claimed_custom_id(data: bytes) -> str | None:
+    """The custom_id of a line that may be otherwise wrong, for its error line."""
+    try:
+        line: Any = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    found: Any = cast("dict[str, Any]", line).get("custom_id") if isinstance(line, dict) else None
+    return found if isinstance(found, str) and 0 < len(found) <= MAX_CUSTOM_ID_CHARS else None
+
+
+def default_custom_id(number: int) -> str:
+    """The custom_id of a line that brings none."""
+    return f"line-{number}"
+
+
+def _batch_row(fields: dict[str, Any], number: int) -> Row:
+    line = _Line.from_python(fields)
+    if line.method != "POST":
+        raise InvalidMethod('method is not "POST", the only one there is', param="method")
+    endpoint = _URLS.get(line.url) if isinstance(line.url, str) else None
+    if endpoint is None:
+        raise UrlMismatch(f"url is none of {', '.join(_URLS)}", param="url")
+    request = PARSERS[endpoint](line.body)
+    if request.stream:
+        raise InvalidRequest("body.stream is true; a file of requests is not streamed", param="body.stream")
+    return Row(number, line.custom_id, request)
+
+
+def _bare_row(fields: dict[str, Any], number: int) -> Row:
+    """Sampling names are taken out first, so that what is left over is an unknown field."""
+    sampling = {k: v for k, v in fields.items() if k in SamplingParams.model_fields and v is not None}
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = [sampling["stop"]]
+    rest = {k: v for k, v in fields.items() if k not in SamplingParams.model_fields}
+    line = _BareLine.from_python(rest)
+    if (line.prompt is None) == (line.messages is None):
+        raise InvalidRequest(
+            "give prompt or messages, or a batch line with custom_id, method, url and body", param="prompt"
+        )
+    request = Request(
+        endpoint=Endpoint.CHAT if line.messages is not None else Endpoint.COMPLETIONS,
+        model=line.model,
+        prompt=line.prompt,
+        messages=None if line.messages is None else parse_messages(line.messages),
+        sampling=SamplingParams.from_python(sampling),
+        metadata=line.metadata or {},
+    )
+    return Row(number, line.custom_id or default_custom_id(number), request)
+
+
+class Response(Record):
+    """The ``response`` of an output line."""
+
+    status_code: int
+    request_id: str
+    body: dict[str, Any]
+
+
+class OutputLine(Record):
+    """A line of an output or error file. The fields are always written, null or not."""
+
+    id: str
+    custom_id: str
+    response: Response | None = None
+    error: dict[str, Any] | None = None
+
+    def to_line(self) -> bytes:
+        """The line with its newline; non-ASCII text as it is, so that a person can read it."""
+        return (json.dumps(self.model_dump(), ensure_ascii=False, separators=(",", ":")) + "\n").encode(
+            "utf-8", "surrogatepass"
+        )
+
+
+def output_line(result: Result, custom_id: str) -> OutputLine:
+    """How a row ended. Cancelled and expired rows carry no response, as OpenAI's do not."""
+    ids = {"id": f"batch_req_{result.job_id}", "custom_id": custom_id}
+    match result.state:
+        case JobState.SUCCEEDED:
+            body = response_body(result)
+            response = Response(status_code=200, request_id=f"req_{result.job_id}", body=body)
+            return OutputLine(**ids, response=response)
+        case JobState.CANCELLED | JobState.EXPIRED as state:
+            message = f"This request was {state.value} before it was finished."
+            return OutputLine(**ids, error={"code": f"batch_{state.value}", "message": message})
+        case _:
+            error = result.error or ErrorInfo(code="internal_error", message="the job failed")
+            return error_line(result.job_id, custom_id, error)
+
+
+def error_line(row_id: str, custom_id: str, error: ErrorInfo) -> OutputLine:
+    """A row that failed, or never ran because it was not valid."""
+    status = _STATUS.get(error.code, 400)
+    kind: Literal["invalid_request_error", "server_error"] = (
+        "invalid_request_error" if status < 500 else "server_error"
+    )
+    body = {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    response = Response(status_code=status, request_id=f"req_{row_id}", body=body)
+    return OutputLine(id=f"batch_req_{row_id}", custom_id=custom_id, response=response)

@@ -1,0 +1,325 @@
+"""OpenAI's request bodies in, OpenAI's response bodies out: ``/v1/chat/completions`` and ``/v1/completions``.
+
+A field we act on is validated; one that changes nothing here is accepted; a known feature that is missing is
+refused unless it is at its neutral value; anything else is an unknown field. Nothing is silently ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast
+
+from pydantic import Field
+
+from .errors import InvalidRequest, Unsupported
+from .job import Endpoint, Message
+from .result import Choice, FinishReason, Result, Usage
+from .sampling import SamplingParams
+from .wire import Bool, Float, Int, Record
+
+COMPLETIONS_DEFAULT_MAX_TOKENS = 16
+"""OpenAI's own default for /v1/completions; the chat endpoint has none."""
+
+_NO_EFFECT = frozenset(
+    ["user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"]
+)
+_SAMPLING = ("temperature", "top_p", "min_p", "min_tokens", "seed", "stop_token_ids", "ignore_eos")
+"""Fields that SamplingParams knows under the same name."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "moderation": (),
+    # vLLM
+    "repetition_penalty": (1, 1.0),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (True, False),
+    "chat_template_kwargs": ({},),
+    "chat_template": (),
+    "prompt_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "documents": (),
+}
+"""Known and not offered: accepted when null or one of these values, which ask for nothing."""
+
+_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+    "reasoning": (),
+    "reasoning_content": (),
+}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a request says about its job, before the job has an id, a tenant and a time."""
+
+    endpoint: Endpoint
+    model: str | None
+    prompt: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stream: bool = False
+    include_usage: bool = False
+    """``stream_options.include_usage``: end the stream with the usage."""
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+
+
+class _StreamOptions(Record):
+    include_usage: Bool = False
+    include_obfuscation: Bool = False
+    continuous_usage_stats: Bool = False
+
+
+class _Body(Record):
+    """The fields both endpoints share. Ranges of sampling values are SamplingParams' business."""
+
+    model: Annotated[str, Field(strict=True, min_length=1, max_length=256)] | None = None
+    max_tokens: Int | None = None
+    temperature: Float | None = None
+    top_p: Float | None = None
+    top_k: Int | None = None
+    min_p: Float | None = None
+    min_tokens: Int | None = None
+    seed: Int | None = None
+    stop: Any = None
+    stop_token_ids: tuple[Int, ...] | None = None
+    include_stop_str_in_output: Bool | None = None
+    ignore_eos: Bool | None = None
+    stream: Bool = False
+    stream_options: _StreamOptions | None = None
+    metadata: dict[str, str] | None = Field(default=None, max_length=16)
+
+    def sampling(self, max_tokens: int | None) -> SamplingParams:
+        given: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
+        given["max_tokens"] = max_tokens
+        given["top_k"] = 0 if self.top_k == -1 else self.top_k  # -1 is vLLM's word for "off"
+        given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        given["include_stop"] = self.include_stop_str_in_output
+        return SamplingParams.from_python({k: v for k, v in given.items() if v is not None})
+
+
+class _CompletionBody(_Body):
+    prompt: Any
+
+
+class _ChatBody(_Body):
+    messages: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    max_completion_tokens: Int | None = None
+
+
+def parse_completion(body: Any) -> Request:
+    """A body of /v1/completions. Raises InvalidRequest or its subclasses, each naming the field."""
+    given = _CompletionBody.from_python(_without_neutral(body))
+    prompt, prompt_ids = _one_prompt(given.prompt)
+    max_tokens = COMPLETIONS_DEFAULT_MAX_TOKENS if given.max_tokens is None else given.max_tokens
+    return Request(
+        endpoint=Endpoint.COMPLETIONS,
+        model=given.model,
+        prompt=prompt,
+        prompt_ids=prompt_ids,
+        sampling=given.sampling(max_tokens),
+        stream=given.stream,
+        include_usage=bool(given.stream_options and given.stream_options.include_usage),
+        metadata=given.metadata or {},
+    )
+
+
+def parse_chat(body: Any) -> Request:
+    """A body of /v1/chat/completions. Raises InvalidRequest or its subclasses, each naming the field."""
+    given = _ChatBody.from_python(_without_neutral(body))
+    limits = {each for each in (given.max_tokens, given.max_completion_tokens) if each is not None}
+    if len(limits) > 1:
+        raise InvalidRequest(
+            f"max_tokens ({given.max_tokens}) and max_completion_tokens ({given.max_completion_tokens}) "
+            "mean the same; give one of them",
+            param="max_tokens",
+        )
+    return Request(
+        endpoint=Endpoint.CHAT,
+        model=given.model,
+        messages=parse_messages(given.messages),
+        sampling=given.sampling(limits.pop() if limits else None),
+        stream=given.stream,
+        include_usage=bool(given.stream_options and given.stream_options.include_usage),
+        metadata=given.metadata or {},
+    )
+
+
+PARSERS = {Endpoint.CHAT: parse_chat, Endpoint.COMPLETIONS: parse_completion}
+
+
+def _without_neutral(body: Any) -> dict[str, Any]:
+    """The body without what changes nothing. Raises Unsupported for a feature that was really asked for."""
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the request is {_kind(body)}, not a JSON object", param="body")
+    kept: dict[str, Any] = {}
+    for name, value in cast("dict[str, Any]", body).items():
+        if name in _NO_EFFECT:
+            if name == "store" and value not in (None, False):
+                raise Unsupported("store: nothing is kept beyond the result; leave it out", param=name)
+        elif name in _NEUTRAL:
+            _check_neutral(name, value, _NEUTRAL[name])
+        elif value is not None:  # null means "not given" everywhere in this API
+            kept[name] = value
+    return kept
+
+
+def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    if value is None or any(type(value) is type(each) and value == each for each in neutral):
+        return
+    raise Unsupported(f"{name}: not supported by this version; leave it out", param=name)
+
+
+def _one_prompt(prompt: Any) -> tuple[str | None, tuple[int, ...] | None]:
+    """(text, None) or (None, ids). A list of one prompt is that prompt."""
+    many = cast("list[Any]", prompt) if isinstance(prompt, list) else [prompt]
+    if many and many is prompt and all(type(each) is int and each >= 0 for each in many):
+        return None, tuple(many)
+    if len(many) > 1:
+        raise Unsupported(
+            f"prompt: {len(many)} prompts in one request are not supported by this version; "
+            "send one request for each",
+            param="prompt",
+        )
+    if many and isinstance(many[0], list):
+        return _one_prompt(cast("list[Any]", many[0]))
+    if not many or not isinstance(many[0], str):
+        raise InvalidRequest("prompt is neither a string nor a list of token ids", param="prompt")
+    if not many[0]:
+        raise InvalidRequest("prompt is empty", param="prompt")
+    return many[0], None
+
+
+def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """OpenAI's turns in ours: text parts are joined by newlines, "developer" becomes "system".
+
+    Raises InvalidRequest or Unsupported naming ``messages.<index>.<field>``.
+    """
+    if not messages:
+        raise InvalidRequest("messages is empty", param="messages")
+    return tuple(_message(turn, f"messages.{index}") for index, turn in enumerate(messages))
+
+
+def _message(turn: Mapping[str, Any], where: str) -> Message:
+    if not isinstance(turn, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' lists are untyped
+        raise InvalidRequest(f"{where}: a message is an object with role and content", param=where)
+    role, content, name = turn.get("role"), turn.get("content"), turn.get("name")
+    for key, value in turn.items():
+        if key in _MESSAGE_NEUTRAL:
+            _check_neutral(f"{where}.{key}", value, _MESSAGE_NEUTRAL[key])
+        elif key not in ("role", "content", "name"):
+            raise InvalidRequest(f"unknown field '{where}.{key}'; remove it", param=f"{where}.{key}")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InvalidRequest(f"{where}.role is none of {', '.join(_ROLES)}", param=f"{where}.role")
+    if name is not None and not isinstance(name, str):
+        raise InvalidRequest(f"{where}.name is {_kind(name)}, not a string", param=f"{where}.name")
+    return Message(role=_ROLES[role], content=_content(content, f"{where}.content"), name=name)
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple) or not content:
+        raise InvalidRequest(f"{where} is {_kind(content)}, not a string or a list of parts", param=where)
+    texts: list[str] = []
+    for index, part in enumerate(cast("Sequence[Any]", content)):
+        kind: Any = cast("dict[str, Any]", part).get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise InvalidRequest(
+                f"{where}.{index}: a part is an object with a type", param=f"{where}.{index}"
+            )
+        if kind != "text":
+            raise Unsupported(
+                f"{where}.{index}: parts of type {kind[:40]!r} are not supported by this version; text only",
+                param=f"{where}.{index}.type",
+            )
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise InvalidRequest(
+                f"{where}.{index}.text is {_kind(text)}, not a string", param=f"{where}.{index}"
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value's type: what a user is told instead of the value."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
+
+
+def response_body(result: Result) -> dict[str, Any]:
+    """The ``chat.completion`` (for a job of the chat endpoint) or ``text_completion`` of a result."""
+    is_chat = result.endpoint is Endpoint.CHAT
+    return {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{result.job_id}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": int(result.timings.submitted_at),
+        "model": result.model,
+        "choices": [(_chat_choice if is_chat else _text_choice)(each) for each in result.choices],
+        "usage": usage_body(result.usage),
+        "system_fingerprint": None,
+    }
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def _chat_choice(choice: Choice) -> dict[str, Any]:
+    message = {"role": "assistant", "content": choice.text, "refusal": None}
+    return {"index": choice.index, "message": message, "logprobs": None, **_ending(choice)}
+
+
+def _text_choice(choice: Choice) -> dict[str, Any]:
+    return {"index": choice.index, "text": choice.text, "logprobs": None, **_ending(choice)}
+
+
+def _ending(choice: Choice) -> dict[str, Any]:
+    reason = "length" if choice.finish_reason is FinishReason.LENGTH else "stop"
+    return {"finish_reason": reason, "stop_reason": choice.stop_reason}
