@@ -19,8 +19,9 @@ from .gguf import Floats, GgufFile, Metadata
 
 Progressed = Callable[[int, int], None]
 
-# tokenizer.ggml.pre -> pre-tokenizers, in tokenizer.json's own form. GGUF keeps only the name. "smollm" splits each
-# digit off before the byte-level pass; without it blanks before a digit would be cut elsewhere than in training.
+# tokenizer.ggml.pre -> pre-tokenizers, in tokenizer.json's own form. GGUF keeps only the name. "smollm"
+# splits each digit off before the byte-level pass; without it blanks before a digit would be cut elsewhere
+# than in training.
 BYTE_LEVEL: dict[str, Any] = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -53,13 +54,15 @@ TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "o
 def convert(source: Path, target: Path, progressed: Progressed | None = None) -> None:
     """Write the model directory of the GGUF file ``source`` into the existing directory ``target``.
 
-    ``progressed(done, total)`` is called as tensors are written. Files are flushed to disk. Raises ModelInvalid when
-    the file is not a Llama-architecture model with a byte-level BPE tokenizer.
+    ``progressed(done, total)`` is called as tensors are written. Files are flushed to disk. Raises
+    ModelInvalid when the file is not a Llama-architecture model with a byte-level BPE tokenizer.
     """
     with GgufFile(source) as gguf:
         metadata = gguf.metadata
         if metadata.get("general.architecture") != "llama":
-            raise ModelInvalid(f"{source}: architecture {metadata.get('general.architecture')}; llama is known")
+            raise ModelInvalid(
+                f"{source}: architecture {metadata.get('general.architecture')}; llama is known"
+            )
         try:
             config = _config(metadata, tied="output.weight" not in gguf.tensors)
             tokens: list[str] = metadata["tokenizer.ggml.tokens"]
@@ -106,7 +109,8 @@ def _config(metadata: Metadata, *, tied: bool) -> dict[str, Any]:
         "num_hidden_layers": metadata["llama.block_count"],
         "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
         "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
-        # A float32 in the file: the shortest decimal that rounds to it (1e-05, not 9.9999997e-06) is what was meant.
+        # A float32 in the file: the shortest decimal that rounds to it (1e-05, not 9.9999997e-06) is what
+        # was meant.
         "rms_norm_eps": float(str(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"]))),
         "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
         "rope_theta": theta,

@@ -1,8 +1,8 @@
 """Read a GGUF file: its metadata and its tensors, as numpy arrays in float32.
 
-Enough of the format to convert a model that ships as GGUF; nothing writes GGUF here. The file is untrusted: every
-count and offset is checked against the size of the file before it is used.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little endian).
+Enough of the format to convert a model that ships as GGUF; nothing writes GGUF here. The file is untrusted:
+every count and offset is checked against the size of the file before it is used. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little endian).
 """
 
 import mmap
@@ -151,7 +151,9 @@ class GgufFile:
 
     def _code(self, kind: int) -> str:
         code = SCALARS.get(kind)
-        if code is None:  # nested arrays too: no model has them, and they would let a small file recurse deeply
+        if (
+            code is None
+        ):  # nested arrays too: no model has them, and they would let a small file recurse deeply
             raise ModelInvalid(f"{self.path}: unknown metadata type {kind}")
         return code
 
