@@ -1,6 +1,18 @@
 """Fixtures that every kind of test may ask for; they live in ``support``, by what they provide."""
 
+from pathlib import Path
+
+import pytest
+
 from .support.model import smollm2
 from .support.valkey import valkey
 
 __all__ = ["smollm2", "valkey"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` skip where the kernel shows no NVIDIA device."""
+    if not Path("/dev/nvidiactl").exists():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA device"))
