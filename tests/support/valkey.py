@@ -1,0 +1,121 @@
+"""A real Valkey on a unix socket for one test: up in 0.1 s: can be killed, frozen, restarted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from gristmill.backends.embedded import find_server
+from gristmill.backends.supervisor import die_with_parent
+from gristmill.schemas.errors import Misconfigured
+
+from .waiting import wait_until
+
+
+class Valkey:
+    """One server process. It dies with the test process."""
+
+    def __init__(self, directory: Path, **config: str) -> None:
+        self.directory = directory
+        self.socket = directory / "v.sock"
+        self.config = {"appendonly": "yes", "appendfsync": "everysec", "save": "", "port": "0"} | config
+        self.process: subprocess.Popen[bytes] | None = None
+        self._clients: list[redis.Redis] = []
+
+    @property
+    def url(self) -> str:
+        """For redis-py, and for ``make_app``."""
+        return f"unix://{self.socket}?db=0"
+
+    def start(self) -> Valkey:
+        settings = self.config | {
+            "dir": str(self.directory),
+            "unixsocket": str(self.socket),
+            "logfile": str(self.directory / "valkey.log"),
+        }
+        arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        self.process = subprocess.Popen([find_server(), *arguments], preexec_fn=die_with_parent())
+        wait_until(self._answers, 20, f"Valkey in {self.directory} answers", poll_s=0.003)
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL; the append-only file stays."""
+        self._signal(signal.SIGKILL)
+        assert self.process is not None
+        self.process.wait()
+
+    def restart(self) -> None:
+        """Kill it if it lives, and start it on the same data and socket."""
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+        self.start()
+
+    def freeze(self) -> None:
+        """SIGSTOP: connected, but silent."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def drop_clients(self) -> None:
+        """Cut every connection but the one that says so."""
+        for kind in ("normal", "pubsub"):
+            self.client().execute_command("CLIENT", "KILL", "TYPE", kind)
+
+    def client(self, **options: Any) -> redis.Redis:
+        """A plain client; closed with the server."""
+        client = redis.Redis.from_url(self.url, **{"socket_timeout": 10, **options})
+        self._clients.append(client)
+        return client
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+
+    def _signal(self, number: int) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (
+            f"Valkey exited: {(self.directory / 'valkey.log').read_text()[-2000:]}"
+        )
+        try:
+            with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=1, retry=None) as probe:
+                return bool(probe.ping())
+        except redis.RedisError:
+            return False
+
+
+def _require_server() -> None:
+    try:
+        find_server()
+    except Misconfigured as exc:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    """A fresh, empty server, gone after the test."""
+    _require_server()
+    # not tmp_path: a unix socket's path is at most 107 bytes long
+    directory = Path(tempfile.mkdtemp(prefix="gm-valkey-"))
+    server = Valkey(directory)
+    try:
+        yield server.start()
+    finally:
+        server.close()
+        shutil.rmtree(directory, ignore_errors=True)
