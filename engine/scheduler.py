@@ -1,0 +1,203 @@
+"""Scheduler: which tokens the next step feeds to the model. Pure: no torch, no clock."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from ..schemas.errors import PromptTooLong
+from .block_pool import BlockPool
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Feed ``seq.tokens[seq.computed : seq.computed + count]``; blocks for them are in the table."""
+
+    seq: Sequence
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """The last known token is fed, so the model's answer is the next one."""
+        return self.seq.computed + self.count == len(self.seq.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: the works in order, each sequence at most once."""
+
+    work: tuple[Work, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(work.count for work in self.work)
+
+
+class Scheduler:
+    """Queues of sequences in rank order, and the blocks they hold.
+
+    There is no prefill phase and no decode phase: each sequence has ``computed < len(tokens)`` and every
+    step's token budget lets ``computed`` catch up. Sequences with one token to go come first, each gets it;
+    the rest of the budget goes to the others, running or waiting, by rank.
+
+    Rank is (priority, arrival, number). Whoever ranks first can take blocks from everybody behind, and fits
+    alone; so it always advances, and within a class nobody waits for ever. Classes are strict: a lower one
+    waits for as long as a higher one fills the engine.
+
+    Invariant, between steps: every known sequence is either running or waiting; a waiting one holds no
+    blocks; blocks held by running ones and free ones add up to the pool.
+    """
+
+    def __init__(self, pool: BlockPool, *, block_size: int, step_tokens: int, max_num_seqs: int) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.step_tokens = step_tokens
+        # No more than the budget feeds with a token each: a running sequence never waits for budget.
+        self.max_running = min(max_num_seqs, step_tokens)
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.preemptions = 0
+        self._work: dict[Sequence, int] = {}
+        self._preempted: set[Sequence] = set()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue ``seq``. Raises PromptTooLong if it could not finish even with all blocks to itself."""
+        if self._blocks(seq.limit) > self.pool.capacity:
+            raise PromptTooLong(
+                prompt_tokens=seq.prompt_len,
+                max_tokens=seq.limit - seq.prompt_len,
+                limit=self.pool.capacity * self.block_size,
+            )
+        insort(self.waiting, seq, key=_rank)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget ``seq``, finished or aborted, and free its blocks."""
+        queue = self.running if seq in self.running else self.waiting
+        queue.remove(seq)
+        self._free(seq)
+
+    def plan(self) -> StepPlan:
+        """Choose the tokens of the next step and reserve blocks for them. Not empty while there is work."""
+        self._work, self._preempted = {}, set()
+        for seq in list(self.running):
+            if seq.pending == 1 and seq not in self._preempted:
+                self._grant(seq, 1)
+
+        prefilling = deque(seq for seq in self.running if seq.pending > 1)
+        while budget := self.step_tokens - sum(self._work.values()):
+            seq = self._next_prefill(prefilling)
+            if seq is None:
+                break
+            self._grant(seq, min(seq.pending, budget))
+        return StepPlan(tuple(Work(seq, count) for seq, count in self._work.items()))
+
+    def advance(self, plan: StepPlan) -> None:
+        """The model has run ``plan``: its tokens have keys and values now."""
+        for work in plan.work:
+            work.seq.computed += work.count
+
+    def _next_prefill(self, prefilling: deque[Sequence]) -> Sequence | None:
+        """The best ranked of those half-way through and the first that waits, if that can be admitted."""
+        while prefilling and prefilling[0] in self._preempted:
+            prefilling.popleft()
+        head = self.waiting[0] if self.waiting else None
+        if head and (not prefilling or head.rank < prefilling[0].rank) and self._admit(head):
+            return head
+        return prefilling.popleft() if prefilling else None
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Move the first that waits to the running, at the cost of lower classes if need be."""
+        if seq in self._preempted:  # it just had to go, and nobody overtakes it
+            return False
+        keep = list(self.running)
+        while not self._fits(seq, keep):
+            if not keep or keep[-1].request.priority <= seq.request.priority:
+                return False
+            keep.pop()
+        for victim in reversed(self.running[len(keep) :]):
+            self._preempt(victim)
+        assert self.waiting[0] is seq
+        insort(self.running, self.waiting.pop(0), key=_rank)
+        return True
+
+    def _fits(self, seq: Sequence, beside: list[Sequence]) -> bool:
+        """Whether ``seq`` can run beside these and each still has a block's worth of tokens to grow.
+
+        Without that margin an admission would soon cost a preemption.
+        """
+        if len(beside) >= self.max_running:
+            return False
+        return sum(self._soon(other) for other in beside) + self._soon(seq) <= self.pool.capacity
+
+    def _soon(self, seq: Sequence) -> int:
+        """Blocks ``seq`` holds after one more block's worth of output."""
+        return self._blocks(min(len(seq.tokens) + self.block_size, seq.limit))
+
+    def _grant(self, seq: Sequence, count: int) -> None:
+        """Plan up to ``count`` tokens of ``seq``: as many as free blocks and those ranked behind it allow.
+
+        A sequence that gets none keeps its blocks and waits for the next step.
+        """
+        need = self._blocks(seq.computed + count) - len(seq.block_table)
+        if need > self.pool.free:
+            count = min(count, self._room(seq))
+            if count <= 0:
+                return
+            need = self._blocks(seq.computed + count) - len(seq.block_table)
+        while (blocks := self.pool.allocate(max(0, need))) is None:
+            self._preempt(self.running[-1])
+        seq.block_table += blocks
+        self._work[seq] = count
+
+    def _room(self, seq: Sequence) -> int:
+        """Tokens ``seq`` could still be given if it took all free blocks and those ranked behind it."""
+        behind = self.running[self.running.index(seq) + 1 :]
+        # Blocks are not shared yet; with a prefix cache only those with one holder count here.
+        reachable = self.pool.free + sum(len(other.block_table) for other in behind)
+        return (len(seq.block_table) + reachable) * self.block_size - seq.computed
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue, at its old place; what it had computed is computed again."""
+        self.running.remove(seq)
+        self._free(seq)
+        insort(self.waiting, seq, key=_rank)
+        self._work.pop(seq, None)
+        self._preempted.add(seq)
+        self.preemptions += 1
+
+    def _free(self, seq: Sequence) -> None:
+        self.pool.release(seq.block_table)
+        seq.block_table, seq.computed = [], 0
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def check(self) -> None:
+        """Raise AssertionError unless the class invariant holds. Between steps only."""
+        self.pool.check()
+        everybody = self.running + self.waiting
+        assert len({seq.id for seq in everybody}) == len(everybody), "a sequence is queued twice"
+        assert len(self.running) <= self.max_running
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=_rank), "a queue lost its order"
+        for seq in everybody:
+            assert seq.computed < len(seq.tokens) < seq.limit, f"{seq.id} should have ended"
+        for seq in self.waiting:
+            assert not seq.block_table, f"{seq.id} waits with blocks"
+            assert seq.computed == 0, f"{seq.id} waits with tokens computed"
+        for seq in self.running:
+            held = len(seq.block_table)
+            assert self._blocks(seq.computed) <= held <= self._blocks(len(seq.tokens)), f"{seq.id}: {held}"
+        holders = Counter(block for seq in self.running for block in seq.block_table)
+        assert all(self.pool.refs(block) == count for block, count in holders.items())
+        assert len(holders) + self.pool.free == self.pool.capacity, "a block is held by nobody"
+
+
+def _rank(seq: Sequence) -> tuple[int, float, int]:
+    return seq.rank

@@ -1,0 +1,51 @@
+"""Sequence: one request while the engine works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .messages import Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, how many of them have keys and values in the cache, and in which blocks.
+
+    ``computed < len(tokens)`` as long as it lives. Prefill, decode, resume and recomputation after a
+    preemption are all the same thing: ``computed`` catching up.
+    """
+
+    request: Request
+    limit: int
+    """Ends when it has this many tokens, prompt and output."""
+    end_ids: frozenset[int]
+    """Sampling one of these ends it."""
+    number: int = 0
+    """Order of arrival at the engine: breaks ties."""
+    tokens: list[int] = field(init=False)
+    computed: int = field(init=False, default=0)
+    block_table: list[int] = field(init=False, default_factory=list[int])
+    rank: tuple[int, float, int] = field(init=False)
+    """Smaller is served first, and preempted last."""
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.request.prompt_ids, *self.request.output_ids]
+        self.rank = (self.request.priority, self.request.arrival, self.number)
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def output_len(self) -> int:
+        """Tokens of output so far, earlier attempts' included: the position of the next one."""
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that still have to go through the model before the next one can be sampled."""
+        return len(self.tokens) - self.computed
