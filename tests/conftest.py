@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from .support.journal import settings, state
 from .support.model import smollm2
 from .support.valkey import valkey
 
-__all__ = ["smollm2", "valkey"]
+__all__ = ["settings", "smollm2", "state", "valkey"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,355 @@
+"""What State and AsyncState say to Redis and how they read the answers. No I/O: both share every line of it.
+
+Field names of the state hash ``gm:{job}:state``, all values text:
+
+``state``                      queued, running, or a final state
+``digest``                     of the body, for idempotency
+``model priority tenant submitted_at expires_at``   as submitted (unix seconds)
+``attempt attempts``           the number that may write; how many there were
+``worker``                     who runs it
+``started_at finished_at``     first claim and end, by the server's clock
+``cancel``                     there if somebody asked for a stop
+``end``                        the log's ``end`` event
+``result``                     the result's JSON, if small
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from ..schemas import keys
+from ..schemas.errors import IdempotencyConflict, InvalidRequest, JobNotFound
+from ..schemas.events import Delta, Done, End, EntryId, Started, event_from_json
+from ..schemas.job import Job, JobState, Priority
+from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
+
+T = TypeVar("T")
+
+Entry = tuple[EntryId, Started | Delta | Done | End]
+
+EXPIRY_GRACE_S = 86_400.0
+"""How long a job's keys outlive its ``expires_at``: somebody must still find it, and end it as expired."""
+
+_TAIL_ENTRIES = 8
+# Not part of what was asked for: when, under which id, and who reads along.
+_NOT_IN_DIGEST = {"id", "v", "submitted_at", "expires_at", "stream"}
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One Lua file. ``sha`` is what the server calls it."""
+
+    text: str
+    sha: str
+
+
+def _script(name: str) -> Script:
+    text = (Path(__file__).parent / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+SUBMIT, CLAIM, PUBLISH, FINISH, RELEASE = map(_script, ("submit", "claim", "publish", "finish", "release"))
+CANCEL, CANCELLED, STATUS = map(_script, ("cancel", "cancelled", "status"))
+STATES = _script("states")
+REGISTER, UNREGISTER = map(_script, ("register", "unregister"))
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One round trip: a command, or a script with its keys. ``parse`` reads the raw (RESP2, bytes) reply."""
+
+    args: tuple[str | bytes | int, ...]
+    parse: Callable[[Any], T]
+    script: Script | None = None
+    keys: tuple[str, ...] = ()
+    mid_job: bool = False
+    """A write of a running job: whatever the server answers is BrokerUnavailable."""
+
+
+class Write(NamedTuple):
+    """One entry of a running job's log. ``seq`` counts 1, 2, 3, … within an attempt, without holes."""
+
+    job_id: str
+    attempt: int
+    seq: int
+    event: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to run an attempt, and where the job stands. ``now``: unix seconds by the server."""
+
+    attempt: int
+    now: float
+    entries: list[Entry]
+    """The log before this attempt."""
+    cancelled: bool
+    attempts: int
+    """How often the job was claimed, this one included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The job has ended: nothing to run."""
+
+    state: JobState
+
+
+class Resubscribed:
+    """The connection to a channel was lost and is back: what was published meanwhile is only in the log."""
+
+
+# ---- jobs
+
+
+def submit(job: Job) -> Call[bool]:
+    def parse(reply: int) -> bool:
+        if reply < 0:
+            key = f"idempotency key {job.idempotency_key!r}" if job.idempotency_key else f"job id {job.id}"
+            raise IdempotencyConflict(
+                f"{key} was used before with another request; send the same one, or another key"
+            )
+        return reply == 1
+
+    fields = {
+        "model": job.model,
+        "priority": job.priority.value,
+        "tenant": job.tenant,
+        "submitted_at": repr(job.submitted_at),
+        "expires_at": repr(job.expires_at),
+    }
+    pairs = [part for pair in fields.items() for part in pair]
+    until_ms = round((job.expires_at + EXPIRY_GRACE_S) * 1000)
+    return Call((body_digest(job), until_ms, *pairs), parse, SUBMIT, (keys.state(job.id),))
+
+
+def body_digest(job: Job) -> str:
+    """Equal for two submissions that ask for the same."""
+    body = job.model_dump(mode="json", exclude=_NOT_IN_DIGEST, exclude_defaults=True)
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def claim(job_id: str, worker_id: str, expires_at: float) -> Call[Claim | Final]:
+    def parse(reply: list[Any]) -> Claim | Final:
+        state = JobState(reply[0].decode())
+        if state.final:
+            return Final(state)
+        _, attempt, now, cancelled, attempts, entries = reply
+        return Claim(int(attempt), float(now), parse_entries(entries), bool(cancelled), attempts)
+
+    grace_ms = round(EXPIRY_GRACE_S * 1000)
+    args = (worker_id, json.dumps(worker_id), repr(expires_at), grace_ms)
+    return Call(args, parse, CLAIM, (keys.state(job_id), keys.log(job_id)))
+
+
+def publish(writes: Sequence[Write]) -> Call[set[str]]:
+    # Entries of one attempt stand together, in order; two attempts of a job are two blocks.
+    ordered = sorted(writes, key=lambda w: (w.job_id, w.attempt, w.seq))
+    names: list[str] = []
+    script_keys: list[str] = []
+    args: list[str | int] = []
+    for (job_id, attempt), block in groupby(ordered, key=lambda w: (w.job_id, w.attempt)):
+        entries = [part for write in block for part in (write.seq, write.event)]
+        names.append(job_id)
+        script_keys += keys.state(job_id), keys.log(job_id)
+        args += attempt, len(entries) // 2, *entries
+
+    def parse(reply: list[int]) -> set[str]:
+        return {names[position - 1] for position in reply}
+
+    return Call(tuple(args), parse, PUBLISH, tuple(script_keys), mid_job=True)
+
+
+def finish(job_id: str, end: End, inline_result: str | None, result_ttl_s: float) -> Call[bool]:
+    assert end.state.final, f"job {job_id}: {end.state} is not a final state"
+    args = (end.state.value, end.to_json(), round(result_ttl_s * 1000), inline_result or "")
+    return Call(args, bool, FINISH, (keys.state(job_id), keys.log(job_id)), mid_job=True)
+
+
+def release(job_id: str, attempt: int) -> Call[bool]:
+    return Call((attempt,), bool, RELEASE, (keys.state(job_id),), mid_job=True)
+
+
+def cancel(job_id: str, model: str | None) -> Call[JobState]:
+    def parse(reply: bytes | None) -> JobState:
+        if reply is None:
+            raise JobNotFound(f"job {job_id} is unknown here: it expired, or its result's time is over")
+        return JobState(reply.decode())
+
+    return Call((job_id, keys.control(""), model or ""), parse, CANCEL, (keys.state(job_id),))
+
+
+def cancelled(job_ids: Sequence[str]) -> Call[set[str]]:
+    def parse(reply: list[int]) -> set[str]:
+        return {job_ids[position - 1] for position in reply}
+
+    return Call((), parse, CANCELLED, tuple(keys.state(job_id) for job_id in job_ids))
+
+
+def states(job_ids: Sequence[str]) -> Call[list[JobState | None]]:
+    def parse(reply: list[bytes | None]) -> list[JobState | None]:
+        return [None if value is None else JobState(value.decode()) for value in reply]
+
+    return Call((), parse, STATES, tuple(keys.state(job_id) for job_id in job_ids))
+
+
+_STATUS_FIELDS = (
+    "state",
+    "model",
+    "priority",
+    "tenant",
+    "submitted_at",
+    "expires_at",
+    "started_at",
+    "finished_at",
+    "attempt",
+    "attempts",
+    "worker",
+    "cancel",
+    "end",
+)
+
+
+def status(job_id: str) -> Call[JobStatus | None]:
+    def parse(reply: list[Any]) -> JobStatus | None:
+        values, tail = reply
+        texts = {n: v.decode() for n, v in zip(_STATUS_FIELDS, values, strict=True) if v is not None}
+        if "state" not in texts:
+            return None
+        return _status(job_id, texts, parse_entries(tail))
+
+    return Call((_TAIL_ENTRIES, *_STATUS_FIELDS), parse, STATUS, (keys.state(job_id), keys.log(job_id)))
+
+
+def _status(job_id: str, texts: dict[str, str], tail: list[Entry]) -> JobStatus:
+    def seconds(name: str) -> float | None:
+        return float(texts[name]) if name in texts else None
+
+    end = End.from_json(texts["end"]) if "end" in texts else None
+    return JobStatus(
+        job_id=job_id,
+        state=JobState(texts["state"]),
+        model=texts.get("model"),
+        priority=Priority(texts["priority"]) if "priority" in texts else None,
+        tenant=texts.get("tenant"),
+        submitted_at=seconds("submitted_at"),
+        expires_at=seconds("expires_at"),
+        started_at=seconds("started_at"),
+        finished_at=seconds("finished_at"),
+        attempt=int(texts.get("attempt", 0)),
+        attempts=int(texts.get("attempts", 0)),
+        tokens=end.usage.completion_tokens if end else _tokens(tail),
+        worker=texts.get("worker"),
+        cancel_requested="cancel" in texts,
+        finish_reason=end.finish_reason if end else None,
+        usage=end.usage if end else None,
+        error=end.error if end else None,
+        result=end.result if end else None,
+    )
+
+
+def _tokens(last_first: list[Entry]) -> int:
+    """Tokens of output, by the last entry of each choice among the log's last ones."""
+    ends: dict[int, int] = {}
+    for _, event in last_first:
+        if isinstance(event, Delta):
+            ends.setdefault(event.choice, event.offset + len(event.ids))
+    return sum(ends.values())
+
+
+# ---- logs and results
+
+
+def read_log(job_id: str, after: EntryId | None, count: int) -> Call[list[Entry]]:
+    start = "-" if after is None else f"({after}"
+    return Call(("XRANGE", keys.log(job_id), start, "+", "COUNT", count), _parse_xrange)
+
+
+def result(job_id: str) -> Call[str | None]:
+    return Call(("HGET", keys.state(job_id), "result"), _optional_text)
+
+
+def parse_entries(rows: list[Any]) -> list[Entry]:
+    """Raw stream entries (from a script), ``[id, [field, value]]``."""
+    return [(EntryId.parse(row[0]), event_from_json(row[1][1])) for row in rows]
+
+
+def _parse_xrange(rows: list[tuple[bytes, dict[bytes, bytes]]]) -> list[Entry]:
+    return [(EntryId.parse(entry_id), event_from_json(fields[b"d"])) for entry_id, fields in rows]
+
+
+def parse_message(message: dict[str, Any]) -> Entry | Resubscribed | None:
+    """What came over a job's channel. None: nothing that concerns a follower."""
+    if message["type"] == "subscribe":
+        return Resubscribed()
+    if message["type"] != "message":
+        return None
+    entry_id, _, event = message["data"].partition(b" ")
+    return EntryId.parse(entry_id), event_from_json(event)
+
+
+def parse_cancellation(message: dict[str, Any]) -> str | None:
+    """The job id of a cancellation announced on a control channel."""
+    if message["type"] != "message":
+        return None
+    verb, _, job_id = message["data"].decode("utf-8", "replace").partition(" ")
+    return job_id if verb == "cancel" else None
+
+
+def _optional_text(reply: bytes | None) -> str | None:
+    return None if reply is None else reply.decode()
+
+
+# ---- workers and models
+
+
+def register(worker_id: str, info: WorkerInfo, ttl_s: float, now: float) -> Call[object]:
+    model = ModelInfo(queues=info.queues, max_model_len=info.max_model_len, seen_at=now).to_json()
+    pairs = [part for name in info.models for part in (name, model)]
+    args = (worker_id, round(ttl_s * 1000), info.to_json(), *pairs)
+    return Call(args, bool, REGISTER, (keys.WORKERS, keys.worker(worker_id), keys.MODELS))
+
+
+def unregister(worker_id: str) -> Call[object]:
+    return Call((worker_id,), bool, UNREGISTER, (keys.WORKERS, keys.worker(worker_id)))
+
+
+def models() -> Call[dict[str, ModelInfo]]:
+    def parse(reply: dict[bytes, bytes]) -> dict[str, ModelInfo]:
+        return {name.decode(): _lenient(ModelInfo, body) for name, body in reply.items()}
+
+    return Call(("HGETALL", keys.MODELS), parse)
+
+
+def worker_ids() -> Call[list[str]]:
+    return Call(("ZRANGE", keys.WORKERS, 0, -1), lambda reply: [worker_id.decode() for worker_id in reply])
+
+
+def workers(ids: Sequence[str]) -> Call[dict[str, WorkerInfo]]:
+    """Those of ``ids`` that are alive: the others' descriptions have expired."""
+
+    def parse(reply: list[bytes | None]) -> dict[str, WorkerInfo]:
+        return {
+            worker_id: _lenient(WorkerInfo, body)
+            for worker_id, body in zip(ids, reply, strict=True)
+            if body is not None
+        }
+
+    return Call(("MGET", *map(keys.worker, ids)), parse)
+
+
+R = TypeVar("R", WorkerInfo, ModelInfo)
+
+
+def _lenient(record: type[R], body: bytes) -> R:
+    """A registry entry, maybe written by a newer version: its new fields are none of our business."""
+    data = json.loads(body)
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"the registry holds something that is no {record.__name__}")
+    return record.from_python({name: data[name] for name in record.model_fields if name in data})

@@ -1,0 +1,361 @@
+"""State: a job's log, its state and attempt, and the registry of workers, in Redis. START HERE.
+
+Every change is one script in ``lua/``. The attempt number is the only right to write: ``claim`` hands it
+out, and ``publish`` refuses whoever holds an older one. Scripts that touch many jobs (``publish``,
+``cancelled``) or the registry need one server, or a primary with replicas; a Redis Cluster would need a call
+per slot.
+
+Every method raises BrokerUnavailable while the server does not answer or refuses to write, and Misconfigured
+where only a change of settings helps (never in the writes of a running job).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Self, TypeVar
+
+import redis
+import redis.asyncio
+from redis.exceptions import NoScriptError
+
+from ..schemas import keys
+from ..schemas.errors import BrokerUnavailable, Misconfigured
+from ..schemas.events import End, EntryId
+from ..schemas.job import Job, JobState
+from ..schemas.settings import Settings
+from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
+from . import calls
+from .calls import Call, Claim, Entry, Final, Resubscribed, Write
+from .embedded import Embedded
+from .redis import connect, connect_async, redis_errors
+
+__all__ = [
+    "AsyncState",
+    "AsyncSubscription",
+    "Claim",
+    "Entry",
+    "Final",
+    "JobStatus",
+    "ModelInfo",
+    "Resubscribed",
+    "State",
+    "Subscription",
+    "WorkerInfo",
+    "Write",
+    "open_async_state",
+    "open_state",
+]
+
+T = TypeVar("T")
+LOG_PAGE = 1000
+_WHERE = "state server"
+
+
+class State:
+    """For threads: one object for the whole process."""
+
+    def __init__(self, client: redis.Redis, settings: Settings, embedded: Embedded | None = None) -> None:
+        self._client, self._settings, self._embedded = client, settings, embedded
+
+    # ---- a job's life
+
+    def submit(self, job: Job) -> bool:
+        """Record the job as queued. False: it is known already.
+
+        Raises IdempotencyConflict if it is known with another body.
+        """
+        return self._run(calls.submit(job))
+
+    def claim(self, job_id: str, worker_id: str, expires_at: float) -> Claim | Final:
+        """Begin an attempt, and fence all earlier ones; or learn that the job is final.
+
+        Repeated after a lost reply it begins yet another attempt, which is harmless.
+        """
+        return self._run(calls.claim(job_id, worker_id, expires_at))
+
+    def publish(self, writes: Sequence[Write]) -> set[str]:
+        """Append to the logs of many jobs and tell their followers, in one call. Returns the jobs refused.
+
+        A refusal is for good: a newer attempt stands in the state, or the job is final, or the server lost
+        the state or the end of the log (this attempt's right went with it, and the next attempt continues
+        from what is left). Entries that stand in the log already are skipped, so a call may be repeated after
+        any error.
+        """
+        return self._run(calls.publish(writes)) if writes else set()
+
+    def finish(self, job_id: str, end: End, inline_result: str | None = None) -> bool:
+        """Make the job final; its result object must be durable. False: it was final already."""
+        return self._run(calls.finish(job_id, end, inline_result, self._settings.result_ttl_s))
+
+    def release(self, job_id: str, attempt: int) -> bool:
+        """Hand a running job back. False: it is not this attempt's any more."""
+        return self._run(calls.release(job_id, attempt))
+
+    def cancel(self, job_id: str, model: str | None = None) -> JobState:
+        """Ask for a stop; returns the state as it is now. Raises JobNotFound."""
+        return self._run(calls.cancel(job_id, model))
+
+    def cancelled(self, job_ids: Sequence[str]) -> set[str]:
+        """Those of ``job_ids`` that were asked to stop."""
+        return self._run(calls.cancelled(job_ids)) if job_ids else set()
+
+    def status(self, job_id: str) -> JobStatus | None:
+        """None: nothing is known under this id (any more)."""
+        return self._run(calls.status(job_id))
+
+    def states(self, job_ids: Sequence[str]) -> list[JobState | None]:
+        """The states of many jobs in one call, in order; a few thousand at a time. None: unknown."""
+        return self._run(calls.states(job_ids)) if job_ids else []
+
+    def read_log(self, job_id: str, after: EntryId | None = None, count: int = LOG_PAGE) -> list[Entry]:
+        """Up to ``count`` entries after ``after`` (None: from the first)."""
+        return self._run(calls.read_log(job_id, after, count))
+
+    def result(self, job_id: str) -> str | None:
+        """The result's JSON, if it was small enough to be kept here."""
+        return self._run(calls.result(job_id))
+
+    def subscribe(self, job_id: str) -> Subscription:
+        """Live entries of a job: a context manager; what is published after entering it is not missed."""
+        return Subscription(self._client, keys.log(job_id), self._settings.connect_timeout_s)
+
+    # ---- workers and models
+
+    def register(self, worker_id: str, info: WorkerInfo, ttl_s: float) -> None:
+        """A heartbeat: alive for ``ttl_s`` from now."""
+        self._run(calls.register(worker_id, info, ttl_s, time.time()))
+
+    def unregister(self, worker_id: str) -> None:
+        """Leave at once. The models stay known."""
+        self._run(calls.unregister(worker_id))
+
+    def models(self) -> dict[str, ModelInfo]:
+        """Every model that some worker ever announced here."""
+        return self._run(calls.models())
+
+    def workers(self) -> dict[str, WorkerInfo]:
+        """Who is alive, by worker id."""
+        ids = self._run(calls.worker_ids())
+        return self._run(calls.workers(ids)) if ids else {}
+
+    def alive(self, model: str) -> list[WorkerInfo]:
+        """Live workers that serve ``model``."""
+        return [info for info in self.workers().values() if model in info.models]
+
+    def cancellations(self, model: str, stop: threading.Event, poll_s: float = 0.25) -> Iterator[str]:
+        """Job ids as their cancellation is announced, until ``stop`` is set.
+
+        What is announced while the connection is broken is missed: ``cancelled`` tells.
+        """
+        with Subscription(self._client, keys.control(model), self._settings.connect_timeout_s) as channel:
+            while not stop.is_set():
+                message = channel.get_raw(poll_s)
+                if message is not None and (job_id := calls.parse_cancellation(message)) is not None:
+                    yield job_id
+
+    # ---- the connection
+
+    def ping(self) -> None:
+        """Raises BrokerUnavailable unless the server answers."""
+        self._run(Call(("PING",), bool))
+
+    def close(self) -> None:
+        """Close the connections, and leave the embedded server if it was opened here."""
+        with redis_errors(_WHERE):
+            self._client.close()
+        if self._embedded is not None:
+            self._embedded.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _run(self, call: Call[T]) -> T:
+        client: Any = self._client
+        with redis_errors(_WHERE, always_transient=call.mid_job):
+            if call.script is None:
+                reply = client.execute_command(*call.args)
+            else:
+                rest = (len(call.keys), *call.keys, *call.args)
+                try:
+                    reply = client.evalsha(call.script.sha, *rest)
+                except NoScriptError:  # a server that restarted or failed over
+                    reply = client.eval(call.script.text, *rest)
+        return call.parse(reply)
+
+
+class Subscription:
+    """One channel. Entering it waits for the server's confirmation."""
+
+    def __init__(self, client: redis.Redis, channel: str, confirm_timeout_s: float) -> None:
+        self._channel, self._confirm_timeout_s = channel, confirm_timeout_s
+        self._pubsub: Any = client.pubsub()  # pyright: ignore[reportUnknownMemberType]  (**kwargs)
+
+    def __enter__(self) -> Self:
+        try:
+            with redis_errors(_WHERE):
+                self._pubsub.subscribe(self._channel)
+                confirmed = self._pubsub.get_message(timeout=self._confirm_timeout_s)
+            if confirmed is None:
+                raise BrokerUnavailable(f"{_WHERE}: no confirmation within {self._confirm_timeout_s:g} s")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with suppress(BrokerUnavailable), redis_errors(_WHERE):
+            self._pubsub.close()
+
+    def get(self, timeout_s: float) -> Entry | Resubscribed | None:
+        """The next entry; Resubscribed after a break; None: nothing within ``timeout_s``."""
+        message = self.get_raw(timeout_s)
+        return None if message is None else calls.parse_message(message)
+
+    def get_raw(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next message as redis-py gives it."""
+        with redis_errors(_WHERE):
+            return self._pubsub.get_message(timeout=timeout_s)
+
+
+class AsyncState:
+    """What a client needs of State, for asyncio. Belongs to one event loop."""
+
+    def __init__(
+        self, client: redis.asyncio.Redis, settings: Settings, embedded: Embedded | None = None
+    ) -> None:
+        self._client, self._settings, self._embedded = client, settings, embedded
+
+    async def submit(self, job: Job) -> bool:
+        """See State.submit."""
+        return await self._run(calls.submit(job))
+
+    async def cancel(self, job_id: str, model: str | None = None) -> JobState:
+        """See State.cancel."""
+        return await self._run(calls.cancel(job_id, model))
+
+    async def status(self, job_id: str) -> JobStatus | None:
+        """See State.status."""
+        return await self._run(calls.status(job_id))
+
+    async def read_log(self, job_id: str, after: EntryId | None = None, count: int = LOG_PAGE) -> list[Entry]:
+        """See State.read_log."""
+        return await self._run(calls.read_log(job_id, after, count))
+
+    async def result(self, job_id: str) -> str | None:
+        """See State.result."""
+        return await self._run(calls.result(job_id))
+
+    def subscribe(self, job_id: str) -> AsyncSubscription:
+        """See State.subscribe; an asynchronous context manager."""
+        return AsyncSubscription(self._client, keys.log(job_id), self._settings.connect_timeout_s)
+
+    async def models(self) -> dict[str, ModelInfo]:
+        """See State.models."""
+        return await self._run(calls.models())
+
+    async def workers(self) -> dict[str, WorkerInfo]:
+        """See State.workers."""
+        ids = await self._run(calls.worker_ids())
+        return await self._run(calls.workers(ids)) if ids else {}
+
+    async def alive(self, model: str) -> list[WorkerInfo]:
+        """See State.alive."""
+        return [info for info in (await self.workers()).values() if model in info.models]
+
+    async def ping(self) -> None:
+        """See State.ping."""
+        await self._run(Call(("PING",), bool))
+
+    async def close(self) -> None:
+        """See State.close."""
+        with redis_errors(_WHERE):
+            await self._client.aclose()
+        if self._embedded is not None:
+            self._embedded.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def _run(self, call: Call[T]) -> T:
+        client: Any = self._client
+        with redis_errors(_WHERE, always_transient=call.mid_job):
+            if call.script is None:
+                reply = await client.execute_command(*call.args)
+            else:
+                rest = (len(call.keys), *call.keys, *call.args)
+                try:
+                    reply = await client.evalsha(call.script.sha, *rest)
+                except NoScriptError:
+                    reply = await client.eval(call.script.text, *rest)
+        return call.parse(reply)
+
+
+class AsyncSubscription:
+    """Subscription for asyncio."""
+
+    def __init__(self, client: redis.asyncio.Redis, channel: str, confirm_timeout_s: float) -> None:
+        self._channel, self._confirm_timeout_s = channel, confirm_timeout_s
+        self._pubsub: Any = client.pubsub()  # pyright: ignore[reportUnknownMemberType]  (**kwargs)
+
+    async def __aenter__(self) -> Self:
+        try:
+            with redis_errors(_WHERE):
+                await self._pubsub.subscribe(self._channel)
+                confirmed = await self._pubsub.get_message(timeout=self._confirm_timeout_s)
+            if confirmed is None:
+                raise BrokerUnavailable(f"{_WHERE}: no confirmation within {self._confirm_timeout_s:g} s")
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        with suppress(BrokerUnavailable), redis_errors(_WHERE):
+            await self._pubsub.aclose()
+
+    async def get(self, timeout_s: float) -> Entry | Resubscribed | None:
+        """See Subscription.get."""
+        with redis_errors(_WHERE):
+            message = await self._pubsub.get_message(timeout=timeout_s)
+        return None if message is None else calls.parse_message(message)
+
+
+def open_state(settings: Settings) -> State:
+    """Connect to the state server, or start or join the embedded one. Sends nothing to a remote server yet.
+
+    Raises Misconfigured (no URL that could hold state, a bad one) or BrokerUnavailable (embedded, and it does
+    not start).
+    """
+    url = state_url(settings)
+    embedded = Embedded(url.removeprefix("embedded:")).start() if url.startswith("embedded:") else None
+    return State(connect(embedded.url if embedded else url, settings), settings, embedded)
+
+
+async def open_async_state(settings: Settings) -> AsyncState:
+    """``open_state`` for asyncio."""
+    url = state_url(settings)
+    embedded = None
+    if url.startswith("embedded:"):
+        embedded = await asyncio.to_thread(Embedded(url.removeprefix("embedded:")).start)
+    return AsyncState(connect_async(embedded.url if embedded else url, settings), settings, embedded)
+
+
+def state_url(settings: Settings) -> str:
+    """Where logs and states live: ``state_url``, or the broker if that is a Redis. Raises Misconfigured."""
+    url = settings.state_url or settings.broker
+    if url.startswith("sqs:"):
+        raise Misconfigured(
+            "GRISTMILL_STATE_URL: logs and job states need a Redis or Valkey besides an SQS broker; "
+            "set it to redis://host:6379/0"
+        )
+    return url
