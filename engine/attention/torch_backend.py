@@ -1,0 +1,113 @@
+"""Paged attention in plain torch: any device, any dtype, never a padded batch. The kernels' fallback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from ..batch import Batch, Int32, tensor
+from ..kv_cache import KVCache
+from ..layers.elementwise import TorchElementwise
+from ..layers.rope import rotate, tables
+from ..models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """One sequence of the step: its rows, and the flat cache slots of its keys."""
+
+    first: int
+    count: int
+    start: int
+    slots: Tensor
+
+
+class TorchAttention:
+    """Cache as flat slots; per sequence one gather and one scaled_dot_product_attention.
+
+    The query heads of a group are rows against their one key head, so that keys are never repeated in decode.
+    """
+
+    name = "torch"
+
+    def __init__(self, spec: ModelSpec, block_size: int, max_len: int, device: torch.device) -> None:
+        self.spec, self.block_size, self.device = spec, block_size, device
+        cos, sin = tables(spec.rope, spec.head_dim, max_len)
+        self._cos, self._sin = cos.to(device), sin.to(device)
+        self._norm = TorchElementwise().rms_norm
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def block_shape(self) -> tuple[int, ...]:
+        return (self.block_size, self.spec.num_kv_heads, self.spec.head_dim)
+
+    def use(self, cache: KVCache) -> None:
+        self._keys = [keys.flatten(0, 1) for keys in cache.keys]
+        self._values = [values.flatten(0, 1) for values in cache.values]
+
+    def begin(self, batch: Batch) -> None:
+        self._slots = batch.slots
+        self._step_cos = self._cos[batch.positions].unsqueeze(1)
+        self._step_sin = self._sin[batch.positions].unsqueeze(1)
+        self._masks.clear()
+        self._spans = [
+            _Span(first, count, start, self._context_slots(table, start + count))
+            for first, count, start, table in zip(
+                batch.first_row.tolist(),
+                batch.counts.tolist(),
+                batch.starts.tolist(),
+                batch.tables,
+                strict=True,
+            )
+        ]
+
+    def attend(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+        spec = self.spec
+        heads = qkv.view(len(qkv), -1, spec.head_dim)
+        q, k, v = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        if q_norm is not None and k_norm is not None:
+            q, k = self._norm(q, q_norm, spec.norm_eps), self._norm(k, k_norm, spec.norm_eps)
+        q, k = rotate(q, self._step_cos, self._step_sin), rotate(k, self._step_cos, self._step_sin)
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_copy_(0, self._slots, k)
+        values.index_copy_(0, self._slots, v)
+        out = torch.empty_like(q)
+        window = spec.windows[layer]
+        for span in self._spans:
+            rows = slice(span.first, span.first + span.count)
+            oldest = 0 if window is None else max(0, span.start + 1 - window)
+            slots = span.slots[oldest:]
+            attend = self._one_row if span.count == 1 else self._many_rows
+            out[rows] = attend(q[rows], keys[slots], values[slots], span.start - oldest, window)
+        return out.view(len(qkv), -1)
+
+    def _one_row(self, q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None) -> Tensor:
+        """Decode: every key left is visible. q: [1, heads, dim]; k, v: [context, kv_heads, dim]."""
+        del start, window
+        rows = q.view(1, self.spec.num_kv_heads, self.spec.group, self.spec.head_dim)
+        out = nnf.scaled_dot_product_attention(rows, k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+        return out.view_as(q)
+
+    def _many_rows(self, q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None) -> Tensor:
+        """Prefill of ``count`` rows, the first of them at ``start``."""
+        group, count, context = self.spec.group, len(q), len(k)
+        k, v = (x.transpose(0, 1).repeat_interleave(group, 0)[None] for x in (k, v))
+        queries = q.transpose(0, 1)[None]
+        if start == 0 and (window is None or window >= context):
+            out = nnf.scaled_dot_product_attention(queries, k, v, is_causal=True)
+        else:
+            at = torch.arange(start, start + count, device=q.device)[:, None]
+            seen = torch.arange(context, device=q.device)[None]
+            mask = seen <= at
+            if window is not None:
+                mask &= seen > at - window
+            out = nnf.scaled_dot_product_attention(queries, k, v, attn_mask=mask)
+        return out[0].transpose(0, 1)
+
+    def _context_slots(self, table: Int32, context: int) -> Tensor:
+        blocks = tensor(table[: -(-context // self.block_size)].astype(np.int64), self.device)
+        offsets = torch.arange(self.block_size, device=self.device)
+        return (blocks[:, None] * self.block_size + offsets).flatten()[:context]

@@ -1,0 +1,119 @@
+"""One step's work as packed arrays: every token of every sequence in a row, nothing padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+class Feedable(Protocol):
+    """What the runner reads of a sequence."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def computed(self) -> int: ...
+    @property
+    def block_table(self) -> Sequence[int]: ...
+
+
+class Piece(Protocol):
+    """Feed ``seq.tokens[computed : computed + count]``."""
+
+    @property
+    def seq(self) -> Feedable: ...
+    @property
+    def count(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of all sequences one after another, in plan order: S sequences, T tokens.
+
+    Arrays are on the host, tensors on the device.
+    """
+
+    tokens: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64: place within the sequence."""
+    slots: Tensor
+    """[T] int64: block * block_size + offset, where the token's key and value go."""
+    wanted: Tensor | None
+    """[R] int64: rows whose logits are wanted. None: every row."""
+    rows: int
+    first_row: Int32
+    counts: Int32
+    starts: Int32
+    """Position of each sequence's first fed token; keys before it are in the cache already."""
+    tables: Int32
+    """[S, widest]: block ids; a row's rest is zero and never read."""
+
+    @property
+    def contexts(self) -> Int32:
+        """[S]: keys each sequence has once this step's are written."""
+        return self.starts + self.counts
+
+
+def pack(work: Sequence[Piece], block_size: int, device: torch.device) -> Batch:
+    """Gather a plan into arrays. O(tokens + blocks); called once per step."""
+    n = len(work)
+    counts = np.fromiter((piece.count for piece in work), np.int32, n)
+    starts = np.fromiter((piece.seq.computed for piece in work), np.int32, n)
+    ends = starts + counts
+    first_row = np.zeros(n, np.int32)
+    np.cumsum(counts[:-1], out=first_row[1:])
+    total = int(counts.sum())
+    if total == n:
+        tokens = np.fromiter((piece.seq.tokens[piece.seq.computed] for piece in work), np.int64, n)
+        owner, positions = np.arange(n), starts.astype(np.int64)
+    else:
+        tokens = np.fromiter(_fed(work), np.int64, total)
+        owner = np.repeat(np.arange(n), counts)
+        positions = np.arange(total) - np.repeat(first_row - starts, counts)
+    tables = _tables(work, ends, block_size)
+    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    lengths = np.fromiter((len(piece.seq.tokens) for piece in work), np.int32, n)
+    wanted = (first_row + counts - 1)[ends == lengths]
+    return Batch(
+        tokens=tensor(tokens, device),
+        positions=tensor(positions, device),
+        slots=tensor(slots, device),
+        wanted=None if len(wanted) == total else tensor(wanted.astype(np.int64), device),
+        rows=total,
+        first_row=first_row,
+        counts=counts,
+        starts=starts,
+        tables=tables,
+    )
+
+
+def tensor(array: Int64, device: torch.device) -> Tensor:
+    """The array on the device; on the CPU the same memory."""
+    return torch.from_numpy(array).to(device)  # pyright: ignore[reportUnknownMemberType]  (numpy untyped there)
+
+
+def _fed(work: Sequence[Piece]) -> Iterable[int]:
+    for piece in work:
+        seq = piece.seq
+        yield from seq.tokens[seq.computed : seq.computed + piece.count]
+
+
+def _tables(work: Sequence[Piece], ends: Int32, block_size: int) -> Int32:
+    """Block tables, cut to the blocks this step reads or writes. Asserts that enough were reserved."""
+    needed = -(-ends // block_size)
+    tables = np.zeros((len(work), int(needed.max())), np.int32)
+    for row, piece, count in zip(tables, work, needed.tolist(), strict=True):
+        blocks = piece.seq.block_table
+        assert len(blocks) >= count, f"{count} blocks needed, {len(blocks)} in the sequence's table"
+        row[:count] = blocks[:count]
+    return tables

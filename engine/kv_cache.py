@@ -1,0 +1,119 @@
+"""The key/value tensors, and how many blocks of them the memory takes."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import resource
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CPU_FRACTION = 0.5
+"""Of the memory free after the warm-up: the page cache and other processes want some too."""
+CPU_LIMIT_BYTES = 4 * 1024**3
+_PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Per layer one tensor of keys and one of values; [blocks, ...as the backend likes]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    num_blocks: int
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: int,
+        num_blocks: int,
+        block_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        """Zeroed memory. On CPU it is reserved only: a page costs memory when its first token is written."""
+        shape = (num_blocks, *block_shape)
+        if device.type == "cpu":
+            tensors = _reserve(2 * layers, shape, dtype)
+        else:
+            tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
+        return cls(tuple(tensors[:layers]), tuple(tensors[layers:]), num_blocks)
+
+
+def block_bytes(layers: int, block_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of all layers."""
+    return 2 * layers * prod(block_shape) * dtype.itemsize
+
+
+def spare_bytes(device: torch.device, fraction: float) -> int:
+    """What the KV cache may take, asked right after the largest step has been run.
+
+    CUDA: ``fraction`` of the card, less the peak seen and what others hold. CPU: half of what is free once
+    the step's peak is set aside, at most 4 GiB.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        stats = torch.cuda.memory_stats(device)
+        reserved, peak = stats["reserved_bytes.all.current"], stats["allocated_bytes.all.peak"]
+        others = total - free - reserved
+        return int(total * fraction) - others - peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    set_aside = max(0, peak - _resident_bytes())
+    return min(CPU_LIMIT_BYTES, int(CPU_FRACTION * max(0, available_bytes() - set_aside)))
+
+
+def available_bytes() -> int:
+    """Memory this process could still take: the machine's, or its container's if that is less."""
+    free = _meminfo("MemAvailable") or torch.iinfo(torch.int64).max
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        bound, taken = _number(limit), _number(used)
+        if bound is not None and taken is not None:
+            free = min(free, max(0, bound - taken))
+    return free
+
+
+def _reserve(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """One anonymous mapping cut into tensors, in huge pages where the system gives them.
+
+    Blocks are scattered: with 4 KiB pages each would cost TLB misses.
+    """
+    size = prod(shape) * dtype.itemsize
+    step = -(-size // _PAGE) * _PAGE
+    memory = mmap.mmap(-1, max(step * count, _PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return [
+        torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=i * step).view(shape)
+        for i in range(count)
+    ]
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def _meminfo(field: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def _number(path: str) -> int | None:
+    """The integer in a cgroup file; None where there is no such file or no limit ("max")."""
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return None

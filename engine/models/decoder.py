@@ -1,0 +1,83 @@
+"""The one decoder that all families share: weights in, hidden states and logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from ..attention.backend import Attention
+from ..batch import Batch
+from ..layers.elementwise import Elementwise
+from ..layers.linear import Linear, linear
+from .spec import ModelSpec
+
+Fetch = Callable[[str], Tensor]
+"""A tensor by its Hugging Face name, in the engine's dtype on the engine's device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block. Query, key and value are one matrix, gate and up another: fewer, larger multiplications."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """Pre-norm transformer over packed tokens. Knows nothing of sequences: attention does."""
+
+    def __init__(self, spec: ModelSpec, fetch: Fetch, ops: Elementwise) -> None:
+        self.spec, self._ops = spec, ops
+        self._embed = fetch("model.embed_tokens.weight")
+        self._layers = [_layer(spec, fetch, index) for index in range(spec.num_layers)]
+        self._norm = fetch("model.norm.weight")
+        self._head = linear(self._embed if spec.tied_embeddings else fetch("lm_head.weight"))
+
+    def forward(self, batch: Batch, attention: Attention) -> Tensor:
+        """Logits [wanted rows, vocab] of one step, in the engine's dtype; keys and values go to the cache."""
+        norm, silu_mul, eps = self._ops.rms_norm, self._ops.silu_mul, self.spec.norm_eps
+        attention.begin(batch)
+        residual = nnf.embedding(batch.tokens, self._embed)
+        last = len(self._layers) - 1
+        update: Tensor | None = None  # what the previous half-layer adds to the residual
+        for index, layer in enumerate(self._layers):
+            if update is None:
+                x = norm(residual, layer.input_norm, eps)
+            else:
+                x = norm(update, layer.input_norm, eps, residual)
+            x = attention.attend(index, layer.qkv(x), layer.q_norm, layer.k_norm)
+            if index == last and batch.wanted is not None:
+                x, residual = x[batch.wanted], residual[batch.wanted]  # nobody reads the other rows any more
+            x = norm(layer.output(x), layer.mlp_norm, eps, residual)
+            update = layer.down(silu_mul(layer.gate_up(x)))
+        assert update is not None, "a model without layers"
+        return self._head(norm(update, self._norm, eps, residual))
+
+
+def _layer(spec: ModelSpec, fetch: Fetch, index: int) -> Layer:
+    prefix = f"model.layers.{index}."
+
+    def joined(bias: bool, *names: str) -> Linear:
+        weight = torch.cat([fetch(f"{prefix}{name}.weight") for name in names])
+        return linear(weight, torch.cat([fetch(f"{prefix}{name}.bias") for name in names]) if bias else None)
+
+    return Layer(
+        input_norm=fetch(f"{prefix}input_layernorm.weight"),
+        qkv=joined(spec.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        q_norm=fetch(f"{prefix}self_attn.q_norm.weight") if spec.qk_norm else None,
+        k_norm=fetch(f"{prefix}self_attn.k_norm.weight") if spec.qk_norm else None,
+        output=joined(spec.output_bias, "self_attn.o_proj"),
+        mlp_norm=fetch(f"{prefix}post_attention_layernorm.weight"),
+        gate_up=joined(spec.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
+        down=joined(spec.mlp_bias, "mlp.down_proj"),
+    )

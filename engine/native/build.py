@@ -1,0 +1,147 @@
+"""Build the CPU kernels once per machine, compiler and source; find them again at the next start.
+
+The library is plain C over raw pointers, so that a build takes a few seconds. Concurrent starts agree through
+a file lock and an atomic rename: one builds, the others wait and load the same file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
+COMPILERS = ("g++", "c++", "clang++")
+BUILD_TIMEOUT_S = 180.0
+
+
+class BuildFailed(Exception):
+    """No kernel on this machine; the message says why. The caller falls back to torch."""
+
+
+def build(cache: Path) -> Path:
+    """The shared library for this machine, built now if ``cache`` does not hold it yet.
+
+    Raises BuildFailed: no compiler, a compiler error, or a cache that cannot be written or is not ours.
+    """
+    source = resources.files(__name__.rpartition(".")[0]).joinpath("kernels.cpp").read_bytes()
+    compiler = find_compiler()
+    target = _private(cache) / f"kernels-{key(source)}.so"
+    if target.exists():
+        return target
+    if compiler is None:
+        raise BuildFailed(
+            f"no C++ compiler ({', '.join(COMPILERS)}) on PATH and no kernel built earlier in {cache}"
+        )
+    with _locked(target.with_suffix(".lock")):
+        if not target.exists():  # another process may have built it while we waited
+            _compile(compiler, source, target)
+    return target
+
+
+def find_compiler() -> str | None:
+    """The first C++ compiler on PATH."""
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
+
+def key(source: bytes) -> str:
+    """What a built library depends on: source, flags, torch (its OpenMP), and the instructions of this CPU.
+
+    The compiler is left out: a machine without one may use what an image was shipped with.
+    """
+    digest = hashlib.sha256(source)
+    for part in (*FLAGS, torch.__version__, platform.machine(), _instructions()):
+        digest.update(b"\0" + part.encode())
+    return digest.hexdigest()[:20]
+
+
+def _instructions() -> str:
+    """The CPU's feature flags: -march=native means these, and they differ between hosts that share a home."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (" ".join(sorted(line.split()[2:])) for line in lines if line.startswith(("flags", "Features"))), ""
+    )
+
+
+def _private(cache: Path) -> Path:
+    """``cache``, created; refused if another user could put a library there."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        info = cache.stat()
+    except OSError as exc:
+        raise BuildFailed(f"kernel cache {cache} cannot be created: {exc}") from exc
+    if info.st_uid not in (os.getuid(), 0) or info.st_mode & 0o022:
+        raise BuildFailed(f"kernel cache {cache} can be written by others; make it yours alone (chmod go-w)")
+    return cache
+
+
+class _locked:  # noqa: N801  (used like a function)
+    """An exclusive lock on a file for the length of a with-block; the kernel drops it if we die."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        try:
+            self.fd = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as exc:
+            raise BuildFailed(f"kernel cache {self.path.parent} cannot be written: {exc}") from exc
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self.fd)
+
+
+def _compile(compiler: str, source: bytes, target: Path) -> None:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
+        cpp, so = Path(work, "kernels.cpp"), Path(work, "kernels.so")
+        cpp.write_bytes(source)
+        command = [compiler, *FLAGS, "-fopenmp", str(cpp), "-o", str(so)]
+        if runtime := _openmp_in_use():
+            # Share torch's thread pool: two OpenMP runtimes in one process would fight over the cores.
+            command = [compiler, *FLAGS, "-fopenmp", "-c", str(cpp), "-o", f"{so}.o"]
+            link = [compiler, "-shared", f"{so}.o", str(runtime), "-o", str(so), "-lm"]
+            _run(command)
+            command = link
+        _run(command)
+        so.replace(target)
+    log.info(
+        "kernel.built",
+        extra={"path": str(target), "compiler": compiler, "build_s": time.monotonic() - started},
+    )
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise BuildFailed(f"{command[0]} did not run to its end: {exc}") from exc
+    if done.returncode != 0:
+        raise BuildFailed(f"{command[0]} failed ({done.returncode}): {done.stderr[-2000:].strip()}")
+
+
+def _openmp_in_use() -> Path | None:
+    """The libgomp that torch has loaded into this process, if the system tells."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    return next((Path(line.split()[-1]) for line in lines if "libgomp" in line), None)

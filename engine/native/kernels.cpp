@@ -1,0 +1,515 @@
+// Gristmill's CPU kernels: norm, activation, rotary embedding with KV write, paged attention.
+//
+// Plain C functions over raw pointers: no torch headers, so that a build takes seconds on first use. Sixteen float
+// lanes are written as a GCC vector type, which the compiler maps to what the machine has (one AVX-512 register, two
+// AVX2, four SSE or NEON); only the bf16 dot product names an instruction. bf16 travels as uint16_t; every sum is fp32.
+//
+// KV layout, per (block, KV head), in groups of 16 tokens; D16 is head_dim rounded up to 16, padding is zero:
+//   bf16  K [D16/2][16 tokens][2 dims]    V [8 token pairs][D16][2 tokens]     (what a bf16 dot product eats)
+//   fp32  K [D16][16 tokens]              V [16 tokens][D16]
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using bf16 = uint16_t;
+constexpr int LANES = 16;
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+#if defined(__AVX512F__)
+constexpr int ROWS = 4;  // query rows of a micro-kernel: 16 accumulators of 32 registers
+#else
+constexpr int ROWS = 1;
+#endif
+constexpr int TILE_GROUPS = 4;                     // KV groups of 16 tokens looked at between two softmax updates
+constexpr int TILE = TILE_GROUPS * LANES;
+constexpr int MAX_ROWS = 64;                       // query rows of one work item, unless one token alone has more
+
+template <class V, class T> inline V load_as(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V, class T> inline void store_as(T* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline vf splat(float x) { return vf{} + x; }
+
+inline float widen(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline float widen(float x) { return x; }
+inline bf16 round_bf16(float x) {
+  uint32_t u; std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return bf16((u >> 16) | 0x40);        // NaN stays NaN
+  return bf16((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+template <class T> inline T narrow(float x) { if constexpr (std::is_same_v<T, bf16>) return round_bf16(x); else return x; }
+
+inline vf load(const float* p) { return load_as<vf>(p); }
+inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+inline void store(float* p, vf v) { store_as(p, v); }
+inline void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof h);
+#else
+  vu u = (vu)v, r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  r = (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : r;
+  store_as(p, __builtin_convertvector(r, vh));
+#endif
+}
+// The last, short vector of a row: missing lanes read as zero and are not written.
+template <class T> inline vf load_part(const T* p, int n) {
+  T t[LANES] = {};
+  std::memcpy(t, p, n * sizeof(T));
+  return load(t);
+}
+template <class T> inline void store_part(T* p, vf v, int n) {
+  T t[LANES];
+  store(t, v);
+  std::memcpy(p, t, n * sizeof(T));
+}
+template <class T, class F> inline void for_lanes(int n, F&& body) {          // body(offset, lanes)
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) body(i, LANES);
+  if (i < n) body(i, n - i);
+}
+template <class T> inline vf get(const T* p, int n) { return n == LANES ? load(p) : load_part(p, n); }
+template <class T> inline void put(T* p, vf v, int n) { n == LANES ? store(p, v) : store_part(p, v, n); }
+
+inline float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < LANES; i++) s += v[i];
+  return s;
+#endif
+}
+inline float largest(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float m = v[0];
+  for (int i = 1; i < LANES; i++) m = std::max(m, v[i]);
+  return m;
+#endif
+}
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// 2^x, relative error about 1e-7, for x clamped to +-126.
+inline vf exp2v(vf x) {
+  x = vmin(vmax(x, splat(-126.f)), splat(126.f));
+  const vf magic = splat(12582912.f);                                          // adding 1.5 * 2^23 rounds to integer
+  vf n = (x + magic) - magic, f = (x - n) * 0.69314718056f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.f;
+  return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+}
+constexpr float LOG2E = 1.44269504089f;
+
+// ---------------------------------------------------------------------------------------------------------- layers
+
+template <class T>
+void rms_norm_rows(T* out, const T* x, T* residual, const T* weight, int64_t rows, int n, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > 16384)
+  for (int64_t r = 0; r < rows; r++) {
+    const T* xr = x + r * n;
+    T* res = residual ? residual + r * n : nullptr;
+    vf square = {};
+    for_lanes<T>(n, [&](int i, int k) {
+      vf v = get(xr + i, k);
+      if (res) {
+        put(res + i, v + get(res + i, k), k);
+        v = get(res + i, k);                                                   // as stored: what later layers see
+      }
+      square += v * v;
+    });
+    float scale = 1.f / std::sqrt(sum(square) / n + eps);
+    const T* from = res ? res : xr;
+    for_lanes<T>(n, [&](int i, int k) { put(out + r * n + i, get(from + i, k) * scale * get(weight + i, k), k); });
+  }
+}
+
+template <class T> void silu_mul_rows(T* out, const T* x, int64_t rows, int n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > 16384)
+  for (int64_t r = 0; r < rows; r++) {
+    const T *gate = x + r * 2 * n, *up = gate + n;
+    for_lanes<T>(n, [&](int i, int k) {
+      vf g = get(gate + i, k);
+      put(out + r * n + i, g / (1.f + exp2v(g * -LOG2E)) * get(up + i, k), k);
+    });
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- shapes
+
+struct Shape {
+  int heads, kv_heads, dim, block, stride;                                     // stride: elements of one qkv row
+  int dim16() const { return (dim + 15) / 16 * 16; }
+  int group() const { return heads / kv_heads; }
+  size_t group_size() const { return size_t(dim16()) * LANES; }
+  // Where 16 tokens of one head live in K or V; token: any position of the group within the sequence.
+  size_t at(const int32_t* table, int head, int token) const {
+    return ((size_t(table[token / block]) * kv_heads + head) * (block / LANES) + token % block / LANES) * group_size();
+  }
+};
+
+inline void write_key(float* k, const float* x, const Shape& s, int lane) {
+  for (int d = 0; d < s.dim16(); d++) k[d * LANES + lane] = x[d];
+}
+inline void write_key(bf16* k, const float* x, const Shape& s, int lane) {
+  for (int d = 0; d < s.dim16(); d += 2) {
+    k[d * LANES + lane * 2] = round_bf16(x[d]);
+    k[d * LANES + lane * 2 + 1] = round_bf16(x[d + 1]);
+  }
+}
+inline void write_value(float* v, const float* x, const Shape& s, int lane) {
+  std::memcpy(v + size_t(lane) * s.dim16(), x, s.dim16() * sizeof(float));
+}
+inline void write_value(bf16* v, const bf16* x, const Shape& s, int lane) {
+  bf16* pair = v + size_t(lane / 2) * s.dim16() * 2 + lane % 2;
+  for (int d = 0; d < s.dim; d++) pair[2 * d] = x[d];
+  for (int d = s.dim; d < s.dim16(); d++) pair[2 * d] = 0;
+}
+
+// One head in fp32: optional RMS norm, then rotation of the two halves (cos, sin: dim/2 values each).
+template <class T>
+inline void norm_rotate(float* y, const T* x, const T* weight, float eps, const float* cos, const float* sin, int dim) {
+  const int half = dim / 2;
+  float scale = 1.f;
+  if (weight) {
+    float square = 0;
+    for (int d = 0; d < dim; d++) square += widen(x[d]) * widen(x[d]);
+    scale = 1.f / std::sqrt(square / dim + eps);
+  }
+  for (int d = 0; d < half; d++) {
+    float a = widen(x[d]), b = widen(x[d + half]);
+    if (weight) a = a * scale * widen(weight[d]), b = b * scale * widen(weight[d + half]);
+    y[d] = a * cos[d] - b * sin[d];
+    y[d + half] = b * cos[d] + a * sin[d];
+  }
+}
+
+template <class T>
+void rope_store_rows(T* qkv, T* keys, T* values, const int64_t* slots, const int64_t* positions, const float* cos,
+                     const float* sin, const T* q_norm, const T* k_norm, float eps, int64_t rows, const Shape& s,
+                     int threads) {
+  const int half = s.dim / 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 3)
+  for (int64_t r = 0; r < rows; r++) {
+    float y[1024] = {};                                                        // dim <= 1024: checked by the caller
+    const float *c = cos + positions[r] * half, *n = sin + positions[r] * half;
+    T* row = qkv + r * s.stride;
+    for (int h = 0; h < s.heads; h++) {
+      T* q = row + h * s.dim;
+      norm_rotate(y, q, q_norm, eps, c, n, s.dim);
+      for_lanes<T>(s.dim, [&](int i, int k) { put(q + i, load(y + i), k); });
+    }
+    const int32_t block = int32_t(slots[r] / s.block);
+    const int token = int(slots[r] % s.block);
+    for (int h = 0; h < s.kv_heads; h++) {
+      const T *k = row + (s.heads + h) * s.dim, *v = k + s.kv_heads * s.dim;
+      const size_t at = s.at(&block, h, token);
+      norm_rotate(y, k, k_norm, eps, c, n, s.dim);
+      std::fill(y + s.dim, y + s.dim16(), 0.f);
+      write_key(keys + at, y, s, token % LANES);
+      if constexpr (std::is_same_v<T, float>) {
+        std::memcpy(y, v, s.dim * sizeof(float));
+        write_value(values + at, y, s, token % LANES);
+      } else {
+        write_value(values + at, v, s, token % LANES);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- attention
+
+inline vf dot_pair(vf c, const bf16* k, uint32_t q) {                           // c[lane] += k[lane] . q, two dims
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_loadu_si512(k), (__m512bh)_mm512_set1_epi32(int(q)));
+#else
+  vu w = load_as<vu>(k);
+  return c + (vf)(w << 16) * widen(bf16(q)) + (vf)(w & 0xffff0000u) * widen(bf16(q >> 16));
+#endif
+}
+inline vf dot_pair(vf c, vu w, uint32_t q) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512i)w, (__m512bh)_mm512_set1_epi32(int(q)));
+#else
+  return c + (vf)(w << 16) * widen(bf16(q)) + (vf)(w & 0xffff0000u) * widen(bf16(q >> 16));
+#endif
+}
+template <class T> inline uint32_t pair_at(const T* p) { uint32_t w; std::memcpy(&w, p, 4); return w; }
+
+// Scores of R query rows against N groups of keys: out[r * TILE_GROUPS + g] = 16 dot products.
+template <int R, int N>
+inline void scores(const bf16* q, size_t q_stride, const bf16* const* keys, int dim16, vf* out) {
+  vf s[R][N] = {};
+  for (int d = 0; d < dim16 / 2; d++)
+    for (int r = 0; r < R; r++) {
+      const uint32_t w = pair_at(q + r * q_stride + 2 * d);
+      for (int g = 0; g < N; g++) s[r][g] = dot_pair(s[r][g], keys[g] + d * 32, w);
+    }
+  for (int r = 0; r < R; r++)
+    for (int g = 0; g < N; g++) out[r * TILE_GROUPS + g] = s[r][g];
+}
+template <int R, int N>
+inline void scores(const float* q, size_t q_stride, const float* const* keys, int dim16, vf* out) {
+  vf s[R][N] = {};
+  for (int d = 0; d < dim16; d++)
+    for (int r = 0; r < R; r++)
+      for (int g = 0; g < N; g++) s[r][g] += load(keys[g] + d * 16) * q[r * q_stride + d];
+  for (int r = 0; r < R; r++)
+    for (int g = 0; g < N; g++) out[r * TILE_GROUPS + g] = s[r][g];
+}
+
+// acc[r][0 .. 16N) = acc * fade[r] + sum over `count` tokens of p[r][token] * value[token], for N vectors of dims.
+template <int R, int N>
+inline void weighted(const bf16* p, const bf16* const* values, int count, int dim16, const float* fade, float* acc) {
+  vf a[R][N];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16) * fade[r];
+  for (int t = 0; t < count; t += 2) {
+    const bf16* row = values[t / LANES] + size_t(t % LANES / 2) * dim16 * 2;
+    vu v[N];
+    for (int i = 0; i < N; i++) v[i] = load_as<vu>(row + i * 32);
+    if (t + 1 == count)                                                        // the partner was never written
+      for (int i = 0; i < N; i++) v[i] &= 0xffffu;
+    for (int r = 0; r < R; r++) {
+      const uint32_t w = pair_at(p + r * TILE + t);
+      for (int i = 0; i < N; i++) a[r][i] = dot_pair(a[r][i], v[i], w);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < N; i++) store(acc + r * dim16 + i * 16, a[r][i]);
+}
+template <int R, int N>
+inline void weighted(const float* p, const float* const* values, int count, int dim16, const float* fade, float* acc) {
+  vf a[R][N];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16) * fade[r];
+  for (int t = 0; t < count; t++) {
+    const float* row = values[t / LANES] + size_t(t % LANES) * dim16;
+    for (int i = 0; i < N; i++) {
+      vf v = load(row + i * 16);
+      for (int r = 0; r < R; r++) a[r][i] += v * p[r * TILE + t];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < N; i++) store(acc + r * dim16 + i * 16, a[r][i]);
+}
+
+// The running softmax of the query rows of one work item.
+template <class T> struct Rows {
+  std::vector<T> q;                                                            // [rows][dim16], zero padded
+  std::vector<float> acc, m, l;                                                // [rows][dim16], [rows], [rows][16]
+  std::vector<int> first, limit;                                               // keys seen: first <= position < limit
+  void reset(int rows, int dim16) {
+    q.assign(size_t(rows) * dim16, T(0));
+    acc.assign(size_t(rows) * dim16, 0.f);
+    m.assign(rows, -1e30f);
+    l.assign(size_t(rows) * LANES, 0.f);
+    first.resize(rows);
+    limit.resize(rows);
+  }
+};
+
+// One tile of at most 64 keys starting at `start`, for rows [r0, r0 + R).
+template <class T, int R>
+inline void tile_step(Rows<T>& s, int r0, int start, int end, const T* const* keys, const T* const* values,
+                      int dim16, float scale) {
+  int low = s.first[r0], high = 0;
+  for (int r = r0; r < r0 + R; r++) low = std::min(low, s.first[r]), high = std::max(high, s.limit[r]);
+  high = std::min(high, end);
+  if (high <= start || low >= start + TILE) return;
+  const int count = std::min(TILE, high - start), groups = (count + LANES - 1) / LANES;
+  vf dots[R][TILE_GROUPS];
+  if (groups == TILE_GROUPS)
+    scores<R, TILE_GROUPS>(s.q.data() + size_t(r0) * dim16, dim16, keys, dim16, dots[0]);
+  else
+    for (int g = 0; g < groups; g++)
+      scores<R, 1>(s.q.data() + size_t(r0) * dim16, dim16, keys + g, dim16, dots[0] + g);
+  alignas(64) T p[R * TILE];
+  float fade[R];
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int r = 0; r < R; r++) {
+    const int limit = std::min(s.limit[r0 + r], end) - start, first = s.first[r0 + r] - start;
+    vf top = splat(-1e30f);
+    for (int g = 0; g < groups; g++) {
+      vi at = lane + g * LANES;
+      dots[r][g] = (at < limit) & (at >= first) ? dots[r][g] * scale : splat(-1e30f);
+      top = vmax(top, dots[r][g]);
+    }
+    const float old = s.m[r0 + r], m = std::max(old, largest(top));
+    fade[r] = exp2v(splat(old - m))[0];
+    s.m[r0 + r] = m;
+    vf total = load(s.l.data() + size_t(r0 + r) * LANES) * fade[r];
+    for (int g = 0; g < groups; g++) {
+      vf e = dots[r][g] > -1e29f ? exp2v(dots[r][g] - m) : vf{};
+      total += e;
+      store(p + r * TILE + g * LANES, e);
+    }
+    store(s.l.data() + size_t(r0 + r) * LANES, total);
+  }
+  float* acc = s.acc.data() + size_t(r0) * dim16;
+  int d = 0;
+  const T* shifted[TILE_GROUPS];
+  const int pair = std::is_same_v<T, bf16> ? 2 : 1;
+  auto at = [&](int dims) {
+    for (int g = 0; g < groups; g++) shifted[g] = values[g] + dims * pair;
+    return shifted;
+  };
+  for (; d + 64 <= dim16; d += 64) weighted<R, 4>(p, at(d), count, dim16, fade, acc + d);
+  for (; d + 32 <= dim16; d += 32) weighted<R, 2>(p, at(d), count, dim16, fade, acc + d);
+  for (; d + 16 <= dim16; d += 16) weighted<R, 1>(p, at(d), count, dim16, fade, acc + d);
+}
+
+struct Item { int32_t row, count, position, table, begin, end, part; };         // see attention/native_backend.py
+struct Merge { int32_t row, part, parts; };
+
+template <class T> struct Call {
+  const T *qkv, *keys, *values;
+  T* out;
+  const int32_t* tables;
+  float* scratch;                                                              // [parts][heads][dim16 + 2]
+  int table_width, window;
+  float scale;
+  Shape s;
+};
+
+template <class T> void run_item(const Call<T>& c, const Item& it, int head, Rows<T>& rows) {
+  const Shape& s = c.s;
+  const int dim16 = s.dim16(), group = s.group(), n = it.count * group;
+  rows.reset(n, dim16);
+  for (int t = 0; t < it.count; t++)
+    for (int g = 0; g < group; g++) {
+      const int r = t * group + g;
+      std::memcpy(rows.q.data() + size_t(r) * dim16, c.qkv + size_t(it.row + t) * s.stride + (head * group + g) * s.dim,
+                  s.dim * sizeof(T));
+      rows.limit[r] = it.position + t + 1;
+      rows.first[r] = c.window > 0 ? std::max(0, rows.limit[r] - c.window) : 0;
+    }
+  const int32_t* table = c.tables + size_t(it.table) * c.table_width;
+  const int end = std::min<int>(it.end, it.position + it.count);
+  for (int start = std::max<int>(it.begin, rows.first[0] / TILE * TILE); start < end; start += TILE) {
+    const T *keys[TILE_GROUPS], *values[TILE_GROUPS];
+    for (int g = 0; g < TILE_GROUPS; g++) {
+      const size_t at = s.at(table, head, std::min(start + g * LANES, end - 1));
+      keys[g] = c.keys + at;
+      values[g] = c.values + at;
+    }
+    int r = 0;
+    if constexpr (ROWS == 4) {
+      for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, end, keys, values, dim16, c.scale);
+      if (n - r == 3) tile_step<T, 3>(rows, r, start, end, keys, values, dim16, c.scale), r += 3;
+      if (n - r == 2) tile_step<T, 2>(rows, r, start, end, keys, values, dim16, c.scale), r += 2;
+    }
+    for (; r < n; r++) tile_step<T, 1>(rows, r, start, end, keys, values, dim16, c.scale);
+  }
+  for (int t = 0; t < it.count; t++)
+    for (int g = 0; g < group; g++) {
+      const int r = t * group + g, h = head * group + g;
+      const float l = sum(load(rows.l.data() + size_t(r) * LANES));
+      const float* acc = rows.acc.data() + size_t(r) * dim16;
+      if (it.part < 0) {
+        T* out = c.out + (size_t(it.row + t) * s.heads + h) * s.dim;
+        for_lanes<T>(s.dim, [&](int i, int k) { put(out + i, load(acc + i) / l, k); });
+      } else {
+        float* part = c.scratch + (size_t(it.part) * s.heads + h) * (dim16 + 2);
+        part[0] = rows.m[r], part[1] = l;
+        std::memcpy(part + 2, acc, dim16 * sizeof(float));
+      }
+    }
+}
+
+template <class T> void run_merge(const Call<T>& c, const Merge& g, int h) {
+  const Shape& s = c.s;
+  const size_t size = s.dim16() + 2, step = size * s.heads;
+  const float* first = c.scratch + (size_t(g.part) * s.heads + h) * size;
+  float m = -1e30f, l = 0;
+  for (int p = 0; p < g.parts; p++) m = std::max(m, first[p * step]);
+  for (int p = 0; p < g.parts; p++) l += exp2f(first[p * step] - m) * first[p * step + 1];
+  T* out = c.out + (size_t(g.row) * s.heads + h) * s.dim;
+  for (int d = 0; d < s.dim; d++) {
+    float x = 0;
+    for (int p = 0; p < g.parts; p++) x += exp2f(first[p * step] - m) * first[p * step + 2 + d];
+    out[d] = narrow<T>(x / l);
+  }
+}
+
+template <class T>
+void attend_all(const Call<T>& c, const Item* items, int n_items, const Merge* merges, int n_merges, int threads) {
+  const int n = n_items * c.s.kv_heads;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Rows<T> rows;
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < n; i++) run_item(c, items[i / c.s.kv_heads], i % c.s.kv_heads, rows);
+#pragma omp for schedule(static)
+    for (int i = 0; i < n_merges * c.s.heads; i++) run_merge(c, merges[i / c.s.heads], i % c.s.heads);
+  }
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------- what Python calls
+// `wide` selects fp32 over bf16. Pointers that may be null: residual, q_norm, k_norm, merges, scratch.
+extern "C" {
+
+int gm_lanes() { return LANES; }
+
+void gm_rms_norm(int wide, void* out, const void* x, void* residual, const void* weight, int64_t rows, int n, float eps,
+                 int threads) {
+  if (wide)
+    rms_norm_rows((float*)out, (const float*)x, (float*)residual, (const float*)weight, rows, n, eps, threads);
+  else
+    rms_norm_rows((bf16*)out, (const bf16*)x, (bf16*)residual, (const bf16*)weight, rows, n, eps, threads);
+}
+
+void gm_silu_mul(int wide, void* out, const void* x, int64_t rows, int n, int threads) {
+  if (wide)
+    silu_mul_rows((float*)out, (const float*)x, rows, n, threads);
+  else
+    silu_mul_rows((bf16*)out, (const bf16*)x, rows, n, threads);
+}
+
+void gm_rope_store(int wide, void* qkv, void* keys, void* values, const int64_t* slots, const int64_t* positions,
+                   const float* cos, const float* sin, const void* q_norm, const void* k_norm, float eps, int64_t rows,
+                   int heads, int kv_heads, int dim, int block, int threads) {
+  const Shape s{heads, kv_heads, dim, block, (heads + 2 * kv_heads) * dim};
+  if (wide)
+    rope_store_rows((float*)qkv, (float*)keys, (float*)values, slots, positions, cos, sin, (const float*)q_norm,
+                    (const float*)k_norm, eps, rows, s, threads);
+  else
+    rope_store_rows((bf16*)qkv, (bf16*)keys, (bf16*)values, slots, positions, cos, sin, (const bf16*)q_norm,
+                    (const bf16*)k_norm, eps, rows, s, threads);
+}
+
+void gm_attend(int wide, void* out, const void* qkv, const void* keys, const void* values, const int32_t* items,
+               int n_items, const int32_t* merges, int n_merges, const int32_t* tables, int table_width, float* scratch,
+               int window, float scale, int heads, int kv_heads, int dim, int block, int threads) {
+  const Shape s{heads, kv_heads, dim, block, (heads + 2 * kv_heads) * dim};
+  if (wide) {
+    Call<float> c{(const float*)qkv, (const float*)keys, (const float*)values, (float*)out, tables, scratch,
+                  table_width, window, scale * LOG2E, s};
+    attend_all(c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
+  } else {
+    Call<bf16> c{(const bf16*)qkv, (const bf16*)keys, (const bf16*)values, (bf16*)out, tables, scratch,
+                 table_width, window, scale * LOG2E, s};
+    attend_all(c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
+  }
+}
+
+}  // extern "C"

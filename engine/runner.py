@@ -1,0 +1,246 @@
+"""StepPlan → packed tensors → logits. Owns the model, the KV tensors and the device."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..schemas.errors import Misconfigured
+from ..schemas.settings import default_home
+from .attention.backend import Attention
+from .attention.native_backend import NativeAttention
+from .attention.torch_backend import TorchAttention
+from .batch import Piece, pack
+from .kv_cache import KVCache, block_bytes, spare_bytes
+from .layers.elementwise import Elementwise, TorchElementwise
+from .models.config import Config
+from .models.decoder import Decoder
+from .models.families import from_hf
+from .models.spec import ModelSpec
+from .native.library import MAX_HEAD_DIM, Library, load
+from .settings import EngineSettings
+from .weights import Checkpoint, expected_tensors
+
+log = logging.getLogger(__name__)
+
+CPU_STEP_TOKENS = 512
+CUDA_STEP_TOKENS = 8192
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Plan(Protocol):
+    """What ``forward`` reads of a StepPlan."""
+
+    @property
+    def work(self) -> Sequence[Piece]: ...
+
+
+class Runner:
+    """Loads a model and runs steps of it. One thread only.
+
+    ``num_blocks`` and ``max_model_len`` are known after construction: the constructor runs the largest step
+    and gives what memory is left to the KV cache.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Raises ModelNotFound, ModelInvalid, Misconfigured (a knob that cannot work here)."""
+        self.load_s: dict[str, float] = {}
+        self.device = _device(settings)
+        if settings.num_threads and self.device.type == "cpu":
+            torch.set_num_threads(settings.num_threads)
+        with self._timed("open"):
+            directory = Path(settings.model)
+            self.spec: ModelSpec = from_hf(Config.load(directory))
+            checkpoint = Checkpoint(directory)
+            checkpoint.verify(expected_tensors(self.spec), tied=self.spec.tied_embeddings)
+        self.dtype = _dtype(settings, self.device)
+        self.block_size = settings.kv_block_size
+        self.max_model_len = _max_model_len(settings, self.spec)
+        self.step_tokens = _step_tokens(settings, self.device)
+        with self._timed("kernels"):
+            library = self._library(settings)
+            self._attention = self._backend(settings, library)
+        with self._timed("weights"), torch.inference_mode():
+            ops: Elementwise = library or TorchElementwise()
+            self._decoder = Decoder(
+                self.spec, partial(checkpoint.tensor, dtype=self.dtype, device=self.device), ops
+            )
+        with self._timed("warm_up"):
+            self.num_blocks = self._warm_up(settings)
+            self._use_cache(self.num_blocks)
+        log.info("runner.ready", extra=self._summary())
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self.spec.eos_token_ids
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention backend in use."""
+        return self._attention.name
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @torch.inference_mode()
+    def forward(self, plan: Plan) -> Tensor:
+        """Run one step and return logits [rows, vocab] in the engine's dtype.
+
+        One row for each work that reaches its sequence's end, in plan order; the sequences are not changed.
+        """
+        assert plan.work, "an empty plan"
+        return self._decoder.forward(pack(plan.work, self.block_size, self.device), self._attention)
+
+    def _library(self, settings: EngineSettings) -> Library | None:
+        if self.device.type != "cpu" or settings.attention == "torch":
+            return None
+        reason = None
+        if self.spec.head_dim > MAX_HEAD_DIM:
+            reason = f"head_dim {self.spec.head_dim} is above {MAX_HEAD_DIM}"
+        elif self.block_size % 16:
+            reason = f"kv_block_size {self.block_size} is no multiple of 16"
+        if reason:
+            log.warning("kernel.unavailable", extra={"reason": reason})
+            return None
+        cache = settings.kernel_cache or default_home() / "kernels"
+        return load(cache, self.dtype, torch.get_num_threads())
+
+    def _backend(self, settings: EngineSettings, library: Library | None) -> Attention:
+        if library:
+            return NativeAttention(self.spec, self.block_size, self.max_model_len, library)
+        if settings.attention == "cpu":
+            raise Misconfigured(
+                "attention=cpu needs a CPU, float32 or bfloat16, kv_block_size a multiple of 16, and a C++ "
+                "compiler or a kernel built earlier; the log event kernel.unavailable says what is missing. "
+                "attention=auto falls back to torch"
+            )
+        return TorchAttention(self.spec, self.block_size, self.max_model_len, self.device)
+
+    def _warm_up(self, settings: EngineSettings) -> int:
+        """Run the largest step this engine can be asked for, then count the blocks that fit beside it."""
+        work = _largest_step(self.step_tokens, settings.max_num_seqs, self.max_model_len, self.block_size)
+        self._use_cache(1 + max(max(piece.seq.block_table) for piece in work))
+        try:
+            self.forward(_WarmUp(work))
+        except torch.OutOfMemoryError as exc:
+            raise Misconfigured(
+                f"a step of {self.step_tokens} tokens does not fit this device's memory; "
+                f"lower max_batch_prefill_tokens or max_num_seqs: {exc}"
+            ) from exc
+        size = block_bytes(self.spec.num_layers, self._attention.block_shape(), self.dtype)
+        per_sequence = -(-self.max_model_len // self.block_size)
+        useful = settings.max_num_seqs * per_sequence
+        if settings.max_batch_total_tokens:
+            blocks = min(useful, settings.max_batch_total_tokens // self.block_size)
+        else:
+            blocks = min(useful, spare_bytes(self.device, settings.memory_fraction) // size)
+        if blocks < 1:
+            raise Misconfigured(
+                f"no memory is left for the KV cache (a block is {size:,} bytes); "
+                "use a smaller model, lower max_batch_prefill_tokens, or raise memory_fraction"
+            )
+        if blocks < per_sequence:  # one sequence alone must fit, or it could never finish
+            self.max_model_len = blocks * self.block_size
+            log.warning(
+                "runner.context_shortened", extra={"max_model_len": self.max_model_len, "blocks": blocks}
+            )
+        return blocks
+
+    def _use_cache(self, num_blocks: int) -> None:
+        shape = self._attention.block_shape()
+        self._cache = KVCache.allocate(self.spec.num_layers, num_blocks, shape, self.dtype, self.device)
+        self._attention.use(self._cache)
+
+    def _summary(self) -> dict[str, object]:
+        return {
+            "family": self.spec.family,
+            "dtype": self.dtype_name,
+            "device": self.device.type,
+            "attention": self.attention,
+            "num_blocks": self.num_blocks,
+            "max_model_len": self.max_model_len,
+            "load_s": self.load_s,
+        }
+
+    @contextmanager
+    def _timed(self, phase: str) -> Generator[None]:
+        started = time.monotonic()
+        yield
+        self.load_s[phase] = time.monotonic() - started
+
+
+@dataclass(frozen=True, slots=True)
+class _Dummy:
+    """A sequence of the warm-up: all its tokens are zeros."""
+
+    tokens: list[int]
+    block_table: list[int]
+    computed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _DummyWork:
+    seq: _Dummy
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _WarmUp:
+    work: list[_DummyWork]
+
+
+def _largest_step(budget: int, max_seqs: int, max_len: int, block_size: int) -> list[_DummyWork]:
+    """``budget`` tokens over as many sequences as may run: the longest prefill, and a logits row of each.
+
+    All share the same blocks: what is computed does not matter, only how much.
+    """
+    counts = [1] * min(max_seqs, budget)
+    left = budget - len(counts)
+    for i in range(len(counts)):
+        more = min(left, max_len - 1)
+        counts[i], left = counts[i] + more, left - more
+    return [_DummyWork(_Dummy([0] * n, list(range(-(-n // block_size)))), n) for n in counts]
+
+
+def _device(settings: EngineSettings) -> torch.device:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise Misconfigured(
+            "device=cuda, and torch sees no CUDA device; use device=auto or install a CUDA torch"
+        )
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32  # pyright: ignore
+
+
+def _max_model_len(settings: EngineSettings, spec: ModelSpec) -> int:
+    wanted = settings.max_total_tokens or spec.max_positions
+    if wanted > spec.max_positions:
+        raise Misconfigured(
+            f"max_total_tokens is {wanted:,} and the model has {spec.max_positions:,} positions; lower it"
+        )
+    return wanted
+
+
+def _step_tokens(settings: EngineSettings, device: torch.device) -> int:
+    """The token budget of a step; at least one token for each sequence that may run."""
+    if settings.max_batch_prefill_tokens:
+        return settings.max_batch_prefill_tokens
+    return max(settings.max_num_seqs, CUDA_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS)

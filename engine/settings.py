@@ -1,0 +1,55 @@
+"""What the engine may be told. The worker fills these in from flags and ``GRISTMILL_*``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class EngineSettings(BaseModel):
+    """Knobs of one engine. Frozen. None means: decided from the model and the machine at start-up.
+
+    The names are the ones users know from other servers; sizes are in tokens.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """A model directory: config.json, safetensors, tokenizer.json."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: DType = "auto"
+    """auto: bfloat16 where the hardware multiplies it, otherwise float16 (CUDA) or float32 (CPU)."""
+    quantize: None = None
+    attention: Literal["auto", "cpu", "torch"] = "auto"
+    """auto: the native kernel on a CPU with a C++ compiler, or one built earlier; otherwise torch."""
+
+    max_num_seqs: PositiveInt = 128
+    """Sequences that run together."""
+    max_batch_prefill_tokens: PositiveInt | None = None
+    """Token budget of one step, decode included. None: 512 on CPU, 8,192 on CUDA."""
+    max_total_tokens: PositiveInt | None = None
+    """Prompt + output of one sequence. None: what the model was trained for."""
+    max_batch_total_tokens: PositiveInt | None = None
+    """Tokens in the KV cache, all sequences together. None: as many as the memory warm-up says."""
+    kv_block_size: PositiveInt = 16
+    memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
+    """CUDA only: the part of the card's memory that weights, activations and KV cache may take together."""
+
+    num_threads: PositiveInt | None = None
+    """CPU threads. None: as torch chooses (one per physical core it may use)."""
+    kernel_cache: Path | None = None
+    """Where built kernels are kept. None: ``kernels`` under the Gristmill home."""
+
+    @model_validator(mode="after")
+    def _every_sequence_gets_a_token(self) -> Self:
+        budget = self.max_batch_prefill_tokens
+        if budget is not None and self.max_num_seqs > budget:
+            raise ValueError(
+                f"max_num_seqs ({self.max_num_seqs}) must not exceed max_batch_prefill_tokens ({budget}): "
+                "a step could not feed one token to each running sequence"
+            )
+        return self
