@@ -1,0 +1,124 @@
+"""The engine process: ``python -m gristmill.engine FD``, started by ``EngineProcess`` and by nobody else.
+
+Two threads. The reader takes commands off the socket as they come, so that a step keeps no consumer waiting,
+and ends the process at once when the consumer is gone. The main thread steps while there is work and blocks
+while there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+import torch
+
+from ..schemas.errors import BadInput, GristmillError
+from . import pipe
+from .engine import Engine
+from .messages import Abort, Add, Failed, Output, Ready, Report, Step, Stop
+from .settings import EngineSettings
+
+log = logging.getLogger(__name__)
+
+MAX_QUEUED_COMMANDS = 1024
+"""Beyond this the reader pauses and, a socket buffer later, so does the consumer's ``add``."""
+CONSUMER_GONE = 3
+"""Exit status when the consumer closed its end: nothing is left to do, and nobody to tell."""
+CHECK_AFTER_IDLE_S = 0.5
+"""The books are checked once the engine has been idle for so long, so that no request waits for it."""
+
+Commands = queue.Queue[Add | Abort | Stop]
+
+
+def main() -> None:
+    """Load, say Ready, serve until Stop. Exit status 0, or that of the error tree after a Failed."""
+    logging.basicConfig(format="engine[%(process)d] %(levelname)s %(name)s: %(message)s")
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    settings = EngineSettings.model_validate_json(sys.stdin.buffer.read())
+    commands: Commands = queue.Queue(MAX_QUEUED_COMMANDS)
+    threading.Thread(target=_read, args=(sock, commands), name="reader", daemon=True).start()
+    try:
+        engine = Engine(settings)
+        _send(sock, Ready(engine.info))
+        serve(engine, sock, commands)
+    except Exception as exc:  # the process's edge: whatever it is, the consumer is told
+        failed, status = _explain(exc)
+        log.error("engine.failed", extra={"code": failed.code}, exc_info=status == 1)
+        _send(sock, failed)
+        sys.exit(status)
+
+
+def serve(engine: Engine, sock: socket.socket, commands: Commands) -> None:
+    """Obey and step until Stop. One Step message a step, whether or not anything came out of it."""
+    while True:
+        outputs: list[Output] = []
+        for command in _take(commands, engine):
+            if isinstance(command, Stop):
+                return
+            outputs += _add(engine, command) if isinstance(command, Add) else _abort(engine, command)
+        outputs += engine.step()
+        _send(sock, Step(outputs, engine.stats))
+
+
+def _take(commands: Commands, engine: Engine) -> Iterator[Add | Abort | Stop]:
+    """What has arrived; while the engine has no work, wait for something to arrive."""
+    if not engine.has_work:
+        try:
+            yield commands.get(timeout=CHECK_AFTER_IDLE_S)
+        except queue.Empty:
+            engine.check()
+            yield commands.get()
+    for _ in range(commands.qsize()):
+        yield commands.get_nowait()
+
+
+def _add(engine: Engine, command: Add) -> Iterator[Output]:
+    """Take requests in; one that cannot be run is answered, and the others do not notice."""
+    for request in command.requests:
+        try:
+            engine.add(request)
+        except BadInput as exc:
+            yield Output(id=request.id, token_ids=[], finish="error", error_code=exc.code, error=exc.message)
+
+
+def _abort(engine: Engine, command: Abort) -> Iterator[Output]:
+    for request_id in command.ids:
+        if engine.abort(request_id):
+            yield Output(id=request_id, token_ids=[], finish="abort")
+
+
+def _read(sock: socket.socket, commands: Commands) -> NoReturn:
+    """Commands into the queue until the consumer is gone, dead or alive; then nobody wants this process."""
+    try:
+        for message in pipe.read(sock):
+            assert isinstance(message, Add | Abort | Stop), f"not a command: {type(message).__name__}"
+            commands.put(message)
+    except (OSError, pipe.BrokenFrame, AssertionError):
+        log.exception("engine.pipe_broken")
+    os._exit(CONSUMER_GONE)
+
+
+def _send(sock: socket.socket, message: Report) -> None:
+    """Blocks while the consumer does not read: a slow consumer slows the engine instead of filling memory."""
+    try:
+        sock.sendall(pipe.encode(message))
+    except OSError:
+        os._exit(CONSUMER_GONE)
+
+
+def _explain(exc: Exception) -> tuple[Failed, int]:
+    """The last message, and the exit status."""
+    if isinstance(exc, GristmillError):
+        return Failed(exc.code, exc.message), exc.exit_code
+    code = "out_of_memory" if isinstance(exc, MemoryError | torch.OutOfMemoryError) else "engine_failed"
+    return Failed(code, f"{type(exc).__name__}: {exc}"), 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Engine: START HERE. ``add`` requests, ``step`` until nothing is left: plan -> run -> sample -> record."""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+from ..schemas.errors import InvalidRequest, PromptTooLong
+from .block_pool import BlockPool
+from .messages import EngineInfo, Finish, Output, Request, Stats
+from .runner import Runner
+from .sampler import Sampler
+from .scheduler import Scheduler, StepPlan
+from .sequence import Sequence
+from .settings import EngineSettings
+
+BAD_LOGITS = "invalid_logits"
+"""Error code of a sequence whose logits were not numbers: a model or a kernel is broken for this input."""
+
+
+class Engine:
+    """Token ids in, token ids out; synchronous, one thread only.
+
+    Every request that ``add`` accepted ends in exactly one output with ``finish``, unless it is aborted.
+    What it generates depends on the request alone, not on who else is in the engine.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Load the model. Raises ModelNotFound, ModelInvalid, Misconfigured."""
+        started = time.monotonic()
+        self._runner = runner = Runner(settings)
+        self._max_num_seqs = settings.max_num_seqs
+        self._scheduler = Scheduler(
+            BlockPool(runner.num_blocks),
+            block_size=runner.block_size,
+            step_tokens=runner.step_tokens,
+            max_num_seqs=settings.max_num_seqs,
+        )
+        self._sampler = Sampler(runner.spec.vocab_size, runner.device)
+        self._seqs: dict[str, Sequence] = {}
+        self._number = 0
+        self._ended: list[Output] = []
+        self._step_s, self._step_tokens = 0.0, 0
+        self._load_s = {**runner.load_s, "total": time.monotonic() - started}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return bool(self._seqs or self._ended)
+
+    @property
+    def info(self) -> EngineInfo:
+        runner = self._runner
+        return EngineInfo(
+            vocab_size=runner.spec.vocab_size,
+            max_model_len=runner.max_model_len,
+            num_blocks=runner.num_blocks,
+            block_size=runner.block_size,
+            max_num_seqs=self._scheduler.max_running,
+            step_tokens=runner.step_tokens,
+            dtype=runner.dtype_name,
+            attention=runner.attention,
+            eos_token_ids=list(runner.eos_token_ids),
+            load_s=self._load_s,
+        )
+
+    @property
+    def stats(self) -> Stats:
+        scheduler = self._scheduler
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            free_blocks=scheduler.pool.free,
+            total_blocks=scheduler.pool.capacity,
+            preemptions=scheduler.preemptions,
+            step_s=self._step_s,
+            tokens=self._step_tokens,
+        )
+
+    def add(self, request: Request) -> None:
+        """Take ``request`` in; its tokens come out of later steps.
+
+        Raises PromptTooLong, or InvalidRequest for anything else that cannot be run. Nothing is changed then.
+        """
+        self._validate(request)
+        seq = Sequence(
+            request,
+            limit=min(len(request.prompt_ids) + request.max_tokens, self._runner.max_model_len),
+            end_ids=self._end_ids(request),
+            number=self._number,
+        )
+        if len(seq.tokens) >= seq.limit:  # an earlier attempt did all the work but did not get to say so
+            self._ended.append(Output(id=request.id, token_ids=[], finish="length"))
+            return
+        self._scheduler.add(seq)
+        self._seqs[request.id] = seq
+        self._number += 1
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request and free its blocks; nothing more comes out of it. False: it is not here."""
+        seq = self._seqs.pop(request_id, None)
+        if seq is None:
+            return False
+        self._scheduler.remove(seq)
+        return True
+
+    def step(self) -> list[Output]:
+        """Feed the model once and return what came out of it, at most one output a request.
+
+        Raises whatever the model raises: then the engine is broken and wants to be made anew.
+        """
+        started = time.monotonic()
+        outputs, self._ended = self._ended, []
+        if self._scheduler.has_work:
+            plan = self._scheduler.plan()
+            outputs += self._run(plan)
+            self._step_tokens = plan.tokens
+        else:
+            self._step_tokens = 0
+        self._step_s = time.monotonic() - started
+        return outputs
+
+    def check(self) -> None:
+        """Raise AssertionError unless all books balance. Between steps only. O(blocks)."""
+        self._scheduler.check()
+        queued = {seq.id for seq in (*self._scheduler.running, *self._scheduler.waiting)}
+        assert queued == set(self._seqs), f"lost or unknown: {sorted(queued ^ set(self._seqs))}"
+
+    def _run(self, plan: StepPlan) -> list[Output]:
+        logits = self._runner.forward(plan)
+        sampling = [work.seq for work in plan.work if work.samples]
+        self._scheduler.advance(plan)
+        tokens = self._sample(logits, sampling)
+        return [self._record(seq, token) for seq, token in zip(sampling, tokens, strict=True)]
+
+    def _sample(self, logits: Tensor, seqs: list[Sequence]) -> list[int | None]:
+        return self._sampler.sample(logits, seqs) if seqs else []
+
+    def _record(self, seq: Sequence, token: int | None) -> Output:
+        """Append the token, or end the sequence because of it."""
+        if token is None:
+            self._end(seq)
+            return Output(
+                id=seq.id,
+                token_ids=[],
+                finish="error",
+                error_code=BAD_LOGITS,
+                error=f"the model gave no numbers after {len(seq.tokens):,} tokens of this sequence",
+            )
+        if token in seq.end_ids:
+            self._end(seq)
+            return Output(id=seq.id, token_ids=[], finish="stop", stop_token_id=token)
+        seq.tokens.append(token)
+        finish: Finish | None = None
+        if len(seq.tokens) >= seq.limit:
+            self._end(seq)
+            finish = "length"
+        return Output(id=seq.id, token_ids=[token], finish=finish)
+
+    def _end(self, seq: Sequence) -> None:
+        del self._seqs[seq.id]
+        self._scheduler.remove(seq)
+
+    def _end_ids(self, request: Request) -> frozenset[int]:
+        model = () if request.ignore_eos else self._runner.eos_token_ids
+        return frozenset((*request.stop_token_ids, *model))
+
+    def _validate(self, request: Request) -> None:
+        limit, vocab = self._runner.max_model_len, self._runner.spec.vocab_size
+        if request.id in self._seqs:
+            raise InvalidRequest(f"request {request.id} is running already", param="id")
+        if not request.prompt_ids:
+            raise InvalidRequest("the prompt has no tokens", param="prompt_ids")
+        if len(request.prompt_ids) >= limit:
+            raise PromptTooLong(prompt_tokens=len(request.prompt_ids), max_tokens=None, limit=limit)
+        for name, ids in (
+            ("prompt_ids", request.prompt_ids),
+            ("output_ids", request.output_ids),
+            ("stop_token_ids", request.stop_token_ids),
+        ):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab):
+                wrong = next(i for i in ids if not 0 <= i < vocab)
+                raise InvalidRequest(f"token id {wrong} in {name} is not below {vocab:,}", param=name)
+        for name, fine, rule in _ranges(request):
+            if not fine:
+                raise InvalidRequest(f"{name} is {getattr(request, name)}; it must be {rule}", param=name)
+
+
+def _ranges(request: Request) -> tuple[tuple[str, bool, str], ...]:
+    """(field, whether it is in range, the range in words). A NaN is in no range."""
+    r = request
+    return (
+        ("max_tokens", r.max_tokens >= 1, "at least 1"),
+        ("min_tokens", 0 <= r.min_tokens <= r.max_tokens, f"0 to max_tokens ({r.max_tokens})"),
+        ("temperature", 0.0 <= r.temperature < float("inf"), "0 or more"),
+        ("top_p", 0.0 < r.top_p <= 1.0, "above 0 and at most 1"),
+        ("top_k", r.top_k >= 0, "0 (off) or more"),
+        ("min_p", 0.0 <= r.min_p <= 1.0, "0 to 1"),
+        ("seed", 0 <= r.seed < 2**64, "an unsigned 64-bit integer"),
+        ("choice", 0 <= r.choice < 2**32, "an unsigned 32-bit integer"),
+        ("priority", 0 <= r.priority <= 2, "0, 1 or 2"),
+    )
