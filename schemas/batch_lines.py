@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
@@ -16,6 +18,7 @@ from .sampling import SamplingParams
 from .wire import Record, loads
 
 MAX_CUSTOM_ID_CHARS = 512
+NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 _URLS = {endpoint.value: endpoint for endpoint in PARSERS}
 _STATUS = {
     "model_not_found": 404,
@@ -58,15 +61,18 @@ class _BareLine(Record):
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
 
-def parse_line(data: bytes, number: int) -> Row:
-    """One line of a bulk input, which is not empty. Raises InvalidJson, or InvalidRequest or a subclass."""
+def parse_line(data: bytes, number: int, defaults: Mapping[str, Any] = NO_DEFAULTS) -> Row:
+    """One line of a bulk input, which is not empty. Raises InvalidJson, or InvalidRequest or a subclass.
+
+    ``defaults``: ``max_tokens`` and other sampling fields that both forms know, for lines that give none.
+    """
     line = loads(data)
     if not isinstance(line, dict):
         raise InvalidRequest("the line is not a JSON object")
     fields = cast("dict[str, Any]", line)
     if "body" in fields or "url" in fields or "method" in fields:
-        return _batch_row(fields, number)
-    return _bare_row(fields, number)
+        return _batch_row(fields, number, defaults)
+    return _bare_row(_with_defaults(fields, defaults), number)
 
 
 def claimed_custom_id(data: bytes) -> str | None:
@@ -84,14 +90,24 @@ def default_custom_id(number: int) -> str:
     return f"line-{number}"
 
 
-def _batch_row(fields: dict[str, Any], number: int) -> Row:
+def _with_defaults(fields: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name for name, value in fields.items() if value is not None}
+    if "max_completion_tokens" in given:
+        given.add("max_tokens")
+    return fields | {name: value for name, value in defaults.items() if name not in given}
+
+
+def _batch_row(fields: dict[str, Any], number: int, defaults: Mapping[str, Any]) -> Row:
     line = _Line.from_python(fields)
     if line.method != "POST":
         raise InvalidMethod('method is not "POST", the only one there is', param="method")
     endpoint = _URLS.get(line.url) if isinstance(line.url, str) else None
     if endpoint is None:
         raise UrlMismatch(f"url is none of {', '.join(_URLS)}", param="url")
-    request = PARSERS[endpoint](line.body)
+    body = line.body
+    if isinstance(body, dict):
+        body = _with_defaults(cast("dict[str, Any]", body), defaults)
+    request = PARSERS[endpoint](body)
     if request.stream:
         raise InvalidRequest("body.stream is true; a file of requests is not streamed", param="body.stream")
     return Row(number, line.custom_id, request)

@@ -1,0 +1,180 @@
+"""Client: submit a job, follow it, take its result. START HERE.
+
+client = Client()                       # GRISTMILL_BROKER_URL, …; or the embedded stack of `gristmill up`
+job = client.submit("Once upon a time", max_tokens=64, stream=True)
+for chunk in job.stream():
+    print(chunk.text, end="", flush=True)
+print(job.result().usage)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from ..schemas import keys
+from ..schemas.errors import WaitTimeout
+from ..schemas.events import EntryId
+from ..schemas.job import Job, JobState, Priority
+from ..schemas.result import Result
+from ..schemas.settings import Settings, load_settings
+from ..schemas.status import JobStatus, ModelInfo
+from . import core
+from .core import Submission
+from .link import Link, unknown_job
+
+if TYPE_CHECKING:
+    from .stream import Chunk
+
+POLL_FIRST_S, POLL_MAX_S = 0.01, 0.25
+
+
+class JobHandle:
+    """One job that was submitted, here or anywhere: its id and a connection. Reads nothing before you ask."""
+
+    def __init__(self, link: Link, job_id: str, warnings: Sequence[str] = (), job: Job | None = None) -> None:
+        self._link = link
+        self.id = job_id
+        self.warnings = tuple(warnings)
+        """What you should know and the job survives: nobody alive to run it, say."""
+        self.job = job
+        """As it was sent; None for a handle from ``Client.get``."""
+
+    def stream(self, last_id: EntryId | str | None = None) -> Iterator[Chunk]:
+        """Text as it is made, from the beginning or from after ``last_id``, to the job's end.
+
+        Joined texts equal the result's text, whether you attach early, late or again. Raises JobFailed at the
+        end of a job that did not succeed, JobNotFound.
+        """
+        from .stream import follow
+
+        last = EntryId.parse(last_id) if isinstance(last_id, str) else last_id
+        return follow(self._link.state, self.id, last)
+
+    def result(self, timeout_s: float | None = None, *, check: bool = True) -> Result:
+        """Wait for the end and return the result.
+
+        Raises JobFailed for a job that did not succeed (not with ``check=False``), WaitTimeout after
+        ``timeout_s`` (the job goes on), JobNotFound.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        pause_s = POLL_FIRST_S
+        while (result := self._result_now()) is None:
+            left_s = pause_s if deadline is None else deadline - time.monotonic()
+            if left_s <= 0:
+                raise WaitTimeout(
+                    f"job {self.id} has not ended after {timeout_s:g} s; it goes on, ask again later"
+                )
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(POLL_MAX_S, 1.3 * pause_s)
+        return core.raise_unless_succeeded(result) if check else result
+
+    def status(self) -> JobStatus:
+        """Where the job stands now. Raises JobNotFound."""
+        status = self._link.state.status(self.id)
+        if status is None:
+            body = self._link.store.get(keys.result_object(self.id))
+            if body is None:
+                raise unknown_job(self.id)
+            status = core.status_of(Result.from_json(body))
+        return status
+
+    def cancel(self) -> JobState:
+        """Ask for a stop; returns the state as it is now. What was generated so far stays in the result.
+
+        Raises JobNotFound.
+        """
+        return self._link.state.cancel(self.id, None if self.job is None else self.job.model)
+
+    def _result_now(self) -> Result | None:
+        status = self._link.state.status(self.id)
+        if status is not None and not status.state.final:
+            return None
+        body = self._link.result_body(self.id)
+        if body is None:
+            raise unknown_job(self.id)
+        return Result.from_json(body)
+
+    def __repr__(self) -> str:
+        return f"JobHandle({self.id!r})"
+
+
+class Client:
+    """Submits jobs and finds them again. Thread-safe; connects when it is first used.
+
+    Arguments win over ``GRISTMILL_*``. With neither it joins the embedded stack under ``GRISTMILL_HOME``.
+    """
+
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        *,
+        state_url: str | None = None,
+        results_url: str | None = None,
+        model: str | None = None,
+        tenant: str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.settings = settings or load_settings(
+            broker_url=broker_url, state_url=state_url, results_url=results_url, model=model, tenant=tenant
+        )
+        self._link = Link(self.settings)
+
+    def submit(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        prompt_ids: Sequence[int] | None = None,
+        model: str | None = None,
+        stream: bool = False,
+        priority: Priority | str = Priority.NORMAL,
+        tenant: str | None = None,
+        idempotency_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **sampling: Any,
+    ) -> JobHandle:
+        """Send one job; when this returns, the broker has it. ``sampling``: the fields of SamplingParams.
+
+        Give ``prompt``, ``messages`` (OpenAI's form) or ``prompt_ids``. With the same ``idempotency_key`` the
+        job exists once, however often it is sent. Raises InvalidRequest, PayloadTooLarge, ModelNotFound,
+        IdempotencyConflict, BrokerUnavailable.
+        """
+        given = Submission(
+            prompt=prompt,
+            messages=messages,
+            prompt_ids=prompt_ids,
+            stream=stream,
+            priority=priority,
+            tenant=tenant,
+            idempotency_key=idempotency_key,
+            metadata=metadata,
+        )
+        checked = core.build_job(
+            given, "unknown", sampling, self.settings, time.time()
+        )  # no network for bad input
+        core.check_payload(checked, self.settings.max_payload_bytes)
+        name = core.pick_model(model, self._link.state.models(), self.settings)
+        job = checked.model_copy(update={"model": name})
+        self._link.submit(job)
+        warnings = [] if self._link.state.alive(name) else [core.nobody_alive(name, self.settings)]
+        return JobHandle(self._link, job.id, warnings, job)
+
+    def get(self, job_id: str) -> JobHandle:
+        """A handle on a job by its id. Raises InvalidRequest for what can be no id; looks nothing up."""
+        return JobHandle(self._link, core.check_job_id(job_id))
+
+    def models(self) -> dict[str, ModelInfo]:
+        """Every model that a worker ever announced on this broker."""
+        return self._link.state.models()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,230 @@
+"""`gristmill submit | follow | status | result | cancel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from ..schemas.errors import WaitTimeout
+from ..schemas.job import JobState, Priority
+from ..schemas.result import Result
+from ..schemas.status import JobStatus
+from . import core
+from .client import Client, JobHandle
+from .console import INTERRUPTED, common, connection, put, put_json, put_piece, read_stdin, say, warn
+
+SUBMIT_HELP = """Send one job and print its id; --stream shows the text as it is made, --wait when it is done.
+
+\b
+Examples:
+  gristmill submit "Once upon a time" --max-tokens 64 --stream
+  gristmill submit "Why is the sky blue?" --chat --wait --json
+  cat long.txt | gristmill submit - --chat --system "Summarise in one sentence." --wait
+"""
+
+
+@click.command(help=SUBMIT_HELP)
+@click.argument("prompt", metavar="PROMPT|-")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the chat template.")
+@click.option("--system", help="A system message before it; implies --chat.")
+@click.option("--model", help="Default: GRISTMILL_MODEL, or the only model served.")
+@click.option("--max-tokens", type=int, help="Tokens of output at most.")
+@click.option("--min-tokens", type=int, help="No end before so many tokens.")
+@click.option("--temperature", type=float, help="0 is greedy; default 1.")
+@click.option("--top-p", type=float)
+@click.option("--top-k", type=int)
+@click.option("--min-p", type=float)
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@click.option("--ignore-eos", is_flag=True, default=None, help="Go on to --max-tokens.")
+@click.option(
+    "--priority", type=click.Choice(list(Priority)), help="Default: interactive with --stream, else normal."
+)
+@click.option("--tenant", help="Whose job it is.")
+@click.option("--idempotency-key", metavar="KEY", help="Sent twice with the same key, the job exists once.")
+@click.option("--stream", is_flag=True, help="Print text as it is made.")
+@click.option("--wait", is_flag=True, help="Wait for the result and print it.")
+@click.option("--timeout-s", type=float, help="With --wait: how long. The job goes on afterwards.")
+@connection
+@common
+def submit(
+    prompt: str,
+    chat: bool,
+    system: str | None,
+    model: str | None,
+    priority: str | None,
+    tenant: str | None,
+    idempotency_key: str | None,
+    stream: bool,
+    wait: bool,
+    timeout_s: float | None,
+    broker_url: str | None,
+    state_url: str | None,
+    results_url: str | None,
+    as_json: bool,
+    **sampling: Any,
+) -> int:
+    """One job from the command line."""
+    text = read_stdin() if prompt == "-" else prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    sampling["stop"] = sampling["stop"] or None
+    with Client(broker_url, state_url=state_url, results_url=results_url) as client:
+        job = client.submit(
+            None if chat or system else text,
+            messages=messages if chat or system else None,
+            model=model,
+            stream=stream,
+            priority=priority or (Priority.INTERACTIVE if stream else Priority.NORMAL),
+            tenant=tenant,
+            idempotency_key=idempotency_key,
+            **sampling,
+        )
+        for warning in job.warnings:
+            warn(warning)
+        if stream:
+            return _show_stream(job, None, as_json)
+        if wait:
+            return _show_result(job, as_json, timeout_s)
+        if as_json:
+            assert job.job is not None
+            put_json({"job_id": job.id, "model": job.job.model, "warnings": job.warnings})
+        else:
+            put(job.id)
+    return 0
+
+
+@click.command()
+@click.argument("job_id", metavar="JOB")
+@click.option("--from", "last_id", metavar="ID", help="Continue after this entry id (shown by --json).")
+@connection
+@common
+def follow(job_id: str, last_id: str | None, as_json: bool, **urls: str | None) -> int:
+    """Show a job's text from the beginning, then as it is made."""
+    with Client(**urls) as client:
+        return _show_stream(client.get(job_id), last_id, as_json)
+
+
+@click.command()
+@click.argument("job_id", metavar="JOB")
+@connection
+@common
+def status(job_id: str, as_json: bool, **urls: str | None) -> int:
+    """Where a job stands."""
+    with Client(**urls) as client:
+        found = client.get(job_id).status()
+    if as_json:
+        put(found.to_json())
+    else:
+        for name, value in _status_lines(found):
+            put(f"{name + ':':<12} {value}")
+    return 0
+
+
+@click.command()
+@click.argument("job_id", metavar="JOB")
+@click.option("--wait", is_flag=True, help="Wait for the end; otherwise a job that runs is exit code 75.")
+@click.option("--timeout-s", type=float, help="With --wait: how long.")
+@connection
+@common
+def result(job_id: str, wait: bool, timeout_s: float | None, as_json: bool, **urls: str | None) -> int:
+    """Print a job's text, or its whole result as JSON."""
+    with Client(**urls) as client:
+        job = client.get(job_id)
+        if not wait:
+            state = job.status().state
+            if not state.final:
+                raise WaitTimeout(f"job {job_id} is {state}; add --wait, or ask again later")
+        return _show_result(job, as_json, timeout_s)
+
+
+@click.command()
+@click.argument("job_ids", metavar="JOB…", nargs=-1, required=True)
+@connection
+@common
+def cancel(job_ids: tuple[str, ...], as_json: bool, **urls: str | None) -> int:
+    """Stop jobs. What they generated so far stays in their results."""
+    with Client(**urls) as client:
+        for job_id in job_ids:
+            state = client.get(job_id).cancel()
+            if as_json:
+                put_json({"job_id": job_id, "state": state.value, "cancelling": not state.final})
+            else:
+                put(f"{job_id}: {f'{state}; was over already' if state.final else 'is being cancelled'}")
+    return 0
+
+
+def _show_stream(job: JobHandle, last_id: str | None, as_json: bool) -> int:
+    """Text to stdout piece by piece; how it ended to stderr, or with ``--json`` as the last object."""
+    try:
+        for chunk in job.stream(last_id):
+            if as_json:
+                put_json(core.chunk_json(job.id, chunk))
+            else:
+                put_piece(chunk.text)
+    except KeyboardInterrupt:
+        say(f"\nthe job goes on: gristmill follow {job.id}   (stop it: gristmill cancel {job.id})")
+        return INTERRUPTED
+    ended = job.result(check=False)
+    if as_json:
+        put_json(_ending(ended))
+    else:
+        put("")
+        say(_usage_line(ended))
+    core.raise_unless_succeeded(ended)
+    return 0
+
+
+def _show_result(job: JobHandle, as_json: bool, timeout_s: float | None) -> int:
+    ended = job.result(timeout_s, check=False)
+    if as_json:
+        put(ended.to_json())
+        return 0 if ended.state is JobState.SUCCEEDED else 2
+    core.raise_unless_succeeded(ended)
+    put(ended.text)
+    say(_usage_line(ended))
+    return 0
+
+
+def _ending(ended: Result) -> dict[str, Any]:
+    return {
+        "kind": "end",
+        "job_id": ended.job_id,
+        "state": ended.state.value,
+        "finish_reason": ended.finish_reason.value if ended.finish_reason else None,
+        "usage": ended.usage.model_dump(),
+        "error": ended.error.model_dump() if ended.error else None,
+    }
+
+
+def _usage_line(ended: Result) -> str:
+    usage, timings = ended.usage, ended.timings
+    parts = [f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"]
+    if timings.ttft_s is not None:
+        parts.append(f"first after {timings.ttft_s:.2f} s")
+    parts.append(f"done after {timings.e2e_s:.2f} s")
+    if ended.finish_reason is not None:
+        parts.append(f"finish: {ended.finish_reason}")
+    return f"[{ended.job_id}: {', '.join(parts)}]"
+
+
+def _status_lines(found: JobStatus) -> Iterable[tuple[str, Any]]:
+    yield "job", found.job_id
+    yield (
+        "state",
+        f"{found.state}{' (cancelling)' if found.cancel_requested and not found.state.final else ''}",
+    )
+    yield "model", found.model
+    yield "tokens", found.tokens
+    yield "attempts", found.attempts
+    if found.worker:
+        yield "worker", found.worker
+    for name in ("submitted_at", "started_at", "finished_at"):
+        if (at := getattr(found, name)) is not None:
+            yield name.removesuffix("_at"), core.local_time(at)
+    if found.error is not None:
+        yield "error", f"{found.error.message} [{found.error.code}]"
+    if found.result is not None:
+        yield "result", found.result

@@ -1,0 +1,210 @@
+"""Builds and checks jobs, reads replies. No I/O, so that both clients and the command line share it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from ..schemas import keys, openai
+from ..schemas.batch_lines import Row
+from ..schemas.errors import BadInput, InvalidRequest, JobFailed, ModelNotFound, PayloadTooLarge
+from ..schemas.job import (
+    DEFAULT_TENANT,
+    JOB_ID_PATTERN,
+    Job,
+    JobState,
+    Priority,
+    idempotent_job_id,
+    new_job_id,
+)
+from ..schemas.result import ErrorInfo, Result
+from ..schemas.sampling import SamplingParams
+from ..schemas.settings import Settings
+from ..schemas.status import JobStatus
+
+EMBEDDED = "embedded:"
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What a caller of ``submit`` said, before it is checked."""
+
+    prompt: str | None = None
+    prompt_ids: Sequence[int] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    stream: bool = False
+    priority: Priority | str = Priority.NORMAL
+    tenant: str | None = None
+    idempotency_key: str | None = None
+    custom_id: str | None = None
+    metadata: Mapping[str, str] | None = None
+    retry_of: str | None = None
+
+
+def build_job(
+    given: Submission, model: str, sampling: Mapping[str, Any], settings: Settings, now: float
+) -> Job:
+    """A valid job. Raises InvalidRequest naming the field.
+
+    With an idempotency key the id follows from tenant and key; otherwise it is new.
+    """
+    tenant = given.tenant or settings.tenant or DEFAULT_TENANT
+    key = given.idempotency_key
+    fields: dict[str, Any] = {
+        "id": idempotent_job_id(tenant, key) if key is not None else new_job_id(),
+        "model": model,
+        "prompt": given.prompt,
+        "prompt_ids": None if given.prompt_ids is None else list(given.prompt_ids),
+        "messages": None if given.messages is None else openai.parse_messages(list(given.messages)),
+        "sampling": sampling_params(sampling),
+        "priority": given.priority,
+        "tenant": tenant,
+        "stream": given.stream,
+        "submitted_at": now,
+        "expires_at": now + settings.job_ttl_s,
+        "custom_id": given.custom_id,
+        "idempotency_key": key,
+        "metadata": dict(given.metadata or {}),
+        "retry_of": given.retry_of,
+    }
+    return Job.from_python(fields)
+
+
+def sampling_params(given: Mapping[str, Any]) -> SamplingParams:
+    """Keyword arguments as SamplingParams; None means "not given", ``stop`` may be one string.
+
+    Raises InvalidRequest for a name that is no sampling parameter.
+    """
+    kept = {name: value for name, value in given.items() if value is not None}
+    unknown = [name for name in kept if name not in SamplingParams.model_fields]
+    if unknown:
+        known = ", ".join(sorted(SamplingParams.model_fields))
+        raise InvalidRequest(f"unknown parameter {unknown[0]!r}; there are {known}", param=unknown[0])
+    for name in ("stop", "stop_token_ids"):
+        if name in kept:
+            kept[name] = (kept[name],) if isinstance(kept[name], str | int) else tuple(kept[name])
+    return SamplingParams.from_python(kept)
+
+
+def job_of_row(row: Row, job_id: str, model: str, priority: Priority, settings: Settings, now: float) -> Job:
+    """The job of one line of a bulk input."""
+    request = row.request
+    return Job(
+        id=job_id,
+        model=model,
+        prompt=request.prompt,
+        prompt_ids=request.prompt_ids,
+        messages=request.messages,
+        sampling=request.sampling,
+        endpoint=request.endpoint,
+        priority=priority,
+        tenant=settings.tenant,
+        submitted_at=now,
+        expires_at=now + settings.job_ttl_s,
+        custom_id=row.custom_id,
+        metadata=request.metadata,
+    )
+
+
+def check_payload(job: Job, limit_bytes: int) -> None:
+    """Raises PayloadTooLarge for a message over the limit, InvalidRequest for one that cannot be written."""
+    try:
+        size = len(job.to_json().encode())
+    except ValueError as exc:  # half a surrogate pair in a Python string
+        raise InvalidRequest(
+            "the prompt is not valid Unicode and cannot be sent as UTF-8", param="prompt"
+        ) from exc
+    if size > limit_bytes:
+        raise PayloadTooLarge(size_bytes=size, limit_bytes=limit_bytes)
+
+
+def pick_model(wanted: str | None, known: Collection[str], settings: Settings) -> str:
+    """The model asked for, the setting, or the only one there is. Raises ModelNotFound."""
+    name = wanted or settings.model
+    if name is not None:
+        if name in known:
+            return name
+        serving = (
+            f"known models: {', '.join(sorted(known))}" if known else "no worker has announced any model"
+        )
+        raise ModelNotFound(
+            f"model {name!r} is not served here ({serving}); start it: {start_command(name, settings)}"
+        )
+    if len(known) == 1:
+        return next(iter(known))
+    if not known:
+        raise ModelNotFound(
+            f"no worker has announced any model; start one: {start_command('smollm2-135m', settings)}"
+        )
+    raise ModelNotFound(f"say which model: {', '.join(sorted(known))} (--model, model=, or GRISTMILL_MODEL)")
+
+
+def nobody_alive(model: str, settings: Settings) -> str:
+    """The warning for a job that is accepted and has nobody to run it."""
+    return (
+        f"no worker for {model} is running; the job waits up to {settings.job_ttl_s / 86_400:g} days. "
+        f"Start one: {start_command(model, settings)}"
+    )
+
+
+def start_command(model: str, settings: Settings) -> str:
+    """What to type so that somebody serves ``model``. A broker URL may hold a password: it is not shown."""
+    if settings.broker.startswith(EMBEDDED):
+        return f"gristmill up --model {model}"
+    return f'gristmill-worker run --model {model} --broker "$GRISTMILL_BROKER_URL"'
+
+
+def raise_unless_succeeded(result: Result) -> Result:
+    """The result of a job that succeeded. Raises JobFailed for the other three final states."""
+    if result.state is JobState.SUCCEEDED:
+        return result
+    error = failure_of(result)
+    raise JobFailed(result.job_id, error.code, error.message)
+
+
+def failure_of(result: Result) -> ErrorInfo:
+    """Why a job did not succeed."""
+    if result.error is not None:
+        return result.error
+    return ErrorInfo(
+        code=result.state.value, message=f"the job was {result.state.value} before it was finished"
+    )
+
+
+def error_info(exc: BadInput) -> ErrorInfo:
+    """An error of ours as a record."""
+    return ErrorInfo(code=exc.code, message=exc.message, param=getattr(exc, "param", None))
+
+
+def check_job_id(job_id: str) -> str:
+    """Raises InvalidRequest unless it looks like a job id: it becomes part of keys and file names."""
+    if re.fullmatch(JOB_ID_PATTERN, job_id) is None:
+        raise InvalidRequest(f"{job_id[:80]!r} is not a job id", param="job_id")
+    return job_id
+
+
+def status_of(result: Result) -> JobStatus:
+    """The status of a job whose state is gone and whose result is left."""
+    timings = result.timings
+    return JobStatus(
+        job_id=result.job_id,
+        state=result.state,
+        model=result.model,
+        submitted_at=timings.submitted_at,
+        started_at=timings.started_at,
+        finished_at=timings.finished_at,
+        attempts=result.attempts,
+        tokens=result.usage.completion_tokens,
+        finish_reason=result.finish_reason,
+        usage=result.usage,
+        error=result.error,
+        result=keys.result_object(result.job_id),
+    )
+
+
+def local_time(at: float) -> str:
+    """Unix seconds as a person reads them, with the zone."""
+    return datetime.fromtimestamp(at).astimezone().isoformat(sep=" ", timespec="milliseconds")

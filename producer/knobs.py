@@ -1,0 +1,42 @@
+"""Engine knobs as flags of `gristmill run` and `up`, handed on to `gristmill-worker run` unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+KNOBS: dict[str, tuple[Any, str]] = {
+    "revision": (str, "Hub revision of the model."),
+    "device": (click.Choice(["auto", "cpu", "cuda"]), "Where the model runs."),
+    "dtype": (click.Choice(["auto", "bfloat16", "float16", "float32"]), "Numbers it computes with."),
+    "attention": (click.Choice(["auto", "cpu", "torch"]), "Attention kernel."),
+    "max-num-seqs": (click.IntRange(1), "Sequences that run together."),
+    "max-batch-prefill-tokens": (click.IntRange(1), "Token budget of one step."),
+    "max-total-tokens": (click.IntRange(1), "Prompt and output of one sequence."),
+    "max-batch-total-tokens": (click.IntRange(1), "Tokens in the KV cache."),
+    "kv-block-size": (click.IntRange(1), "Tokens per KV block."),
+    "memory-fraction": (click.FloatRange(0, 1, min_open=True), "CUDA: part of the card's memory to use."),
+    "num-threads": (click.IntRange(1), "CPU threads of the engine."),
+    "default-max-tokens": (click.IntRange(1), "Output tokens for a request that names no number."),
+}
+
+
+def engine_knobs(command: F) -> F:
+    """The options above; they arrive as keyword arguments."""
+    for name, (kind, text) in reversed(KNOBS.items()):
+        command = click.option(f"--{name}", type=kind, help=text)(command)
+    return command
+
+
+def worker_flags(given: Mapping[str, Any]) -> list[str]:
+    """The knobs that were given, as the worker's flags."""
+    flags: list[str] = []
+    for name in KNOBS:
+        value = given.get(name.replace("-", "_"))
+        if value is not None:
+            flags += [f"--{name}", str(value)]
+    return flags

@@ -1,0 +1,98 @@
+"""Link: what a client is connected to. Broker, state and result store, each opened when first needed."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..schemas import keys
+from ..schemas.errors import JobNotFound
+from ..schemas.job import Job
+from ..schemas.settings import Settings
+
+EMBEDDED = "embedded:"
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from ..backends.embedded import Endpoint
+    from ..backends.state import State
+    from ..backends.store import ResultStore
+
+
+class Link:
+    """Thread-safe. Opens lazily, for the imports: Celery and boto3 take longer to load than a job to send."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._lock = threading.RLock()
+        self._state: State | None = None
+        self._store: ResultStore | None = None
+        self._app: Celery | None = None
+
+    @property
+    def state(self) -> State:
+        """Raises BrokerUnavailable (an embedded one that does not start), Misconfigured."""
+        from ..backends.state import open_state
+
+        with self._lock:
+            self._state = self._state or open_state(self.settings)
+            return self._state
+
+    @property
+    def store(self) -> ResultStore:
+        """Raises Misconfigured."""
+        from ..backends.store import open_store
+
+        with self._lock:
+            self._store = self._store or open_store(self.settings.results, self.settings)
+            return self._store
+
+    @property
+    def app(self) -> Celery:
+        """The Celery application that messages go out by."""
+        from ..backends.broker import make_app
+
+        with self._lock:
+            self._app = self._app or make_app(self.settings)
+            return self._app
+
+    def submit(self, job: Job) -> bool:
+        """Record the job, then put its message into the broker: when this returns, the job is accepted.
+
+        False: it was known already. The message is sent all the same, since the first may never have arrived;
+        a claim tells twins apart. Raises BrokerUnavailable, IdempotencyConflict.
+        """
+        from ..backends.broker import publish
+
+        fresh = self.state.submit(job)
+        publish(self.app, job)
+        return fresh
+
+    def result_body(self, job_id: str) -> str | bytes | None:
+        """A finished job's result as JSON: the copy in Redis, else the store's object. None: not there."""
+        return self.state.result(job_id) or self.store.get(keys.result_object(job_id))
+
+    def embedded_endpoint(self) -> Endpoint | None:
+        """Where the embedded broker listens; None if the broker is a real one, or does not run."""
+        from ..backends.embedded import read_endpoint
+
+        if not self.settings.broker.startswith(EMBEDDED):
+            return None
+        return read_endpoint(Path(self.settings.broker.removeprefix(EMBEDDED)).expanduser().absolute())
+
+    def close(self) -> None:
+        """Let go of what was opened. It opens again when it is used again."""
+        with self._lock:
+            app, state = self._app, self._state
+            self._app = self._state = self._store = None
+        if app is not None:
+            app.close()
+        if state is not None:
+            state.close()
+
+
+def unknown_job(job_id: str) -> JobNotFound:
+    """The error for an id that nobody knows."""
+    return JobNotFound(f"job {job_id} is unknown here; is this the broker it was sent to?")

@@ -1,0 +1,85 @@
+"""How far a bulk run is, on stderr: a bar on a terminal, a line now and then otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+from .bulk import Progress
+from .console import say
+
+LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def show_progress() -> Generator[Callable[[Progress], None]]:
+    """Gives what to call with the progress, as often as you like."""
+    if sys.stderr.isatty():
+        with _bar() as report:
+            yield report
+    else:
+        yield _Lines().report
+
+
+@contextmanager
+def _bar() -> Generator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rest]}"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True, refresh_per_second=5) as bar:
+        task = bar.add_task("starting", total=None, rest="")
+
+        def report(progress: Progress) -> None:
+            started = progress.first_at is not None or progress.ended > 0
+            bar.update(
+                task,
+                description="running" if started else "starting the worker",
+                total=progress.rows,
+                completed=progress.ended,
+                rest=_rest(progress),
+            )
+
+        yield report
+
+
+class _Lines:
+    """One line every ten seconds, the first one when something has ended."""
+
+    def __init__(self) -> None:
+        self._due = 0.0
+        self._last = -1
+
+    def report(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now >= self._due and progress.ended and progress.ended != self._last:
+            say(f"{progress.ended:,}/{progress.rows:,} rows, {_rest(progress)}")
+            self._due, self._last = now + LINE_EVERY_S, progress.ended
+
+
+def _rest(progress: Progress) -> str:
+    parts = [f"{progress.failed:,} failed"] if progress.failed else []
+    parts.append(f"{progress.completion_tokens:,} tokens")
+    if progress.tokens_per_s:
+        parts.append(f"{progress.tokens_per_s:,.0f} tok/s")
+    eta_s = progress.eta_s(time.time())
+    if eta_s is not None and progress.ended < progress.rows:
+        parts.append(f"ETA {duration(eta_s)}")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``1 h 02 min``, ``3 min 20 s``, ``12 s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"

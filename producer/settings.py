@@ -1,0 +1,32 @@
+"""What only the submitting side decides. Read once, from ``GRISTMILL_*``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+
+from ..schemas.settings import Settings, misconfigured
+
+
+class ProducerSettings(Settings):
+    """Frozen. Durations are seconds."""
+
+    bulk_window: PositiveInt = 512
+    """Rows of a bulk run that are in the queue or running at once: what its memory depends on."""
+    bulk_poll_s: PositiveFloat = 0.1
+    """How often a bulk run asks which of them have ended."""
+    worker_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often `gristmill run` starts a worker again that died, without a finished row in between."""
+    worker_start_s: PositiveFloat = 900.0
+    """How long a worker may load its model."""
+    worker_stop_s: PositiveFloat = 30.0
+    """How long a worker may take to hand its jobs back before it is killed."""
+
+
+def load_producer_settings(**overrides: object) -> ProducerSettings:
+    """Environment plus overrides (None means: not given). Raises Misconfigured naming the setting."""
+    try:
+        return ProducerSettings(**{k: v for k, v in overrides.items() if v is not None})  # pyright: ignore[reportArgumentType]
+    except ValidationError as exc:
+        raise misconfigured(exc) from exc

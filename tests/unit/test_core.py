@@ -1,0 +1,110 @@
+"""Jobs are checked before anything is sent; ids, models and errors follow from what was given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from gristmill.producer import core
+from gristmill.producer.core import Submission
+from gristmill.schemas.errors import InvalidRequest, JobFailed, ModelNotFound, PayloadTooLarge
+from gristmill.schemas.job import Job, JobState, Priority
+from gristmill.schemas.result import ErrorInfo, Result, Timings
+from gristmill.schemas.settings import Settings, load_settings
+
+SETTINGS = load_settings(model=None, broker_url="redis://:secret@queue:6379/0")
+
+
+def build(settings: Settings = SETTINGS, *, sampling: dict[str, Any] | None = None, **given: Any) -> Job:
+    return core.build_job(Submission(**given), "m", sampling or {}, settings, 1000.0)
+
+
+def test_a_prompt_becomes_a_job_with_the_settings_defaults() -> None:
+    job = build(prompt="hello", sampling={"max_tokens": 4, "stop": "x", "seed": None})
+    assert (job.prompt, job.model, job.tenant, job.priority) == ("hello", "m", "default", Priority.NORMAL)
+    assert (job.sampling.max_tokens, job.sampling.stop, job.sampling.seed) == (4, ("x",), None)
+    assert job.expires_at == 1000.0 + SETTINGS.job_ttl_s
+    assert build(prompt="hello").id != build(prompt="hello").id
+
+
+def test_an_idempotency_key_decides_the_id_within_a_tenant() -> None:
+    first = build(prompt="a", idempotency_key="k")
+    assert build(prompt="b", idempotency_key="k").id == first.id
+    assert build(prompt="a", idempotency_key="k", tenant="other").id != first.id
+
+
+@pytest.mark.parametrize(
+    ("given", "sampling", "param"),
+    [
+        ({}, {}, None),
+        ({"prompt": ""}, {}, None),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, {}, None),
+        ({"prompt": "a"}, {"max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a"}, {"max_token": 5}, "max_token"),
+        ({"prompt": "a", "priority": "urgent"}, {}, "priority"),
+        ({"prompt": "a", "tenant": "no spaces"}, {}, "tenant"),
+        ({"messages": [{"role": "user"}]}, {}, "messages.0.content"),
+    ],
+)
+def test_bad_input_names_its_field(given: Any, sampling: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        build(sampling=sampling, **given)
+    if param is not None:
+        assert caught.value.param == param
+
+
+def test_a_payload_over_the_limit_tells_both_numbers() -> None:
+    with pytest.raises(PayloadTooLarge) as caught:
+        core.check_payload(build(prompt="x" * 2000), 1000)
+    assert caught.value.limit_bytes == 1000
+    assert caught.value.size_bytes > 2000
+
+
+def test_half_a_character_is_refused_rather_than_sent() -> None:
+    with pytest.raises(InvalidRequest):
+        core.check_payload(build(prompt="\ud800"), 1000)
+
+
+def test_the_model_is_the_one_asked_for_or_the_only_one() -> None:
+    assert core.pick_model("a", {"a", "b"}, SETTINGS) == "a"
+    assert core.pick_model(None, {"a"}, SETTINGS) == "a"
+    assert core.pick_model(None, {"a", "b"}, load_settings(model="b")) == "b"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "said"),
+    [
+        ("x", {"a", "b"}, "known models: a, b"),
+        ("x", set[str](), "gristmill-worker run --model x"),
+        (None, {"a", "b"}, "a, b"),
+        (None, set[str](), "gristmill-worker run --model"),
+    ],
+)
+def test_an_unknown_model_comes_with_the_next_step(wanted: str | None, known: set[str], said: str) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        core.pick_model(wanted, known, SETTINGS)
+    assert said in caught.value.message
+    assert "secret" not in caught.value.message
+
+
+def test_the_next_step_for_an_embedded_broker_is_up() -> None:
+    assert core.start_command("m", load_settings(broker_url="embedded:/x")) == "gristmill up --model m"
+
+
+def test_a_result_that_did_not_succeed_is_raised_with_its_own_code() -> None:
+    timings = Timings(submitted_at=1.0, finished_at=2.0)
+    error = ErrorInfo(code="context_length_exceeded", message="too long")
+    failed = Result(job_id="j", model="m", state=JobState.FAILED, timings=timings, error=error)
+    with pytest.raises(JobFailed) as caught:
+        core.raise_unless_succeeded(failed)
+    assert caught.value.job_error_code == "context_length_exceeded"
+    cancelled = Result(job_id="j", model="m", state=JobState.CANCELLED, timings=timings)
+    with pytest.raises(JobFailed) as caught:
+        core.raise_unless_succeeded(cancelled)
+    assert caught.value.job_error_code == "cancelled"
+
+
+@pytest.mark.parametrize("job_id", ["", "../../etc/passwd", "a b", "x" * 80, "job_1\n", "a.b"])
+def test_what_is_no_job_id_reaches_no_key(job_id: str) -> None:
+    with pytest.raises(InvalidRequest):
+        core.check_job_id(job_id)

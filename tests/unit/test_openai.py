@@ -1,0 +1,277 @@
+"""OpenAI's requests in, OpenAI's responses out; nothing a user asked for is ignored in silence."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from gristmill.schemas.batch_lines import error_line, output_line, parse_line
+from gristmill.schemas.errors import (
+    BadInput,
+    InvalidJson,
+    InvalidMethod,
+    InvalidRequest,
+    MissingParameter,
+    Unsupported,
+    UrlMismatch,
+)
+from gristmill.schemas.job import Endpoint, JobState
+from gristmill.schemas.openai import parse_chat, parse_completion, response_body
+from gristmill.schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"messages": HI} | fields
+
+
+def make_result(**fields: Any) -> Result:
+    given: dict[str, Any] = {
+        "job_id": "run_1.2",
+        "model": "m",
+        "state": JobState.SUCCEEDED,
+        "endpoint": Endpoint.CHAT,
+        "choices": (Choice(text="Grüße", finish_reason=FinishReason.LENGTH),),
+        "usage": Usage(prompt_tokens=5, completion_tokens=3),
+        "timings": Timings(submitted_at=100.7, finished_at=101.0),
+    }
+    return Result(**(given | fields))
+
+
+def test_a_chat_request_becomes_messages_and_sampling() -> None:
+    request = parse_chat(
+        chat(model="m", max_tokens=7, temperature=0, top_p=0.5, seed=3, stop="END", metadata={"a": "b"})
+    )
+    assert request.endpoint is Endpoint.CHAT
+    assert request.model == "m"
+    assert request.messages is not None
+    assert request.messages[0].content == "hi"
+    assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.top_p) == (7, 0, 0.5)
+    assert (request.sampling.seed, request.sampling.stop) == (3, ("END",))
+    assert request.metadata == {"a": "b"}
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"user": "u", "store": False, "service_tier": "auto", "n": 1, "logprobs": False, "top_logprobs": 0},
+        {
+            "frequency_penalty": 0,
+            "presence_penalty": 0.0,
+            "logit_bias": {},
+            "tools": [],
+            "tool_choice": "auto",
+        },
+        {"logprobs": None, "stop": None, "temperature": None, "response_format": {"type": "text"}},
+        {"stream": False, "stream_options": None, "modalities": ["text"], "max_tokens": None},
+        {"repetition_penalty": 1.0, "skip_special_tokens": True, "use_beam_search": False},
+    ],
+)
+def test_fields_at_their_neutral_value_change_nothing(neutral: dict[str, Any]) -> None:
+    assert parse_chat(chat(**neutral)) == parse_chat(chat())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("n", True),
+        ("logprobs", True),
+        ("frequency_penalty", 0.5),
+        ("logit_bias", {"5": 1}),
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+        ("repetition_penalty", 1.1),
+        ("store", True),
+        ("guided_json", {}),
+    ],
+)
+def test_a_missing_feature_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(Unsupported) as caught:
+        parse_chat(chat(**{field: value}))
+    assert caught.value.param == field
+    assert caught.value.message.startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (chat(foo=1), "foo"),
+        (chat(temperature="hot"), "temperature"),
+        (chat(temperature=-1), "temperature"),
+        (chat(max_tokens=0), "max_tokens"),
+        (chat(max_tokens=5, max_completion_tokens=6), "max_tokens"),
+        (chat(max_tokens=True), "max_tokens"),
+        (chat(stop=["a"] * 17), "stop"),
+        (chat(seed=-1), "seed"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x", "spell": 1}]}, "messages.0.spell"),
+        ([], "body"),
+    ],
+)
+def test_a_bad_field_is_named(body: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat(body)
+    assert caught.value.param == param
+
+
+def test_a_missing_field_has_its_own_code() -> None:
+    with pytest.raises(MissingParameter) as caught:
+        parse_chat({"model": "m"})
+    assert (caught.value.code, caught.value.param) == ("missing_required_parameter", "messages")
+
+
+def test_text_parts_are_joined_and_developer_speaks_as_system() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    request = parse_chat({"messages": [{"role": "developer", "content": parts}]})
+    assert request.messages is not None
+    assert (request.messages[0].role, request.messages[0].content) == ("system", "one\ntwo")
+
+
+def test_an_image_part_is_unsupported() -> None:
+    with pytest.raises(Unsupported, match="image_url"):
+        parse_chat({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "ids"),
+    [
+        ("x", "x", None),
+        (["x"], "x", None),
+        ([1, 2], None, (1, 2)),
+        ([[1, 2]], None, (1, 2)),
+    ],
+)
+def test_a_completion_prompt_may_be_text_or_ids(prompt: Any, text: str | None, ids: Any) -> None:
+    request = parse_completion({"prompt": prompt})
+    assert (request.prompt, request.prompt_ids) == (text, ids)
+    assert request.sampling.max_tokens == 16, "OpenAI's default for this endpoint"
+
+
+@pytest.mark.parametrize("prompt", ["", [], 5, [""], [1, -1], [True, 1], {}, [[]]])
+def test_a_completion_prompt_that_is_none_is_refused(prompt: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_completion({"prompt": prompt})
+    assert caught.value.param == "prompt"
+
+
+def test_vllm_extras_reach_the_sampler() -> None:
+    sampling = parse_completion(
+        {
+            "prompt": "x",
+            "top_k": 5,
+            "min_p": 0.1,
+            "min_tokens": 2,
+            "ignore_eos": True,
+            "stop_token_ids": [7],
+            "include_stop_str_in_output": True,
+        }
+    ).sampling
+    assert (sampling.top_k, sampling.min_p, sampling.min_tokens) == (5, 0.1, 2)
+    assert (sampling.ignore_eos, sampling.stop_token_ids, sampling.include_stop) == (True, (7,), True)
+    assert parse_completion({"prompt": "x", "top_k": -1}).sampling.top_k == 0
+
+
+def line(**fields: Any) -> bytes:
+    given = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": chat()}
+    return json.dumps(given | fields).encode()
+
+
+def test_a_batch_line_and_bare_lines_become_rows() -> None:
+    assert parse_line(line(), 1).custom_id == "a"
+    bare = parse_line(b'{"prompt": "x", "max_tokens": 5, "stop": "\\n"}', 4)
+    assert bare.custom_id == "line-4"
+    assert bare.request.endpoint is Endpoint.COMPLETIONS
+    assert (bare.request.sampling.max_tokens, bare.request.sampling.stop) == (5, ("\n",))
+    turns = parse_line(b'{"custom_id": "c", "messages": [{"role": "user", "content": "hi"}]}', 5)
+    assert (turns.custom_id, turns.request.endpoint) == ("c", Endpoint.CHAT)
+
+
+def test_defaults_fill_what_a_line_leaves_open() -> None:
+    defaults = {"max_tokens": 9, "temperature": 0.0}
+    assert parse_line(line(), 1, defaults).request.sampling.max_tokens == 9
+    own = line(body=chat(max_completion_tokens=4, temperature=0.5))
+    assert parse_line(own, 1, defaults).request.sampling.max_tokens == 4
+    assert parse_line(own, 1, defaults).request.sampling.temperature == 0.5
+    assert parse_line(b'{"prompt": "x", "max_tokens": 3}', 1, defaults).request.sampling.max_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"nonsense", InvalidJson),
+        (b'{"prompt": "\xff"}', InvalidJson),
+        (b'{"prompt": "\\ud800"}', InvalidJson),
+        (b'{"prompt": NaN}', InvalidJson),
+        (b"[1]", InvalidRequest),
+        (b"{}", InvalidRequest),
+        (b'{"prompt": "x", "messages": []}', InvalidRequest),
+        (b'{"prompt": "x", "foo": 1}', InvalidRequest),
+        (line(method="GET"), InvalidMethod),
+        (line(url="/v1/embeddings"), UrlMismatch),
+        (line(url=None), UrlMismatch),
+        (line(custom_id=5), InvalidRequest),
+        (line(foo=5), InvalidRequest),
+        (line(body=chat(stream=True)), InvalidRequest),
+        (b'{"custom_id": "a", "url": "/v1/completions"}', MissingParameter),
+    ],
+)
+def test_a_line_that_is_no_request_says_why(data: bytes, error: type[BadInput]) -> None:
+    with pytest.raises(error) as caught:
+        parse_line(data, 1)
+    assert type(caught.value) is error
+
+
+def test_a_chat_result_has_openais_shape() -> None:
+    body = response_body(make_result())
+    assert body["object"] == "chat.completion"
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Grüße", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+        }
+    ]
+    assert body["created"] == 100
+    assert body["usage"]["total_tokens"] == 8
+
+
+def test_a_text_result_has_openais_shape() -> None:
+    body = response_body(make_result(endpoint=Endpoint.COMPLETIONS))
+    assert body["object"] == "text_completion"
+    assert body["choices"][0]["text"] == "Grüße"
+
+
+def test_output_lines_carry_response_or_error_as_openais_do() -> None:
+    ok = json.loads(output_line(make_result(), "a").to_line())
+    assert set(ok) == {"id", "custom_id", "response", "error"}
+    assert (ok["custom_id"], ok["response"]["status_code"], ok["error"]) == ("a", 200, None)
+
+    error = ErrorInfo(code="context_length_exceeded", message="too long", param="messages")
+    failed = output_line(make_result(state=JobState.FAILED, error=error), "b")
+    assert failed.error is None
+    assert failed.response is not None
+    assert failed.response.status_code == 400
+    assert failed.response.body["error"] == {
+        "message": "too long",
+        "type": "invalid_request_error",
+        "param": "messages",
+        "code": "context_length_exceeded",
+    }
+
+    cancelled = output_line(make_result(state=JobState.CANCELLED), "c")
+    assert cancelled.response is None
+    assert cancelled.error is not None
+    assert cancelled.error["code"] == "batch_cancelled"
+
+
+def test_our_own_fault_is_a_server_error() -> None:
+    response = error_line("r", "a", ErrorInfo(code="internal_error", message="sorry")).response
+    assert response is not None
+    assert (response.status_code, response.body["error"]["type"]) == (500, "server_error")
