@@ -14,20 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from ..schemas import keys
-from ..schemas.errors import WaitTimeout
 from ..schemas.events import EntryId
 from ..schemas.job import Job, JobState, Priority
 from ..schemas.result import Result
-from ..schemas.settings import Settings, load_settings
+from ..schemas.settings import Settings
 from ..schemas.status import JobStatus, ModelInfo
 from . import core
 from .core import Submission
-from .link import Link, unknown_job
+from .link import Link
 
 if TYPE_CHECKING:
     from .stream import Chunk
-
-POLL_FIRST_S, POLL_MAX_S = 0.01, 0.25
 
 
 class JobHandle:
@@ -41,16 +38,23 @@ class JobHandle:
         self.job = job
         """As it was sent; None for a handle from ``Client.get``."""
 
-    def stream(self, last_id: EntryId | str | None = None) -> Iterator[Chunk]:
-        """Text as it is made, from the beginning or from after ``last_id``, to the job's end.
+    def stream(
+        self, last_id: EntryId | str | None = None, *, timeout_s: float | None = None
+    ) -> Iterator[Chunk]:
+        """Text as it is made, from the beginning or from after ``last_id`` (a chunk's ``id``), to the end.
 
         Joined texts equal the result's text, whether you attach early, late or again. Raises JobFailed at the
-        end of a job that did not succeed, JobNotFound.
+        end of a job that did not succeed, JobNotFound, WaitTimeout after ``timeout_s`` in all.
         """
-        from .stream import follow
+        from .stream import Chunk, follow
 
         last = EntryId.parse(last_id) if isinstance(last_id, str) else last_id
-        return follow(self._link.state, self.id, last)
+        fetch = self._link.result_body
+        for item in follow(self._link.state, self.id, last, fetch=fetch, timeout_s=timeout_s):
+            if isinstance(item, Chunk):
+                yield item
+            else:
+                core.raise_unless_good_end(self.id, item.end)
 
     def result(self, timeout_s: float | None = None, *, check: bool = True) -> Result:
         """Wait for the end and return the result.
@@ -59,26 +63,24 @@ class JobHandle:
         ``timeout_s`` (the job goes on), JobNotFound.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        pause_s = POLL_FIRST_S
+        pause_s = core.POLL_FIRST_S
         while (result := self._result_now()) is None:
             left_s = pause_s if deadline is None else deadline - time.monotonic()
             if left_s <= 0:
-                raise WaitTimeout(
-                    f"job {self.id} has not ended after {timeout_s:g} s; it goes on, ask again later"
-                )
+                raise core.not_ended(self.id, timeout_s)
             time.sleep(min(pause_s, left_s))
-            pause_s = min(POLL_MAX_S, 1.3 * pause_s)
+            pause_s = min(core.POLL_MAX_S, core.POLL_GROWTH * pause_s)
         return core.raise_unless_succeeded(result) if check else result
 
     def status(self) -> JobStatus:
         """Where the job stands now. Raises JobNotFound."""
         status = self._link.state.status(self.id)
-        if status is None:
-            body = self._link.store.get(keys.result_object(self.id))
-            if body is None:
-                raise unknown_job(self.id)
-            status = core.status_of(Result.from_json(body))
-        return status
+        if status is not None:
+            return status
+        body = self._link.store.get(keys.result_object(self.id))
+        if body is None:
+            raise core.unknown_job(self.id)
+        return core.status_of(Result.from_json(body))
 
     def cancel(self) -> JobState:
         """Ask for a stop; returns the state as it is now. What was generated so far stays in the result.
@@ -93,7 +95,7 @@ class JobHandle:
             return None
         body = self._link.result_body(self.id)
         if body is None:
-            raise unknown_job(self.id)
+            raise core.unknown_job(self.id)
         return Result.from_json(body)
 
     def __repr__(self) -> str:
@@ -103,22 +105,21 @@ class JobHandle:
 class Client:
     """Submits jobs and finds them again. Thread-safe; connects when it is first used.
 
-    Arguments win over ``GRISTMILL_*``. With neither it joins the embedded stack under ``GRISTMILL_HOME``.
+    ``broker`` is a URL, or all settings at once. Arguments win over ``GRISTMILL_*``; with neither it joins
+    the embedded stack under ``GRISTMILL_HOME``. Raises Misconfigured.
     """
 
     def __init__(
         self,
-        broker_url: str | None = None,
+        broker: str | Settings | None = None,
         *,
         state_url: str | None = None,
         results_url: str | None = None,
         model: str | None = None,
         tenant: str | None = None,
-        settings: Settings | None = None,
     ) -> None:
-        self.settings = settings or load_settings(
-            broker_url=broker_url, state_url=state_url, results_url=results_url, model=model, tenant=tenant
-        )
+        urls = {"state_url": state_url, "results_url": results_url, "model": model, "tenant": tenant}
+        self.settings = core.client_settings(broker, urls)
         self._link = Link(self.settings)
 
     def submit(
@@ -151,12 +152,9 @@ class Client:
             idempotency_key=idempotency_key,
             metadata=metadata,
         )
-        checked = core.build_job(
-            given, "unknown", sampling, self.settings, time.time()
-        )  # no network for bad input
-        core.check_payload(checked, self.settings.max_payload_bytes)
+        draft = core.draft_job(given, sampling, self.settings, time.time())  # bad input costs no round trip
         name = core.pick_model(model, self._link.state.models(), self.settings)
-        job = checked.model_copy(update={"model": name})
+        job = draft.model_copy(update={"model": name})
         self._link.submit(job)
         warnings = [] if self._link.state.alive(name) else [core.nobody_alive(name, self.settings)]
         return JobHandle(self._link, job.id, warnings, job)

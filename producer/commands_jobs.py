@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..schemas.errors import WaitTimeout
+from ..schemas.errors import JobFailed, WaitTimeout
 from ..schemas.job import JobState, Priority
 from ..schemas.result import Result
 from ..schemas.status import JobStatus
 from . import core
 from .client import Client, JobHandle
 from .console import INTERRUPTED, common, connection, put, put_json, put_piece, read_stdin, say, warn
+
+if TYPE_CHECKING:
+    from .stream import Chunk
 
 SUBMIT_HELP = """Send one job and print its id; --stream shows the text as it is made, --wait when it is done.
 
@@ -60,18 +63,16 @@ def submit(
     stream: bool,
     wait: bool,
     timeout_s: float | None,
-    broker_url: str | None,
-    state_url: str | None,
-    results_url: str | None,
     as_json: bool,
     **sampling: Any,
 ) -> int:
     """One job from the command line."""
+    urls = {name: sampling.pop(name) for name in ("broker_url", "state_url", "results_url")}
     text = read_stdin() if prompt == "-" else prompt
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     sampling["stop"] = sampling["stop"] or None
-    with Client(broker_url, state_url=state_url, results_url=results_url) as client:
+    with client_of(urls) as client:
         job = client.submit(
             None if chat or system else text,
             messages=messages if chat or system else None,
@@ -103,7 +104,7 @@ def submit(
 @common
 def follow(job_id: str, last_id: str | None, as_json: bool, **urls: str | None) -> int:
     """Show a job's text from the beginning, then as it is made."""
-    with Client(**urls) as client:
+    with client_of(urls) as client:
         return _show_stream(client.get(job_id), last_id, as_json)
 
 
@@ -113,7 +114,7 @@ def follow(job_id: str, last_id: str | None, as_json: bool, **urls: str | None) 
 @common
 def status(job_id: str, as_json: bool, **urls: str | None) -> int:
     """Where a job stands."""
-    with Client(**urls) as client:
+    with client_of(urls) as client:
         found = client.get(job_id).status()
     if as_json:
         put(found.to_json())
@@ -131,7 +132,7 @@ def status(job_id: str, as_json: bool, **urls: str | None) -> int:
 @common
 def result(job_id: str, wait: bool, timeout_s: float | None, as_json: bool, **urls: str | None) -> int:
     """Print a job's text, or its whole result as JSON."""
-    with Client(**urls) as client:
+    with client_of(urls) as client:
         job = client.get(job_id)
         if not wait:
             state = job.status().state
@@ -146,7 +147,7 @@ def result(job_id: str, wait: bool, timeout_s: float | None, as_json: bool, **ur
 @common
 def cancel(job_ids: tuple[str, ...], as_json: bool, **urls: str | None) -> int:
     """Stop jobs. What they generated so far stays in their results."""
-    with Client(**urls) as client:
+    with client_of(urls) as client:
         for job_id in job_ids:
             state = client.get(job_id).cancel()
             if as_json:
@@ -156,14 +157,24 @@ def cancel(job_ids: tuple[str, ...], as_json: bool, **urls: str | None) -> int:
     return 0
 
 
+def client_of(urls: Mapping[str, str | None]) -> Client:
+    """A client of the connections that the command line names."""
+    return Client(urls["broker_url"], state_url=urls["state_url"], results_url=urls["results_url"])
+
+
 def _show_stream(job: JobHandle, last_id: str | None, as_json: bool) -> int:
     """Text to stdout piece by piece; how it ended to stderr, or with ``--json`` as the last object."""
+    failure: JobFailed | None = None
     try:
         for chunk in job.stream(last_id):
             if as_json:
-                put_json(core.chunk_json(job.id, chunk))
-            else:
-                put_piece(chunk.text)
+                put_json(_chunk(job.id, chunk))
+                continue
+            if chunk.reset:
+                say("\n(the job began anew and its text changed; from the beginning:)")
+            put_piece(chunk.text)
+    except JobFailed as exc:
+        failure = exc
     except KeyboardInterrupt:
         say(f"\nthe job goes on: gristmill follow {job.id}   (stop it: gristmill cancel {job.id})")
         return INTERRUPTED
@@ -173,7 +184,8 @@ def _show_stream(job: JobHandle, last_id: str | None, as_json: bool) -> int:
     else:
         put("")
         say(_usage_line(ended))
-    core.raise_unless_succeeded(ended)
+    if failure is not None:
+        raise failure
     return 0
 
 
@@ -186,6 +198,20 @@ def _show_result(job: JobHandle, as_json: bool, timeout_s: float | None) -> int:
     put(ended.text)
     say(_usage_line(ended))
     return 0
+
+
+def _chunk(job_id: str, chunk: Chunk) -> dict[str, Any]:
+    return {
+        "kind": "chunk",
+        "job_id": job_id,
+        "id": str(chunk.id),
+        "choice": chunk.choice,
+        "offset": chunk.offset,
+        "ids": chunk.ids,
+        "text": chunk.text,
+        "reset": chunk.reset,
+        "finish_reason": chunk.finish_reason.value if chunk.finish_reason else None,
+    }
 
 
 def _ending(ended: Result) -> dict[str, Any]:

@@ -10,7 +10,17 @@ from typing import Any
 
 from ..schemas import keys, openai
 from ..schemas.batch_lines import Row
-from ..schemas.errors import BadInput, InvalidRequest, JobFailed, ModelNotFound, PayloadTooLarge
+from ..schemas.errors import (
+    BadInput,
+    InvalidRequest,
+    JobFailed,
+    JobNotFound,
+    Misconfigured,
+    ModelNotFound,
+    PayloadTooLarge,
+    WaitTimeout,
+)
+from ..schemas.events import End
 from ..schemas.job import (
     DEFAULT_TENANT,
     JOB_ID_PATTERN,
@@ -22,10 +32,15 @@ from ..schemas.job import (
 )
 from ..schemas.result import ErrorInfo, Result
 from ..schemas.sampling import SamplingParams
-from ..schemas.settings import Settings
+from ..schemas.settings import Settings, load_settings
 from ..schemas.status import JobStatus
 
 EMBEDDED = "embedded:"
+UNDECIDED = "undecided"
+MODEL_BYTES = 1024
+"""Kept free in a draft's payload for the model's name."""
+POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.01, 1.3, 0.1
+"""How a client waits for a result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +86,23 @@ def build_job(
         "retry_of": given.retry_of,
     }
     return Job.from_python(fields)
+
+
+def draft_job(given: Submission, sampling: Mapping[str, Any], settings: Settings, now: float) -> Job:
+    """A job that is valid and fits a message, but for its model. Raises InvalidRequest, PayloadTooLarge."""
+    job = build_job(given, UNDECIDED, sampling, settings, now)
+    check_payload(job, settings.max_payload_bytes - MODEL_BYTES)
+    return job
+
+
+def client_settings(broker: str | Settings | None, given: Mapping[str, str | None]) -> Settings:
+    """A client's arguments as settings. Raises Misconfigured."""
+    if not isinstance(broker, Settings):
+        return load_settings(broker_url=broker, **given)
+    extra = [name for name, value in given.items() if value is not None]
+    if extra:
+        raise Misconfigured(f"give {extra[0]} within the settings, or give a URL instead of settings")
+    return broker
 
 
 def sampling_params(given: Mapping[str, Any]) -> SamplingParams:
@@ -165,18 +197,36 @@ def raise_unless_succeeded(result: Result) -> Result:
     raise JobFailed(result.job_id, error.code, error.message)
 
 
+def raise_unless_good_end(job_id: str, end: End) -> None:
+    """``raise_unless_succeeded`` for the last entry of a log."""
+    if end.state is not JobState.SUCCEEDED:
+        error = end.error or ended_early(end.state)
+        raise JobFailed(job_id, error.code, error.message)
+
+
 def failure_of(result: Result) -> ErrorInfo:
     """Why a job did not succeed."""
-    if result.error is not None:
-        return result.error
-    return ErrorInfo(
-        code=result.state.value, message=f"the job was {result.state.value} before it was finished"
-    )
+    return result.error or ended_early(result.state)
+
+
+def ended_early(state: JobState) -> ErrorInfo:
+    """What is said of a job that was cancelled or expired."""
+    return ErrorInfo(code=state.value, message=f"the job was {state.value} before it was finished")
 
 
 def error_info(exc: BadInput) -> ErrorInfo:
     """An error of ours as a record."""
     return ErrorInfo(code=exc.code, message=exc.message, param=getattr(exc, "param", None))
+
+
+def unknown_job(job_id: str) -> JobNotFound:
+    """The error for an id that nobody knows."""
+    return JobNotFound(f"job {job_id} is unknown here; is this the broker it was sent to?")
+
+
+def not_ended(job_id: str, timeout_s: float | None) -> WaitTimeout:
+    """The error for somebody whose patience ran out."""
+    return WaitTimeout(f"job {job_id} has not ended after {timeout_s:g} s; it goes on, ask again later")
 
 
 def check_job_id(job_id: str) -> str:

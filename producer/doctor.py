@@ -108,8 +108,7 @@ def _cpu() -> Check:
 
 
 def _compiler() -> Check:
-    wanted = os.environ.get("CXX") or "c++"
-    found = next((path for name in (wanted, "g++", "clang++") if (path := shutil.which(name))), None)
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if found is None:
         return Check(
             "compiler",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..schemas import keys
-from ..schemas.errors import JobNotFound
 from ..schemas.job import Job
 from ..schemas.settings import Settings
 
@@ -91,8 +90,3 @@ class Link:
             app.close()
         if state is not None:
             state.close()
-
-
-def unknown_job(job_id: str) -> JobNotFound:
-    """The error for an id that nobody knows."""
-    return JobNotFound(f"job {job_id} is unknown here; is this the broker it was sent to?")

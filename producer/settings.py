@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
@@ -30,3 +31,15 @@ def load_producer_settings(**overrides: object) -> ProducerSettings:
         return ProducerSettings(**{k: v for k, v in overrides.items() if v is not None})  # pyright: ignore[reportArgumentType]
     except ValidationError as exc:
         raise misconfigured(exc) from exc
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """Our environment for a worker process of our own, with our connections: passwords belong in neither argv
+    nor logs."""
+    return os.environ | {
+        "GRISTMILL_HOME": str(settings.home),
+        "GRISTMILL_BROKER_URL": settings.broker,
+        "GRISTMILL_STATE_URL": settings.state_url,
+        "GRISTMILL_RESULTS_URL": settings.results,
+        "PYTHONUNBUFFERED": "1",
+    }

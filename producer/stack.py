@@ -19,6 +19,7 @@ from pathlib import Path
 from ..backends.supervisor import die_with_parent
 from ..schemas.errors import EngineUnavailable, Misconfigured
 from ..schemas.settings import Settings
+from .settings import child_environment
 
 NEEDED = ("torch", "tokenizers", "safetensors", "msgspec", "jinja2")
 """What the worker extra brings; the client alone has none of it."""
@@ -186,13 +187,7 @@ def make_workers(
     Connections travel in the environment, where passwords belong. ``logs``: a directory for their log files.
     """
     require_worker()
-    env = os.environ | {
-        "GRISTMILL_HOME": str(settings.home),
-        "GRISTMILL_BROKER_URL": settings.broker,
-        "GRISTMILL_STATE_URL": settings.state_url,
-        "GRISTMILL_RESULTS_URL": settings.results,
-        "PYTHONUNBUFFERED": "1",
-    }
+    env = child_environment(settings)
     command = [sys.executable, "-P", "-m", "gristmill.worker", "run", "--model", model, *knobs]
     if logs is not None:
         logs.mkdir(parents=True, exist_ok=True)

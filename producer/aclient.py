@@ -1,0 +1,194 @@
+"""AsyncClient: the calls of Client, to be awaited. A thin shell: what is decided is decided in ``core``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Self
+
+from ..schemas import keys
+from ..schemas.events import EntryId
+from ..schemas.job import Job, JobState, Priority
+from ..schemas.result import Result
+from ..schemas.settings import Settings
+from ..schemas.status import JobStatus, ModelInfo
+from . import core
+from .core import Submission
+from .link import Link
+
+if TYPE_CHECKING:
+    from ..backends.state import AsyncState
+    from .stream import Chunk
+
+
+class AsyncLink:
+    """State by asyncio; message and result store, whose libraries know threads only, in a thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._link = Link(settings)
+        self._lock = asyncio.Lock()
+        self._state: AsyncState | None = None
+
+    async def state(self) -> AsyncState:
+        """Raises BrokerUnavailable, Misconfigured."""
+        from ..backends.state import open_async_state
+
+        async with self._lock:
+            self._state = self._state or await open_async_state(self.settings)
+            return self._state
+
+    async def submit(self, job: Job) -> bool:
+        """See Link.submit."""
+        return await asyncio.to_thread(self._link.submit, job)
+
+    async def result_body(self, job_id: str) -> str | bytes | None:
+        """See Link.result_body."""
+        return await (await self.state()).result(job_id) or await self.stored(job_id)
+
+    async def stored(self, job_id: str) -> bytes | None:
+        """The result object's content."""
+        return await asyncio.to_thread(lambda: self._link.store.get(keys.result_object(job_id)))
+
+    async def close(self) -> None:
+        """Let go of what was opened."""
+        state, self._state = self._state, None
+        if state is not None:
+            await state.close()
+        await asyncio.to_thread(self._link.close)
+
+
+class AsyncJobHandle:
+    """See JobHandle."""
+
+    def __init__(
+        self, link: AsyncLink, job_id: str, warnings: Sequence[str] = (), job: Job | None = None
+    ) -> None:
+        self._link = link
+        self.id = job_id
+        self.warnings = tuple(warnings)
+        self.job = job
+
+    async def stream(
+        self, last_id: EntryId | str | None = None, *, timeout_s: float | None = None
+    ) -> AsyncIterator[Chunk]:
+        """See JobHandle.stream."""
+        from .stream import Chunk, follow_async
+
+        last = EntryId.parse(last_id) if isinstance(last_id, str) else last_id
+        state, fetch = await self._link.state(), self._link.result_body
+        async with aclosing(follow_async(state, self.id, last, fetch=fetch, timeout_s=timeout_s)) as items:
+            async for item in items:
+                if isinstance(item, Chunk):
+                    yield item
+                else:
+                    core.raise_unless_good_end(self.id, item.end)
+
+    async def result(self, timeout_s: float | None = None, *, check: bool = True) -> Result:
+        """See JobHandle.result."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        pause_s = core.POLL_FIRST_S
+        while (result := await self._result_now()) is None:
+            left_s = pause_s if deadline is None else deadline - time.monotonic()
+            if left_s <= 0:
+                raise core.not_ended(self.id, timeout_s)
+            await asyncio.sleep(min(pause_s, left_s))
+            pause_s = min(core.POLL_MAX_S, core.POLL_GROWTH * pause_s)
+        return core.raise_unless_succeeded(result) if check else result
+
+    async def status(self) -> JobStatus:
+        """See JobHandle.status."""
+        status = await (await self._link.state()).status(self.id)
+        if status is not None:
+            return status
+        body = await self._link.stored(self.id)
+        if body is None:
+            raise core.unknown_job(self.id)
+        return core.status_of(Result.from_json(body))
+
+    async def cancel(self) -> JobState:
+        """See JobHandle.cancel."""
+        state = await self._link.state()
+        return await state.cancel(self.id, None if self.job is None else self.job.model)
+
+    async def _result_now(self) -> Result | None:
+        status = await (await self._link.state()).status(self.id)
+        if status is not None and not status.state.final:
+            return None
+        body = await self._link.result_body(self.id)
+        if body is None:
+            raise core.unknown_job(self.id)
+        return Result.from_json(body)
+
+    def __repr__(self) -> str:
+        return f"AsyncJobHandle({self.id!r})"
+
+
+class AsyncClient:
+    """See Client. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        broker: str | Settings | None = None,
+        *,
+        state_url: str | None = None,
+        results_url: str | None = None,
+        model: str | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        urls = {"state_url": state_url, "results_url": results_url, "model": model, "tenant": tenant}
+        self.settings = core.client_settings(broker, urls)
+        self._link = AsyncLink(self.settings)
+
+    async def submit(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        prompt_ids: Sequence[int] | None = None,
+        model: str | None = None,
+        stream: bool = False,
+        priority: Priority | str = Priority.NORMAL,
+        tenant: str | None = None,
+        idempotency_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **sampling: Any,
+    ) -> AsyncJobHandle:
+        """See Client.submit."""
+        given = Submission(
+            prompt=prompt,
+            messages=messages,
+            prompt_ids=prompt_ids,
+            stream=stream,
+            priority=priority,
+            tenant=tenant,
+            idempotency_key=idempotency_key,
+            metadata=metadata,
+        )
+        draft = core.draft_job(given, sampling, self.settings, time.time())
+        state = await self._link.state()
+        name = core.pick_model(model, await state.models(), self.settings)
+        job = draft.model_copy(update={"model": name})
+        await self._link.submit(job)
+        warnings = [] if await state.alive(name) else [core.nobody_alive(name, self.settings)]
+        return AsyncJobHandle(self._link, job.id, warnings, job)
+
+    def get(self, job_id: str) -> AsyncJobHandle:
+        """See Client.get."""
+        return AsyncJobHandle(self._link, core.check_job_id(job_id))
+
+    async def models(self) -> dict[str, ModelInfo]:
+        """See Client.models."""
+        return await (await self._link.state()).models()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._link.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
