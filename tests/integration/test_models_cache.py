@@ -102,13 +102,13 @@ def test_the_tensors_are_what_transformers_reads_from_the_same_gguf(
 
 
 def test_transformers_reads_the_directory_as_the_original_model(pulled: tuple[Path, list[list[str]]]) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
     path = models.resolve("smollm2-135m", home=pulled[0])
     config = AutoConfig.from_pretrained(path)
     assert (config.model_type, config.tie_word_embeddings, config.rms_norm_eps) == ("llama", True, 1e-5)
     assert (config.rope_parameters["rope_theta"], config.max_position_embeddings) == (100_000.0, 8192)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|im_start|>",
         "<|im_end|>",
