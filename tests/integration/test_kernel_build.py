@@ -1,0 +1,95 @@
+"""The kernel cache: built once however many start together, and nothing half-built is ever loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gristmill.engine.native import build as building
+from gristmill.engine.native.build import BuildFailed, build, find_compiler
+from gristmill.engine.native.library import load
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+START = """
+import sys, logging, torch
+from pathlib import Path
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+from gristmill.engine.native.library import load
+x = torch.ones(1, 32)
+print("norm", load(Path(sys.argv[1]), torch.float32, 1).rms_norm(x, x[0], 0.0).sum().item())
+"""
+
+
+@needs_compiler
+def test_processes_that_start_together_build_once_and_all_load(tmp_path: Path) -> None:
+    cache = tmp_path / "kernels"
+    started = [
+        subprocess.Popen([sys.executable, "-c", START, str(cache)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert all("norm 32.0" in output for output in outputs)
+    assert sum("kernel.built" in output for output in outputs) == 1
+    assert len(list(cache.glob("*.so"))) == 1
+    assert not list(cache.glob("build-*")), "a working directory was left behind"
+
+
+@needs_compiler
+def test_a_builder_that_dies_leaves_the_lock_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken compiler fails the first; its lock and its rubbish do not hinder the second."""
+    broken = tmp_path / "bin"
+    broken.mkdir()
+    compiler = broken / "g++"
+    compiler.write_text("#!/bin/sh\necho 'no space left' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    cache = tmp_path / "kernels"
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", f"{broken}:{os.environ['PATH']}")
+        with pytest.raises(BuildFailed, match="no space left"):
+            build(cache)
+    assert not list(cache.glob("*.so"))
+    assert build(cache).exists()
+
+
+def test_without_a_compiler_the_engine_falls_back_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert load(tmp_path / "kernels", torch.float32, 1) is None
+    (record,) = [record for record in caplog.records if record.message == "kernel.unavailable"]
+    assert "no C++ compiler" in record.__dict__["reason"]
+
+
+@needs_compiler
+def test_a_kernel_built_earlier_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build(tmp_path / "kernels")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build(tmp_path / "kernels") == built
+
+
+def test_a_cache_that_others_can_write_is_refused(tmp_path: Path) -> None:
+    cache = tmp_path / "kernels"
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(BuildFailed, match="can be written by others"):
+        build(cache)
+
+
+def test_another_cpu_torch_or_source_means_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = building.key(b"source")
+    assert building.key(b"other source") != here
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "__version__", "0.0.1")
+        assert building.key(b"source") != here
+    monkeypatch.setattr(building, "_instructions", lambda: "sse2")
+    assert building.key(b"source") != here

@@ -1,0 +1,228 @@
+"""Both attention backends against attention as the textbook writes it, over awkward sizes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from gristmill.engine.attention.backend import Attention
+from gristmill.engine.attention.native_backend import SPLIT_TOKENS, NativeAttention
+from gristmill.engine.attention.torch_backend import TorchAttention
+from gristmill.engine.batch import pack
+from gristmill.engine.kv_cache import KVCache
+from gristmill.engine.layers.elementwise import TorchElementwise
+from gristmill.engine.layers.rope import tables
+from gristmill.engine.models.spec import ModelSpec, RopeSpec
+from gristmill.engine.native.library import Library, load
+from gristmill.schemas.settings import default_home
+from torch import Tensor
+
+from ..support.feeding import Fed, Piece
+
+CPU = torch.device("cpu")
+MAX_LEN = 1200
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So that a busy machine costs no barriers; the kernels get their own number of threads below."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def library(dtype: torch.dtype, threads: int = 1) -> Library:
+    found = load(default_home() / "kernels", dtype, threads)
+    assert found is not None, "the native kernels could not be built"
+    return found
+
+
+def spec_of(
+    heads: int, kv_heads: int, dim: int, window: int | None = None, qk_norm: bool = False
+) -> ModelSpec:
+    return ModelSpec(
+        family="test",
+        vocab_size=8,
+        hidden_size=heads * dim,
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        intermediate_size=8,
+        norm_eps=1e-5,
+        rope=RopeSpec(),
+        max_positions=MAX_LEN,
+        tied_embeddings=True,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=qk_norm,
+        windows=(window,),
+        eos_token_ids=(),
+        checkpoint_dtype="float32",
+    )
+
+
+def backend(kind: str, spec: ModelSpec, dtype: torch.dtype, block: int, blocks: int) -> Attention:
+    if kind == "torch":
+        made: Attention = TorchAttention(spec, block, MAX_LEN, CPU)
+    else:
+        made = NativeAttention(spec, block, MAX_LEN, library(dtype))
+    cache = KVCache.allocate(1, blocks, made.block_shape(), dtype, CPU)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))  # what an earlier, broken sequence may have left behind
+    made.use(cache)
+    return made
+
+
+def textbook(qkv: Tensor, first: int, spec: ModelSpec, norms: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Output rows ``first``.. of one sequence from all its qkv rows, in float64: one softmax over one full row."""
+    n = len(qkv)
+    heads = qkv.double().view(n, -1, spec.head_dim)
+    q, k, v = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+    if norms:
+        q, k = (
+            x * (x.square().mean(-1, True) + spec.norm_eps).rsqrt() * w
+            for x, w in zip((q, k), norms, strict=True)
+        )
+    cos, sin = (t[:n, None].double() for t in tables(spec.rope, spec.head_dim, n))
+    q, k = (
+        torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1))
+    )
+    out = torch.zeros(n - first, spec.num_heads, spec.head_dim, dtype=torch.float64)
+    for at in range(first, n):
+        oldest = 0 if spec.windows[0] is None else max(0, at + 1 - spec.windows[0])
+        for head in range(spec.num_heads):
+            keys, values = (x[oldest : at + 1, head // spec.group] for x in (k, v))
+            out[at - first, head] = (keys @ q[at, head] * spec.head_dim**-0.5).softmax(0) @ values
+    return out.flatten(1)
+
+
+def assert_equal_to_textbook(
+    kind: str,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    lengths: list[int],
+    *,
+    block: int = 16,
+    seed: int = 0,
+    chunk: int = 90,
+) -> None:
+    """Feed random qkv rows of several sequences in random chunks, check the rows of every step."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    needed = [-(-n // block) for n in lengths]
+    free = list(range(sum(needed)))
+    draw.shuffle(free)
+    made = backend(kind, spec, dtype, block, len(free))
+    width = spec.q_size + 2 * spec.kv_size
+    rows = [torch.randn(n, width).to(dtype) for n in lengths]
+    fed = [Fed([0] * n, [free.pop() for _ in range(count)]) for n, count in zip(lengths, needed, strict=True)]
+    norms = (torch.rand(spec.head_dim).to(dtype) + 0.5, torch.rand(spec.head_dim).to(dtype) + 0.5)
+    q_norm, k_norm = norms if spec.qk_norm else (None, None)
+    # bf16: keys, probabilities and results are each rounded to 8 bits, 2^-9 relative.
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-5}
+    while left := [i for i, seq in enumerate(fed) if seq.computed < len(seq.tokens)]:
+        chosen = draw.sample(left, draw.randint(1, len(left)))
+        counts = [draw.choice((1, 1, min(chunk, len(fed[i].tokens) - fed[i].computed))) for i in chosen]
+        batch = pack([Piece(fed[i], n) for i, n in zip(chosen, counts, strict=True)], block, CPU)
+        qkv = torch.cat(
+            [rows[i][fed[i].computed : fed[i].computed + n] for i, n in zip(chosen, counts, strict=True)]
+        )
+        made.begin(batch)
+        out = made.attend(0, qkv.clone(), q_norm, k_norm)
+        for i, n, part in zip(chosen, counts, out.split(counts), strict=True):
+            first, fed[i].computed = fed[i].computed, fed[i].computed + n
+            expected = textbook(rows[i][: fed[i].computed], first, spec, norms if spec.qk_norm else None)
+            torch.testing.assert_close(part.double(), expected, **tolerance)
+
+
+SHAPES = [(9, 3, 64), (4, 4, 32), (8, 1, 80), (4, 2, 128), (5, 5, 20), (6, 2, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
+def test_any_shape_equals_the_textbook(
+    kind: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    assert_equal_to_textbook(kind, spec_of(heads, kv_heads, dim), dtype, [1, 2, 15, 16, 17, 63, 65, 100])
+
+
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
+@pytest.mark.parametrize("window", [1, 7, 64, 100])
+def test_a_sliding_window_hides_what_is_further_back(kind: str, window: int) -> None:
+    spec = spec_of(6, 3, 16, window)
+    assert_equal_to_textbook(kind, spec, torch.float32, [1, 64, 90, 210], seed=window)
+
+
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
+def test_head_norms_come_before_the_rotation(kind: str) -> None:
+    assert_equal_to_textbook(kind, spec_of(4, 2, 24, qk_norm=True), torch.float32, [3, 40, 129])
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_decode_rows_are_cut_and_merged(window: int | None) -> None:
+    spec = spec_of(2, 1, 32, window)
+    lengths = [SPLIT_TOKENS - 1, SPLIT_TOKENS + 3, 2 * SPLIT_TOKENS + 2]
+    assert_equal_to_textbook("cpu", spec, torch.float32, lengths, chunk=SPLIT_TOKENS - 1, block=32)
+
+
+def test_the_native_kernel_equals_torch_at_every_context_to_300() -> None:
+    """Decode token by token beside a second sequence: every place in a block and in a tile."""
+    spec = spec_of(6, 2, 32)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        both = [backend(kind, spec, dtype, 16, 40) for kind in ("torch", "cpu")]
+        first, second = Fed([0] * 300, list(range(19))), Fed([0] * 300, list(range(39, 19, -1)))
+        torch.manual_seed(0)
+        for step in range(300):
+            batch = pack([Piece(first, 1), Piece(second, 1)], 16, CPU)
+            qkv = torch.randn(2, spec.q_size + 2 * spec.kv_size).to(dtype)
+            outs = []
+            for made in both:
+                made.begin(batch)
+                outs.append(made.attend(0, qkv.clone(), None, None))
+            torch.testing.assert_close(
+                *outs, rtol=tolerance, atol=tolerance, msg=f"context {step + 1}, {dtype}"
+            )
+            first.computed += 1
+            second.computed += 1
+
+
+def test_a_row_computes_the_same_bits_alone_and_in_a_batch() -> None:
+    spec = spec_of(6, 2, 32)
+    torch.manual_seed(0)
+    rows = torch.randn(3, 40, spec.q_size + 2 * spec.kv_size)
+
+    def run(together: bool, threads: int) -> Tensor:
+        made = NativeAttention(spec, 16, MAX_LEN, library(torch.float32, threads))
+        made.use(KVCache.allocate(1, 9, made.block_shape(), torch.float32, CPU))
+        fed = [Fed([0] * 40, [3 * i, 3 * i + 1, 3 * i + 2]) for i in range(3)]
+        outs: list[Tensor] = []
+        for group in [[0, 1, 2]] if together else [[0], [1], [2]]:
+            made.begin(pack([Piece(fed[i], 40) for i in group], 16, CPU))
+            outs.append(made.attend(0, torch.cat([rows[i] for i in group]), None, None))
+        return torch.cat(outs)
+
+    assert torch.equal(run(together=True, threads=2), run(together=False, threads=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", [1, 15, 16, 48, 577])
+def test_native_norm_and_activation_equal_torch(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(size)
+    ours, theirs = library(dtype), TorchElementwise()
+    x, residual = torch.randn(7, size).to(dtype), torch.randn(7, size).to(dtype)
+    weight = torch.rand(size).to(dtype)
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(ours.rms_norm(x, weight, 1e-5), theirs.rms_norm(x, weight, 1e-5), **tolerance)
+    held = [residual.clone(), residual.clone()]
+    outs = [ops.rms_norm(x, weight, 1e-5, r) for ops, r in zip((ours, theirs), held, strict=True)]
+    torch.testing.assert_close(*outs, **tolerance)
+    assert torch.equal(*held)
+    gate_up = torch.randn(5, 2 * size).mul(20).to(dtype)
+    gate_up[0, 0] = -200.0  # exp overflows unless it is clamped
+    torch.testing.assert_close(ours.silu_mul(gate_up), theirs.silu_mul(gate_up), **tolerance)
