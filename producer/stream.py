@@ -1,8 +1,8 @@
 """Follow one job: its log first, then live, without a gap or a repetition, to its end.
 
-``Replica`` knows what the log says and what the caller was shown; ``_protocol`` decides what to do next; neither
-does any I/O. ``follow`` and ``follow_async`` carry out what ``_protocol`` asks for. ``schemas/README.md``
-describes the same protocol for other languages.
+``Replica`` knows what the log says and what the caller was shown, ``_protocol`` decides what comes next;
+neither does any I/O. ``follow`` and ``follow_async`` carry out what ``_protocol`` asks for.
+``schemas/README.md`` describes the same protocol for other languages.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -411,7 +411,7 @@ async def follow_async(
     fetch: Callable[[str], Awaitable[str | bytes | None]] | None = None,
     timeout_s: float | None = None,
     idle_s: float = IDLE_S,
-) -> AsyncIterator[Item]:
+) -> AsyncGenerator[Item]:
     """``follow`` for asyncio. Close it (``contextlib.aclosing``) if you leave before the end."""
     steps = _protocol(job_id, last, timeout_s, idle_s, time.monotonic)
     async with AsyncExitStack() as stack:
