@@ -225,7 +225,7 @@ class BulkRun:
         self._in_flight[job_id] = index, row.custom_id
 
     def _take_finished(self) -> None:
-        results = list(self._loaders.map(lambda each: self._load(self._job_id(each[1])), self._done))
+        results = self._load_all([self._job_id(row) for _, row in self._done])
         for (index, row), result in zip(self._done, results, strict=True):
             self._record(index, row.custom_id, result, resumed=True)
         self._done.clear()
@@ -238,14 +238,16 @@ class BulkRun:
     def _collect(self) -> int:
         """Take what ended since the last look; how many rows."""
         job_ids = list(self._in_flight)
-        statuses = self._link.state.statuses(job_ids) if job_ids else []
-        ended = [
-            job_id for job_id, status in zip(job_ids, statuses, strict=True) if _is_final(job_id, status)
-        ]
-        for job_id, result in zip(ended, self._loaders.map(self._load, ended), strict=True):
+        states = self._link.state.states(job_ids)
+        ended = [job_id for job_id, state in zip(job_ids, states, strict=True) if _is_final(job_id, state)]
+        for job_id, result in zip(ended, self._load_all(ended), strict=True):
             index, custom_id = self._in_flight.pop(job_id)
             self._record(index, custom_id, result, resumed=False)
         return len(ended)
+
+    def _load_all(self, job_ids: list[str]) -> list[Result]:
+        """All or an error: nothing is recorded of a list that could be read only in part."""
+        return list(self._loaders.map(self._load, job_ids))
 
     def _load(self, job_id: str) -> Result:
         body = self._link.result_body(job_id)

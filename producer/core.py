@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import PurePath
 from typing import Any
 
 from ..schemas import keys, openai
@@ -159,6 +160,9 @@ def pick_model(wanted: str | None, known: Collection[str], settings: Settings) -
     if name is not None:
         if name in known:
             return name
+        directory = PurePath(name).name if name.startswith(("/", ".", "~")) else ""
+        if directory in known:  # workers name a model directory by its last part
+            return directory
         serving = (
             f"known models: {', '.join(sorted(known))}" if known else "no worker has announced any model"
         )

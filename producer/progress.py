@@ -57,7 +57,7 @@ class _Lines:
 
     def __init__(self) -> None:
         self._due = 0.0
-        self._last = -1
+        self._last: int = -1
 
     def report(self, progress: Progress) -> None:
         now = time.monotonic()

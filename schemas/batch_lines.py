@@ -160,15 +160,17 @@ class OutputLine(Record):
 
 def output_line(result: Result, custom_id: str) -> OutputLine:
     """How a row ended. Cancelled and expired rows carry no response, as OpenAI's do not."""
-    ids = {"id": f"batch_req_{result.job_id}", "custom_id": custom_id}
+    line_id = f"batch_req_{result.job_id}"
     match result.state:
         case JobState.SUCCEEDED:
             body = response_body(result)
             response = Response(status_code=200, request_id=f"req_{result.job_id}", body=body)
-            return OutputLine(**ids, response=response)
+            return OutputLine(id=line_id, custom_id=custom_id, response=response)
         case JobState.CANCELLED | JobState.EXPIRED as state:
             message = f"This request was {state.value} before it was finished."
-            return OutputLine(**ids, error={"code": f"batch_{state.value}", "message": message})
+            return OutputLine(
+                id=line_id, custom_id=custom_id, error={"code": f"batch_{state.value}", "message": message}
+            )
         case _:
             error = result.error or ErrorInfo(code="internal_error", message="the job failed")
             return error_line(result.job_id, custom_id, error)

@@ -262,7 +262,8 @@ def _content(content: Any, where: str) -> str:
         raise InvalidRequest(f"{where} is {_kind(content)}, not a string or a list of parts", param=where)
     texts: list[str] = []
     for index, part in enumerate(cast("Sequence[Any]", content)):
-        kind: Any = cast("dict[str, Any]", part).get("type") if isinstance(part, dict) else None
+        fields = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
+        kind: Any = fields.get("type")
         if not isinstance(kind, str):
             raise InvalidRequest(
                 f"{where}.{index}: a part is an object with a type", param=f"{where}.{index}"
@@ -272,7 +273,7 @@ def _content(content: Any, where: str) -> str:
                 f"{where}.{index}: parts of type {kind[:40]!r} are not supported by this version; text only",
                 param=f"{where}.{index}.type",
             )
-        text = part.get("text")
+        text: Any = fields.get("text")
         if not isinstance(text, str):
             raise InvalidRequest(
                 f"{where}.{index}.text is {_kind(text)}, not a string", param=f"{where}.{index}"
@@ -283,7 +284,13 @@ def _content(content: Any, where: str) -> str:
 
 def _kind(value: Any) -> str:
     """What JSON calls a value's type: what a user is told instead of the value."""
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    names: dict[Any, str] = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+    }
     return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
 
 
