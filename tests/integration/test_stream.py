@@ -80,7 +80,7 @@ def resets(items: Iterable[Item]) -> int:
 
 
 def subscribers(valkey: Valkey) -> int:
-    """Connections that listen. (PUBSUB NUMSUB of Valkey 9.1.2 answers nonsense from eight on.)"""
+    """Connections that listen. (PUBSUB NUMSUB of Valkey 9.1.2 answers nonsense at eight and at fifteen.)"""
     return valkey.client().info("clients")["pubsub_clients"]
 
 
