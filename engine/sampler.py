@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,13 +84,13 @@ class Sampler:
 
         noise = _gumbel(noise_bits(ids.int(), knobs.keys))
         best, column = (scaled + noise).masked_fill(~keep, -math.inf).max(1)
-        tokens: list[int | None] = ids.gather(1, column[:, None])[:, 0].tolist()
+        tokens: list[int | None] = [*_ints(ids.gather(1, column[:, None])[:, 0])]
         if not whole:
             self._look_outside(logits, knobs, best, scaled[:, -1], tokens)
-        for row, top in enumerate(values[:, 0].tolist()):
+        for row, top in enumerate(_floats(values[:, 0])):
             if not math.isfinite(top):
                 tokens[row], known[row] = None, True
-        return tokens, known.tolist()
+        return tokens, [bool(k) for k in _ints(known)]
 
     def _look_outside(
         self, logits: Tensor, knobs: _Knobs, best: Tensor, edge: Tensor, tokens: list[int | None]
@@ -100,7 +101,8 @@ class Sampler:
         """
         need = best - edge
         rows = ((need < MAX_GUMBEL) & ~knobs.filtered).nonzero()[:, 0]
-        for some in rows.split(NOISE_ROWS):
+        for start in range(0, len(rows), NOISE_ROWS):
+            some = rows[start : start + NOISE_ROWS]
             bits = noise_bits(self._tokens, knobs.keys[some])
             # gumbel(bits) > need, as a comparison of integers; a few too many are harmless.
             least = ((-(-need[some]).exp()).exp() * 2.0**32 - 2.0).floor().clamp(min=0.0)
@@ -110,7 +112,7 @@ class Sampler:
             score = logits[row, token].double() / knobs.temperature[row, 0] + _gumbel(bits[at, token])
             better = score > best[row]
             beaten: dict[int, float] = {}
-            found = zip(row[better].tolist(), token[better].tolist(), score[better].tolist(), strict=True)
+            found = zip(_ints(row[better]), _ints(token[better]), _floats(score[better]), strict=True)
             for r, t, s in found:
                 if s > beaten.get(r, -math.inf):
                     beaten[r], tokens[r] = s, t
@@ -168,10 +170,15 @@ def _forbid_early_end(logits: Tensor, seqs: Rows[Sequence]) -> None:
 
 
 def _greedy(logits: Tensor) -> list[int | None]:
-    """The largest logit of each row, ties the lowest id (which ``Tensor.argmax`` promises)."""
-    tokens = logits.argmax(1)
-    fine = logits.gather(1, tokens[:, None])[:, 0].isfinite()
-    return [token if ok else None for token, ok in zip(tokens.tolist(), fine.tolist(), strict=True)]
+    """The largest logit of each row, ties the lowest id: what argmax promises in both libraries."""
+    if logits.device.type == "cpu":  # 10 x as fast as torch's argmax there
+        array = logits.float().numpy()
+        tokens = array.argmax(1)
+        fine = np.isfinite(array[np.arange(len(array)), tokens])
+        return [token if ok else None for token, ok in zip(tokens.tolist(), fine.tolist(), strict=True)]
+    best = logits.argmax(1)
+    finite = logits.gather(1, best[:, None])[:, 0].isfinite()
+    return [token if ok else None for token, ok in zip(_ints(best), _ints(finite), strict=True)]
 
 
 def _best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +209,7 @@ def _filter(scaled: Tensor, logits: Tensor, knobs: _Knobs, *, whole: bool) -> tu
     if (knobs.top_p < 1.0).any():
         mass = (scaled - scaled[:, :1]).exp() * keep
         total = mass.sum(1, keepdim=True)
-        for row in ((knobs.top_p < 1.0) & ~limited)[:, 0].nonzero()[:, 0].tolist() if not whole else []:
+        for row in _ints(((knobs.top_p < 1.0) & ~limited)[:, 0].nonzero()[:, 0]) if not whole else []:
             total[row] = _mass(logits[row], knobs.temperature[row])
         keep &= (knobs.top_p >= 1.0) | (mass.cumsum(1) - mass < knobs.top_p * total)
     if (knobs.min_p > 0.0).any():
@@ -238,6 +245,14 @@ def _gumbel(bits: Tensor) -> Tensor:
     """``noise.gumbel`` in float64."""
     uniform = ((bits.long() & M32).double() + 0.5) * 2.0**-32
     return -(-uniform.log()).log()
+
+
+def _ints(x: Tensor) -> list[int]:
+    return x.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  (untyped in torch)
+
+
+def _floats(x: Tensor) -> list[float]:
+    return x.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _int32(x: int) -> int:
