@@ -141,7 +141,8 @@ class BulkRun:
                 self._trouble_since = None
             except Transient as exc:
                 self._endure(exc)
-            self._hooks.watch(ended > 0)
+            if self._in_flight or ended:  # a run that finds all rows finished needs no worker
+                self._hooks.watch(ended > 0)
             self._hooks.report(self.progress)
             if exhausted and not self._in_flight and not self._done:
                 assert self.progress.ended == self.progress.rows, f"{self.batch}: a row was lost on the way"

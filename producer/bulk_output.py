@@ -30,14 +30,19 @@ class Spool:
         self._offsets, self._sizes, self._failed = array("q"), array("q"), bytearray()
 
     def add(self, index: int, line: OutputLine, *, failed: bool) -> None:
-        """The line of row ``index``, counted from 0 in input order."""
+        """The line of row ``index``, counted from 0 in input order. Misconfigured: the disk is full."""
         data = line.to_line()
         while len(self._offsets) <= index:
             self._offsets.append(-1)
             self._sizes.append(0)
             self._failed.append(0)
-        self._file.seek(self._end)
-        self._file.write(data)
+        try:
+            self._file.seek(self._end)
+            self._file.write(data)
+        except OSError as exc:
+            raise Misconfigured(
+                f"cannot write beside the output: {exc.strerror}; make room, run again"
+            ) from exc
         self._offsets[index], self._sizes[index], self._failed[index] = self._end, len(data), failed
         self._end += len(data)
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from ..schemas import keys
 from ..schemas.job import Job
+from ..schemas.queues import queue_name
 from ..schemas.settings import Settings
 
 EMBEDDED = "embedded:"
 
 if TYPE_CHECKING:
-    from celery import Celery
+    from celery import Celery  # pyright: ignore[reportMissingTypeStubs]  # celery ships none
 
     from ..backends.embedded import Endpoint
     from ..backends.state import State
@@ -66,7 +67,8 @@ class Link:
         from ..backends.broker import publish
 
         fresh = self.state.submit(job)
-        publish(self.app, job)
+        queue = queue_name(job.model, job.priority)
+        publish(self.app, queue, job.to_json(), job.id, job.tenant, job.priority)
         return fresh
 
     def result_body(self, job_id: str) -> str | bytes | None:
@@ -87,6 +89,8 @@ class Link:
             app, state = self._app, self._state
             self._app = self._state = self._store = None
         if app is not None:
-            app.close()
+            from ..backends import broker
+
+            broker.close(app)
         if state is not None:
             state.close()
