@@ -1,1 +1,78 @@
-def main() -> None: ...
+"""`gristmill-worker`: one model, one engine, as many queues as there are classes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from ..schemas.errors import GristmillError
+from . import logs
+from .settings import load_worker_settings
+
+EXAMPLES = """\b
+Examples:
+  gristmill-worker run --model smollm2-135m
+  gristmill-worker run --model Qwen/Qwen3-0.6B --broker redis://queue:6379/0 --results s3://bucket/results
+  gristmill-worker run --model ./my-model --burst        # drain the queues, then exit 0
+"""
+
+
+@click.group(help="Drain generation jobs from a queue through one engine.\n\n" + EXAMPLES)
+@click.version_option(package_name="gristmill")
+def cli() -> None:
+    """Root of the commands."""
+
+
+@cli.command(help="Serve one model until told to stop.\n\n" + EXAMPLES)
+@click.option("--model", help="Hub id, local directory, or smollm2-135m.")
+@click.option("--revision", help="Hub revision.")
+@click.option("--served-model-name", help="Name that jobs use; default: the model as given.")
+@click.option("--broker", "broker_url", help="redis(s)://…, unix://…, embedded:DIR.")
+@click.option("--state", "state_url", help="Redis for logs and state; default: the broker.")
+@click.option("--results", "results_url", help="file:///dir or s3://bucket/prefix.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]))
+@click.option("--attention", type=click.Choice(["auto", "cpu", "torch"]))
+@click.option("--max-num-seqs", type=int, help="Sequences that run together.")
+@click.option("--max-batch-prefill-tokens", type=int, help="Token budget of one step.")
+@click.option("--max-total-tokens", type=int, help="Prompt + output of one sequence.")
+@click.option("--max-batch-total-tokens", type=int, help="Tokens in the KV cache.")
+@click.option("--kv-block-size", type=int, help="Tokens per KV block.")
+@click.option("--memory-fraction", type=float, help="CUDA: part of the card's memory to use.")
+@click.option("--num-threads", type=int, help="CPU threads of the engine.")
+@click.option("--default-max-tokens", type=int, help="Output tokens for a request that names no number.")
+@click.option("--health-host", help="Where /health and /metrics listen; default 127.0.0.1.")
+@click.option("--health-port", type=int, help="0: any free port.")
+@click.option("--drain-s", type=float, help="Seconds to finish running jobs after SIGTERM.")
+@click.option("--burst", is_flag=True, default=None, help="Exit once the queues are empty and nothing runs.")
+@click.option("--idle-exit-s", type=float, help="Exit after so many idle seconds.")
+@click.option("--log-format", type=click.Choice(["text", "json"]))
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.option("--debug", is_flag=True, help="Show a trace when something fails.")
+def run(debug: bool, **flags: Any) -> None:
+    """Start the engine, then take jobs."""
+    try:
+        settings = load_worker_settings(**flags)
+        logs.install(settings.log_format, settings.log_level)
+        from .app import WorkerApp  # slow: only once the settings are right
+
+        code = WorkerApp(settings).run()
+    except GristmillError as exc:
+        if debug:
+            raise
+        click.echo(f"error: {exc.message} [{exc.code}]", err=True)
+        sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Console entry point."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""A Generation's journal is complete, in order, and enough to continue from at any point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gristmill.engine.messages import Output
+from gristmill.engine.tokenizer import Tokenizer
+from gristmill.schemas.events import Delta, Done, EntryId, Started
+from gristmill.schemas.job import Job, JobState
+from gristmill.schemas.result import ErrorInfo, FinishReason
+from gristmill.schemas.sampling import SamplingParams
+from gristmill.worker.generation import Generation, LogEvent
+
+TEXT = "Zürich, 東京 and 🙂 are in the text; STOP here is a stop string."
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Tokenizer:
+    return Tokenizer(smollm2)
+
+
+def generation(tokenizer: Tokenizer, *, stream: bool = False, **sampling: object) -> Generation:
+    job = Job(
+        id="job_1",
+        model="m",
+        prompt="x",
+        stream=stream,
+        sampling=SamplingParams.model_validate(sampling),
+        submitted_at=1.0,
+        expires_at=1e9,
+    )
+    made = Generation(job, attempt=7, attempts=1, started_at=10.0, tokenizer=tokenizer)
+    made.admit([1, 2, 3], 1000, 10.0)
+    return made
+
+
+def token(value: int, **more: object) -> Output:
+    return Output(id="job_1", token_ids=[value], **more)  # type: ignore[arg-type]
+
+
+def journal(made: Generation) -> list[LogEvent]:
+    """Write everything that is left, as a publisher would."""
+    events: list[LogEvent] = [entry.event for entry in made.take_entries(99.0)]
+    made.confirm()
+    return events
+
+
+def shown(log: list[LogEvent]) -> str:
+    return "".join(e.text for e in log if isinstance(e, Delta | Done))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 1000])
+def test_the_joined_text_of_the_journal_is_the_result(tokenizer: Tokenizer, every: int) -> None:
+    made, log = generation(tokenizer), list[LogEvent]()
+    for n, value in enumerate(tokenizer.encode(TEXT, add_special_tokens=False)):
+        made.push(token(value), now=11.0 + n)
+        if n % every == 0:
+            log += journal(made)
+    made.push(Output(id="job_1", token_ids=[], finish="stop", stop_token_id=2), now=50.0)
+    log += journal(made)
+    assert made.complete
+    assert shown(log) == made.result().text == TEXT
+    assert made.result().usage.completion_tokens == len(made.ids) + 1, "the end token counts"
+    assert made.result().timings.first_token_at == 11.0
+
+
+def test_a_successor_continues_from_any_point_as_if_nothing_happened(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    whole = generation(tokenizer, stop=["STOP"])
+    for value in ids:
+        if whole.push(token(value), now=11.0):
+            break
+    expected = whole.result()
+    assert expected.text == "Zürich, 東京 and 🙂 are in the text; "
+    assert expected.choices[0].stop_reason == "STOP"
+    for cut in range(len(whole.ids) + 1):
+        first = generation(tokenizer, stop=["STOP"])
+        for value in ids[:cut]:
+            first.push(token(value), now=11.0)
+        entries = [e for e in journal(first) if not isinstance(e, Done)]  # died before Done was written
+        log = [
+            (EntryId(7, 0), Started(worker="a", at=10.0)),
+            *((EntryId(7, n + 1), e) for n, e in enumerate(entries)),
+        ]
+        second = Generation(first.job, attempt=8, attempts=2, started_at=40.0, tokenizer=tokenizer)
+        second.replay(log)
+        second.admit([1, 2, 3], 1000, 41.0)
+        for value in ids[cut:]:
+            if second.done is not None or second.push(token(value), now=42.0):
+                break
+        result = second.result()
+        assert (result.text, result.choices, result.usage) == (
+            expected.text,
+            expected.choices,
+            expected.usage,
+        )
+        assert shown(entries) + shown(journal(second)) == expected.text
+        assert result.timings.started_at == 10.0
+
+
+def test_tokens_after_a_stop_string_are_neither_counted_nor_shown(tokenizer: Tokenizer) -> None:
+    made = generation(tokenizer, stop=["and"])
+    ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    made.push(Output(id="job_1", token_ids=ids), now=11.0)
+    assert made.result().text == "Zürich, 東京 "
+    assert tokenizer.decode(made.ids) == "Zürich, 東京 and"
+
+
+def test_a_done_log_gives_its_result_without_running(tokenizer: Tokenizer) -> None:
+    first = generation(tokenizer)
+    first.push(token(504), now=11.0)
+    first.push(Output(id="job_1", token_ids=[], finish="length"), now=12.0)
+    log = [(EntryId(7, n + 1), e) for n, e in enumerate(journal(first))]
+    second = Generation(first.job, attempt=8, attempts=2, started_at=40.0, tokenizer=tokenizer)
+    second.replay(log)
+    assert second.complete
+    assert second.result().model_copy(update={"attempts": 1}) == first.result().model_copy(
+        update={"timings": second.result().timings}
+    )
+
+
+def test_an_unconfirmed_write_is_repeated_unchanged(tokenizer: Tokenizer) -> None:
+    made = generation(tokenizer, stream=True)
+    made.push(token(504), now=11.0)
+    once = made.take_entries(11.0)
+    made.push(token(505), now=11.1)
+    assert made.take_entries(12.0) == once
+    assert made.due_at() == 0.0, "an unconfirmed write is always due"
+    made.confirm()
+    (again,) = made.take_entries(13.0)
+    assert isinstance(again.event, Delta)
+    assert (again.seq, again.event.offset, again.event.ids) == (2, 1, (505,))
+
+
+def test_streams_flush_their_first_token_at_once_and_others_gather(tokenizer: Tokenizer) -> None:
+    streamed, quiet = generation(tokenizer, stream=True), generation(tokenizer)
+    for made in (streamed, quiet):
+        made.push(token(504), now=11.0)
+    assert streamed.due_at() == 0.0
+    assert quiet.due_at() == 11.5
+    streamed.take_entries(11.0)
+    streamed.confirm()
+    streamed.push(token(505), now=11.01)
+    assert streamed.due_at() == pytest.approx(11.05)
+    for n in range(15):
+        quiet.push(token(505), now=11.0 + n / 1000)
+    assert quiet.due_at() == 0.0, "16 tokens are waiting"
+
+
+@pytest.mark.parametrize("reason", [FinishReason.CANCELLED, FinishReason.EXPIRED])
+def test_an_early_end_keeps_the_partial_text(tokenizer: Tokenizer, reason: FinishReason) -> None:
+    made = generation(tokenizer, stop=["never"])
+    for value in tokenizer.encode("Hello wor n", add_special_tokens=False):
+        made.push(token(value), now=11.0)
+    made.end_early(reason, now=12.0)
+    made.push(token(504), now=13.0)
+    assert made.result().text == "Hello wor n"
+    assert made.result().state is JobState(reason.value)
+
+
+def test_a_failure_says_why(tokenizer: Tokenizer) -> None:
+    made = generation(tokenizer)
+    made.push(Output(id="job_1", token_ids=[], finish="error", error_code="kv_full", error="no"), now=11.0)
+    assert made.result().state is JobState.FAILED
+    assert made.result().error == ErrorInfo(code="kv_full", message="no")

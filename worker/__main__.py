@@ -1,0 +1,5 @@
+"""`python -m gristmill.worker` is `gristmill-worker`."""
+
+from .cli import main
+
+main()

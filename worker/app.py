@@ -1,0 +1,192 @@
+"""WorkerApp: builds the worker out of its parts and runs it. START HERE for how they hang together.
+
+Celery consumer ─► EnginePool thread ─► JobHandler.handle ─► EngineClient ═ engine process
+      ▲ claims only when                     │ waits               │ every step
+      │ has_room()                           ▼                     ▼
+      └──────── ack ◄───── ResultSink ◄── journal complete ◄── Publisher
+"""
+
+# Celery carries no types that strict checking could use.
+# pyright: basic
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from celery.worker import state as celery_state
+
+from ..backends import broker, models
+from ..backends.lease import LeaseRenewer
+from ..backends.state import State, open_state
+from ..backends.store import ResultStore, open_store
+from ..engine.messages import EngineInfo
+from ..engine.tokenizer import Tokenizer
+from ..schemas import queues
+from ..schemas.errors import ModelNotFound, Transient
+from .engine_client import EngineClient
+from .handler import JobHandler
+from .health import HealthServer
+from .lifecycle import Lifecycle
+from .metrics import Metrics
+from .pool import EnginePool, EngineRequest
+from .settings import WorkerSettings
+from .sink import ResultSink
+
+log = logging.getLogger(__name__)
+
+
+class WorkerApp:
+    """One model, one engine, one consumer."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.model_name = settings.model_name
+        self.queues = queues.queue_names(self.model_name)
+        self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.metrics = Metrics(self.model_name)
+        self._gate = broker.Gate()
+
+    def run(self) -> int:
+        """Serve until told to stop. Returns the exit code. Raises GristmillError if it cannot start."""
+        started = time.monotonic()
+        model_dir = self._model_dir()
+        state, store = open_state(self.settings), open_store(self.settings.results, self.settings)
+        handler = self._handler(state, store, model_dir)
+        handler.engine = EngineClient(
+            self.settings.engine(model_dir),
+            handler,
+            start_timeout_s=self.settings.engine_start_s,
+            restarts=self.settings.engine_restarts,
+        )
+        handler.engine.launch()  # torch loads in the child while Celery and the rest load here
+        try:
+            store.check()
+            state.ping()
+            app = self._celery(handler)
+            info = handler.engine.wait_ready()
+            self._started(info, started)
+            return self._serve(app, state, handler)
+        finally:
+            handler.engine.stop()
+            state.close()
+
+    def _model_dir(self) -> Path:
+        assert self.settings.model is not None, "model_name has refused this"
+        name, revision, home = self.settings.model, self.settings.revision, self.settings.home
+        try:
+            return models.resolve(name, revision, home=home)
+        except ModelNotFound:
+            log.info("worker.pulls_model", extra={"model": name})
+            return models.pull(name, revision, home=home)
+
+    def _handler(self, state: State, store: ResultStore, model_dir: Path) -> JobHandler:
+        return JobHandler(
+            self.settings,
+            self.worker_id,
+            state=state,
+            sink=ResultSink(state, store, inline_bytes=self.settings.inline_result_bytes),
+            tokenizer=Tokenizer(model_dir),
+            metrics=self.metrics,
+            on_capacity=self._gate.poke,
+            on_gone=lambda reason: self._lifecycle.give_up(reason),
+        )
+
+    def _celery(self, handler: JobHandler) -> Celery:
+        app = broker.make_app(self.settings, gate=self._gate, queue_names=self.queues)
+        app.steps["consumer"].add(LeaseRenewer)  # pyright: ignore[reportOptionalSubscript] - a dict of sets
+
+        def generate(_task: Any, body: str) -> str:
+            return handler.handle(body).value
+
+        app.task(generate, bind=True, name=queues.TASK, Request=EngineRequest, acks_late=True)
+        return app
+
+    def _started(self, info: EngineInfo, started: float) -> None:
+        self.metrics.on_ready(info)
+        log.info(
+            "worker.engine_ready",
+            extra={
+                "model": self.model_name,
+                "dtype": info.dtype,
+                "attention": info.attention,
+                "max_model_len": info.max_model_len,
+                "kv_tokens": info.num_blocks * info.block_size,
+                "start_s": round(time.monotonic() - started, 2),
+            },
+        )
+
+    def _serve(self, app: Celery, state: State, handler: JobHandler) -> int:
+        self._lifecycle = lifecycle = Lifecycle(
+            self.settings,
+            self.worker_id,
+            state=state,
+            handler=handler,
+            queues=self.queues,
+            queues_empty=lambda: all(broker.depth(app, q) == 0 for q in self.queues),
+            exit_loop=self._exit_loop,
+        )
+        self._gate.claimable = lambda: self.queues if not lifecycle.draining and handler.has_room() else ()
+        controller = app.WorkController(
+            pool_cls=EnginePool,
+            concurrency=2 * handler.engine.info.max_num_seqs + 16,
+            queues=self.queues,
+            hostname=self.worker_id,
+            without_mingle=True,
+            without_gossip=True,
+            without_heartbeat=True,
+            loglevel="WARNING",
+        )
+        handler.publisher.start()
+        health = HealthServer(
+            self.settings.health_host,
+            self.settings.health_port,
+            self.metrics.registry,
+            live=lambda: None if handler.engine.alive else "the engine process is gone",
+            ready=lambda: self._not_ready(state, handler),
+        )
+        health.start()
+        lifecycle.install_signal_handlers()
+        lifecycle.start()
+        log.info(
+            "worker.ready",
+            extra={
+                "worker": self.worker_id,
+                "queues": self.queues,
+                "health": f"{self.settings.health_host}:{health.port}",
+            },
+        )
+        try:
+            controller.start()
+        finally:
+            health.stop()
+            handler.publisher.stop()
+        return lifecycle.exit_code
+
+    def _not_ready(self, state: State, handler: JobHandler) -> str | None:
+        """Why this worker should not count on getting work, or None."""
+        if self._lifecycle.draining:
+            return "draining"
+        if not handler.engine.ready:
+            return "the engine is starting"
+        try:
+            state.ping()
+        except Transient as exc:
+            return exc.message
+        return None
+
+    def _exit_loop(self) -> None:
+        """Make Celery's loop end by itself: it looks at this flag on each turn."""
+        celery_state.should_stop = 0
+        self._gate.poke()
+        threading.Timer(10.0, self._force_exit).start()
+
+    def _force_exit(self) -> None:
+        log.warning("worker.forced_exit", extra={"reason": "the consumer loop did not end within 10 s"})
+        os._exit(self._lifecycle.exit_code)

@@ -1,0 +1,16 @@
+"""What becomes of a delivery. There is no fourth way out of a task."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Disposition(StrEnum):
+    """Returned by the one task; ``EngineRequest`` carries it out."""
+
+    ACK = "ack"
+    """The job's final state is durable: the message may go."""
+    REQUEUE = "requeue"
+    """Hand it back at the head of its queue: another worker continues from the journal."""
+    DROP = "drop"
+    """Touch nothing: someone else owns the job, or the lease will bring it back."""

@@ -1,0 +1,274 @@
+"""Generation: one job's attempt, from token ids to journal entries. Pure: no I/O, no torch, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..engine.detokenizer import Detokenizer
+from ..engine.messages import Output
+from ..engine.stopping import StopMatcher
+from ..engine.tokenizer import Tokenizer
+from ..schemas.events import Delta, Done, End, EntryId, Started
+from ..schemas.job import Job
+from ..schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
+
+STREAM_FLUSH_S = 0.05
+JOURNAL_TOKENS, JOURNAL_S = 16, 0.5
+LONG_LOG_ENTRIES, LONG_JOURNAL_TOKENS, LONG_JOURNAL_S = 2_000, 64, 1.0
+
+LogEvent = Started | Delta | Done | End
+
+
+@dataclass(slots=True, frozen=True)
+class Entry:
+    """One journal entry, ready to be written; written again unchanged until the write is confirmed."""
+
+    seq: int
+    event: Delta | Done
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One attempt's tokens and text.
+
+    Invariants: ``ids[:_journalled]`` stand in the log or in ``_unconfirmed``; joined ``parts`` is what a
+    follower has been or will be shown; once ``done`` is set no token is added.
+    """
+
+    job: Job
+    attempt: int
+    attempts: int
+    started_at: float
+    tokenizer: Tokenizer
+    prompt_ids: list[int] = field(default_factory=list[int])
+    max_tokens: int = 0
+    ids: list[int] = field(default_factory=list[int])
+    parts: list[str] = field(default_factory=list[str])
+    done: Done | None = None
+    first_token_at: float | None = None
+    flushed_at: float = 0.0
+    stop_tokens: int = 0
+    """1 once an end or stop token was drawn: it counts as usage and has no text."""
+
+    _detokenizer: Detokenizer = field(init=False)
+    _stop: StopMatcher = field(init=False)
+    _journalled: int = 0
+    _pending_text: list[str] = field(default_factory=list[str])
+    _pending_since: float | None = None
+    _seq: int = 0
+    _entries: int = 0
+    _unconfirmed: list[Entry] = field(default_factory=list[Entry])
+    _done_written: bool = False
+
+    def __post_init__(self) -> None:
+        sampling = self.job.sampling
+        self._detokenizer = Detokenizer(self.tokenizer)
+        self._stop = StopMatcher(sampling.stop, include_stop=sampling.include_stop)
+
+    @property
+    def request_id(self) -> str:
+        """What the engine calls this attempt: tokens of an earlier one must never be taken for ours."""
+        return f"{self.job.id}@{self.attempt}"
+
+    # ---- continuing from the journal
+
+    def replay(self, log: list[tuple[EntryId, LogEvent]]) -> None:
+        """Take over what earlier attempts logged. Call once, before anything else.
+
+        Ids rebuild the detokeniser and the stop matcher; text that was shown is taken as it was shown.
+        If the log ends in ``Done``, or in a stop string, ``done`` is set and nothing need run.
+        """
+        for _, event in log:
+            self._entries += 1
+            match event:
+                case Delta():
+                    self._replay_delta(event)
+                case Done():
+                    self.done, self._done_written = event, True
+                    self.parts.append(event.text)
+                case Started():
+                    self.started_at = min(self.started_at, event.at)
+                case End():
+                    pass
+        self._journalled = len(self.ids)
+
+    def admit(self, prompt_ids: list[int], max_tokens: int, now: float) -> None:
+        """Say what runs. Tokens of earlier attempts may have used up ``max_tokens`` already."""
+        self.prompt_ids, self.max_tokens = prompt_ids, max_tokens
+        if len(self.ids) >= max_tokens:
+            self._finish(FinishReason.LENGTH, now=now)
+
+    def _replay_delta(self, event: Delta) -> None:
+        fresh = event.ids[max(0, len(self.ids) - event.offset) :]
+        assert event.offset <= len(self.ids), f"job {self.job.id}: gap in the log before token {event.offset}"
+        if not fresh:
+            return
+        if self.first_token_at is None:
+            self.first_token_at = event.at
+        self.parts.append(event.text)
+        for token in fresh:
+            self.ids.append(token)
+            if self.done is None:
+                _, matched = self._stop.push(self._detokenizer.push([token]))
+                if matched is not None:
+                    self._set_done(FinishReason.STOP, now=self.started_at, stop_reason=matched)
+
+    # ---- what the engine reports
+
+    def push(self, output: Output, now: float) -> bool:
+        """Take one step's tokens. True: a stop string ended the job, and the engine must be told."""
+        if self.done is not None:
+            return False
+        for token in output.token_ids:
+            if self.first_token_at is None:
+                self.first_token_at = now
+            if self._pending_since is None:
+                self._pending_since = now
+            self.ids.append(token)
+            text, matched = self._stop.push(self._detokenizer.push([token]))
+            self._show(text)
+            if matched is not None:
+                self._set_done(FinishReason.STOP, now=now, stop_reason=matched)
+                return output.finish is None
+        if output.finish is not None:
+            self._end_by(output, now)
+        return False
+
+    def _end_by(self, output: Output, now: float) -> None:
+        if output.finish == "error":
+            code, message = (
+                output.error_code or "engine_error",
+                output.error or "the engine refused this request",
+            )
+            self.fail(ErrorInfo(code=code, message=message), now)
+        elif output.finish == "stop":
+            self.stop_tokens = 1
+            if self.first_token_at is None:
+                self.first_token_at = now
+            eos = output.stop_token_id is None or output.stop_token_id in self.tokenizer.eos_token_ids
+            self._finish(FinishReason.STOP, now=now, stop_reason=None if eos else output.stop_token_id)
+        elif output.finish == "length":
+            self._finish(FinishReason.LENGTH, now=now)
+
+    def fail(self, error: ErrorInfo, now: float) -> None:
+        """End the job with an error; its partial text stays in the log."""
+        self._finish(FinishReason.ERROR, now=now, error=error)
+
+    def end_early(self, reason: FinishReason, now: float) -> None:
+        """Cancelled or expired: keep the partial text."""
+        self._finish(reason, now=now)
+
+    def _finish(
+        self,
+        reason: FinishReason,
+        *,
+        now: float,
+        stop_reason: str | int | None = None,
+        error: ErrorInfo | None = None,
+    ) -> None:
+        if self.done is not None:
+            return
+        text, matched = self._stop.push(self._detokenizer.finish())
+        if matched is None:
+            text += self._stop.finish()
+        self._show(text)
+        self._set_done(reason, now=now, stop_reason=stop_reason, error=error)
+
+    def _set_done(
+        self,
+        reason: FinishReason,
+        *,
+        now: float,
+        stop_reason: str | int | None = None,
+        error: ErrorInfo | None = None,
+    ) -> None:
+        self.done = Done(reason=reason, stop_reason=stop_reason, error=error, at=now)
+
+    def _show(self, text: str) -> None:
+        if text:
+            self.parts.append(text)
+            self._pending_text.append(text)
+
+    # ---- what goes into the journal
+
+    def due_at(self) -> float | None:
+        """When pending tokens should be written; None: nothing to write. Past: now."""
+        if self._unconfirmed:
+            return 0.0
+        if self.done is not None:
+            return None if self._done_written else 0.0
+        if self._pending_since is None:
+            return None
+        pending = len(self.ids) - self._journalled
+        if self._entries >= LONG_LOG_ENTRIES:
+            tokens, wait_s = LONG_JOURNAL_TOKENS, LONG_JOURNAL_S
+        elif self.job.stream:
+            return 0.0 if self._journalled == 0 else self.flushed_at + STREAM_FLUSH_S
+        else:
+            tokens, wait_s = JOURNAL_TOKENS, JOURNAL_S
+        return 0.0 if pending >= tokens else self._pending_since + wait_s
+
+    def take_entries(self, now: float) -> list[Entry]:
+        """Entries to write now, oldest first. Until ``confirm``, the same ones come again."""
+        if not self._unconfirmed:
+            fresh, text = self.ids[self._journalled :], "".join(self._pending_text)
+            if fresh:
+                at = self.first_token_at if self._journalled == 0 else None
+                self._add(Delta(offset=self._journalled, ids=tuple(fresh), text=text, at=at))
+                self._journalled, self._pending_since, text = len(self.ids), None, ""
+            self._pending_text.clear()
+            if self.done is not None and not self._done_written:
+                self.done = self.done.model_copy(update={"text": text, "usage": self.usage})
+                self._add(self.done)
+                self._done_written = True
+            self.flushed_at = now
+        return list(self._unconfirmed)
+
+    def _add(self, event: Delta | Done) -> None:
+        self._seq += 1
+        self._entries += 1
+        self._unconfirmed.append(Entry(self._seq, event))
+
+    def confirm(self) -> None:
+        """The entries of the last ``take_entries`` are in the log."""
+        self._unconfirmed.clear()
+
+    @property
+    def complete(self) -> bool:
+        """The log ends in a confirmed ``Done``: the result may be committed."""
+        return self._done_written and not self._unconfirmed
+
+    # ---- what comes out
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far, over all attempts."""
+        return Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.ids) + self.stop_tokens)
+
+    def result(self) -> Result:
+        """The record to commit. Only once ``done`` is set."""
+        done = self.done
+        assert done is not None, f"job {self.job.id}: no result before its end"
+        job = self.job
+        return Result(
+            job_id=job.id,
+            model=job.model,
+            state=done.reason.state,
+            endpoint=job.endpoint,
+            choices=(
+                Choice(text="".join(self.parts), finish_reason=done.reason, stop_reason=done.stop_reason),
+            ),
+            usage=done.usage if self._done_written else self.usage,
+            timings=Timings(
+                submitted_at=job.submitted_at,
+                started_at=self.started_at,
+                first_token_at=self.first_token_at,
+                finished_at=done.at,
+            ),
+            error=done.error,
+            attempts=self.attempts,
+            seed=job.seed,
+            custom_id=job.custom_id,
+            retry_of=job.retry_of,
+            metadata=job.metadata,
+        )

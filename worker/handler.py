@@ -1,0 +1,335 @@
+"""JobHandler: one delivery from claim to commit. START HERE to follow a job through the worker."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from ..backends.state import Claim, Final, State
+from ..engine.messages import Output, Request, Stats
+from ..engine.tokenizer import Tokenizer
+from ..schemas.errors import BadInput, Misconfigured, Transient
+from ..schemas.job import Job
+from ..schemas.result import ErrorInfo, FinishReason
+from . import intake
+from .disposition import Disposition
+from .engine_client import EngineClient
+from .generation import Generation
+from .metrics import Metrics
+from .publisher import Publisher
+from .settings import WorkerSettings
+from .sink import ResultSink
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PATIENCE_FIRST_S, PATIENCE_MAX_S = 0.05, 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A job in hand: ``ended`` wakes its thread, ``disposition`` answers a second delivery."""
+
+    job: Job
+    generation: Generation | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+    how: Disposition | None = None
+    """Set with ``ended``: DROP (fenced) or REQUEUE (handed back). None: the log is complete."""
+    disposition: Future[Disposition] = field(default_factory=Future[Disposition])
+
+
+class JobHandler:
+    """Takes deliveries on many threads and returns what becomes of each.
+
+    Order of effects: claim (the fence) → tokens, each in the journal → ``Done`` in the journal → result
+    object → state final → ACK. Dying between any two is safe: the next claim finds how far this one came.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        worker_id: str,
+        *,
+        state: State,
+        sink: ResultSink,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        on_capacity: Callable[[], None],
+        on_gone: Callable[[str], None],
+    ) -> None:
+        self._settings, self._worker_id = settings, worker_id
+        self._state, self._sink, self._tokenizer, self._metrics = state, sink, tokenizer, metrics
+        self._on_capacity, self._on_gone = on_capacity, on_gone
+        self._slots: dict[str, Slot] = {}
+        self._slots_lock = threading.Lock()
+        self._closing = threading.Event()
+        self._troubled = 0  # threads that wait for the state server or the store
+        self.publisher = Publisher(state, on_complete=self._on_complete, on_fenced=self._on_fenced)
+        self.engine: EngineClient  # set by the app, which builds both around each other
+        self.last_busy_at = time.monotonic()
+
+    # ---- a delivery
+
+    def handle(self, body: str) -> Disposition:
+        """Run one delivered job to its end. Called on a pool thread, which it blocks meanwhile."""
+        try:
+            job = Job.from_json(body)
+        except BadInput as exc:
+            # Nobody knows whose it is, so nobody can be answered. Our clients validate before they publish.
+            log.error("job.unreadable", extra={"code": exc.code, "reason": exc.message, "bytes": len(body)})
+            return Disposition.ACK
+        with self._slots_lock:
+            slot = self._slots.get(job.id)
+            if slot is None:
+                slot, twin = self._slots.setdefault(job.id, Slot(job)), False
+            else:
+                twin = True
+        if twin:  # redelivered to the worker that still runs it: both deliveries end alike
+            return slot.disposition.result()
+        disposition = Disposition.DROP
+        try:
+            disposition = self._attempt(slot)
+        finally:
+            with self._slots_lock:
+                del self._slots[job.id]
+                self.last_busy_at = time.monotonic()
+            slot.disposition.set_result(disposition)
+            self._on_capacity()
+        return disposition
+
+    def _attempt(self, slot: Slot) -> Disposition:
+        job = slot.job
+        claim = self._patiently(lambda: self._state.claim(job.id, self._worker_id, job.expires_at))
+        if claim is None:
+            return Disposition.REQUEUE
+        if isinstance(claim, Final):
+            log.info("job.already_final", extra={"job_id": job.id, "state": claim.state})
+            return Disposition.ACK
+        log.info(
+            "job.claimed", extra={"job_id": job.id, "attempt": claim.attempt, "attempts": claim.attempts}
+        )
+        if claim.attempts > 1:
+            self._metrics.on_redelivered()
+        generation = self._prepare(job, claim)
+        if not generation.complete:
+            self._run(slot, generation)
+            slot.ended.wait()
+            if slot.how is not None:
+                return slot.how
+        return self._commit(generation)
+
+    def _prepare(self, job: Job, claim: Claim) -> Generation:
+        """A Generation that stands where the journal stands. Bad input, too, becomes one: with its error."""
+        generation = Generation(job, claim.attempt, claim.attempts, claim.now, self._tokenizer)
+        generation.replay(claim.entries)
+        if generation.complete:
+            return generation
+        if claim.cancelled:
+            generation.end_early(FinishReason.CANCELLED, claim.now)
+        elif claim.now >= job.expires_at:
+            generation.end_early(FinishReason.EXPIRED, claim.now)
+        else:
+            try:
+                self._admit(generation, claim.now)
+            except BadInput as exc:
+                param = getattr(exc, "param", None)
+                generation.fail(ErrorInfo(code=exc.code, message=exc.message, param=param), claim.now)
+        return generation
+
+    def _admit(self, generation: Generation, now: float) -> None:
+        info, job = self.engine.info, generation.job
+        prompt_ids = intake.encode(job, self._tokenizer, info.vocab_size)
+        allowed = intake.budget(job, len(prompt_ids), info.max_model_len, self._settings.default_max_tokens)
+        intake.check_stops(job, info)
+        generation.admit(prompt_ids, allowed, now)
+
+    def _run(self, slot: Slot, generation: Generation) -> None:
+        with self.publisher.lock:
+            slot.generation = generation
+        if self._closing.is_set():
+            self._end(slot, Disposition.REQUEUE)
+            return
+        self.publisher.add(generation)
+        if generation.done is None:
+            self.engine.submit(intake.engine_request(generation))
+            pickup_s = round(time.time() - slot.job.submitted_at, 5)
+            log.debug("job.submitted", extra={"job_id": slot.job.id, "pickup_s": pickup_s})
+
+    def _commit(self, generation: Generation) -> Disposition:
+        committed = self._patiently(lambda: self._sink.commit(generation.result()))
+        if committed is None:
+            return Disposition.REQUEUE
+        result, fresh = committed
+        self._metrics.on_finish(result)
+        if not fresh:
+            self._metrics.on_duplicate_commit()
+        log.info(
+            "job.finished",
+            extra={
+                "job_id": result.job_id,
+                "attempt": generation.attempt,
+                "state": result.state.value,
+                "prompt_tokens": result.usage.prompt_tokens,
+                "completion_tokens": result.usage.completion_tokens,
+                "e2e_s": round(result.timings.e2e_s, 3),
+                "code": result.error.code if result.error else None,
+            },
+        )
+        return Disposition.ACK
+
+    def _patiently(self, call: Callable[[], T]) -> T | None:
+        """Repeat until the other side answers. None: the worker is closing. Intake stops meanwhile."""
+        pause_s = PATIENCE_FIRST_S
+        troubled = False
+        try:
+            while True:
+                try:
+                    return call()
+                except (Transient, Misconfigured) as exc:  # a bucket or a password that is gone may come back
+                    if not troubled:
+                        log.warning("backend.unavailable", extra={"code": exc.code, "reason": exc.message})
+                        troubled = True
+                        with self._slots_lock:
+                            self._troubled += 1
+                    if self._closing.wait(pause_s):
+                        return None
+                    pause_s = min(2 * pause_s, PATIENCE_MAX_S)
+        finally:
+            if troubled:
+                with self._slots_lock:
+                    self._troubled -= 1
+
+    # ---- the engine and the publisher report (their threads)
+
+    def on_step(self, outputs: list[Output], stats: Stats, now: float) -> None:
+        """Tokens of one step: into their Generations, and wake the publisher."""
+        aborts: list[str] = []
+        with self.publisher.lock:
+            for output in outputs:
+                generation = self._generation(output.id)
+                if generation is None:  # aborted meanwhile
+                    continue
+                first = generation.first_token_at is None
+                if generation.push(output, now):
+                    aborts.append(output.id)
+                if first and generation.first_token_at is not None:
+                    self._metrics.on_first_token(now - generation.job.submitted_at)
+            self.publisher.wake()
+        for request_id in aborts:
+            self.engine.abort(request_id)
+        self._metrics.on_step(stats)
+        self._on_capacity()
+
+    def resume(self, request_ids: set[str]) -> list[Request]:
+        """The engine died: the requests its successor continues, tokens so far included."""
+        self._metrics.on_engine_restart()
+        with self.publisher.lock:
+            running = [g for i in request_ids if (g := self._generation(i)) is not None]
+            return [intake.engine_request(g) for g in running if g.done is None]
+
+    def _generation(self, request_id: str) -> Generation | None:
+        slot = self._slots.get(request_id.rpartition("@")[0])
+        generation = slot.generation if slot else None
+        return generation if generation is not None and generation.request_id == request_id else None
+
+    def on_engine_gone(self, reason: str) -> None:
+        """No engine any more: hand everything back, and let the worker end."""
+        self.hand_back(flush_s=5.0)
+        self._on_gone(reason)
+
+    def _on_complete(self, generation: Generation) -> None:
+        if slot := self._slots.get(generation.job.id):
+            slot.ended.set()
+
+    def _on_fenced(self, generation: Generation) -> None:
+        log.warning("job.fenced", extra={"job_id": generation.job.id, "attempt": generation.attempt})
+        self._metrics.on_fenced()
+        self.engine.abort(generation.request_id)
+        if slot := self._slots.get(generation.job.id):
+            self._end(slot, Disposition.DROP)
+
+    def _end(self, slot: Slot, how: Disposition) -> None:
+        if not slot.ended.is_set():
+            slot.how = how
+            slot.ended.set()
+
+    # ---- control
+
+    def cancel(self, job_id: str) -> None:
+        """Stop a running job; its partial text becomes its result. Unknown ids are ignored."""
+        self._end_early(job_id, FinishReason.CANCELLED)
+
+    def expire(self, now: float) -> None:
+        """Stop running jobs whose time is up."""
+        with self._slots_lock:
+            over = [job_id for job_id, slot in self._slots.items() if slot.job.expires_at <= now]
+        for job_id in over:
+            self._end_early(job_id, FinishReason.EXPIRED)
+
+    def _end_early(self, job_id: str, reason: FinishReason) -> None:
+        with self.publisher.lock:
+            slot = self._slots.get(job_id)
+            generation = slot.generation if slot else None
+            if generation is None or generation.done is not None:
+                return
+            generation.end_early(reason, time.time())
+            self.publisher.wake()
+        self.engine.abort(generation.request_id)
+        log.info("job.ended_early", extra={"job_id": job_id, "reason": reason.value})
+
+    def hand_back(self, flush_s: float) -> int:
+        """Journal every running job's tokens, then give the deliveries back to the queue. How many."""
+        self._closing.set()
+        with self._slots_lock:
+            slots = list(self._slots.values())
+        for slot in slots:
+            if slot.generation is not None:
+                self.engine.abort(slot.generation.request_id)
+        self.publisher.flush(flush_s)
+        returned = [slot for slot in slots if not slot.ended.is_set()]
+        for slot in returned:
+            if (generation := slot.generation) is not None:
+                self.publisher.discard(generation)
+                with suppress(Transient):  # then the state says running until the next claim
+                    self._state.release(slot.job.id, generation.attempt)
+            self._end(slot, Disposition.REQUEUE)
+        return len(returned)
+
+    # ---- capacity
+
+    @property
+    def in_hand(self) -> int:
+        """Jobs claimed and not yet disposed of."""
+        return len(self._slots)
+
+    def job_ids(self) -> list[str]:
+        """The jobs in hand."""
+        with self._slots_lock:
+            return list(self._slots)
+
+    def has_room(self) -> bool:
+        """Whether the engine could start another job soon.
+
+        It can while it has places, and while the prompts claimed and not yet started are a few steps' work:
+        beyond that an idle neighbour should have the next one.
+        """
+        if self._closing.is_set() or self._troubled or not (self.publisher.healthy and self.engine.ready):
+            return False
+        info, stats = self.engine.info, self.engine.stats
+        if len(self._slots) >= info.max_num_seqs + max(1, info.max_num_seqs // 16):
+            return False
+        if stats is not None and stats.waiting and stats.free_blocks * 20 < stats.total_blocks:
+            return False
+        with self._slots_lock:
+            slots = list(self._slots.values())
+        unstarted = [
+            s.generation for s in slots if s.generation is None or s.generation.first_token_at is None
+        ]
+        tokens = sum(len(g.prompt_ids) for g in unstarted if g is not None)
+        return tokens < 4 * info.step_tokens and len(unstarted) < 64

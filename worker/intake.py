@@ -1,0 +1,74 @@
+"""From a delivered message to something the engine can run, or to the error that says why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..engine.messages import EngineInfo, Request
+from ..engine.tokenizer import Tokenizer
+from ..schemas.errors import InvalidRequest, PromptTooLong
+from ..schemas.job import Job
+from .generation import Generation
+
+
+def encode(job: Job, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """The job's prompt as token ids. Raises BadInput (no chat template, template error, id out of range)."""
+    if job.prompt_ids is not None:
+        worst = max(job.prompt_ids)
+        if worst >= vocab_size:
+            raise InvalidRequest(
+                f"prompt_ids holds {worst:,} and this model's vocabulary ends at {vocab_size - 1:,}; "
+                "was it made with another model's tokenizer?",
+                param="prompt_ids",
+            )
+        return list(job.prompt_ids)
+    if job.messages is not None:
+        messages: list[dict[str, Any]] = [m.model_dump(exclude_none=True) for m in job.messages]
+        return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+    assert job.prompt is not None, f"job {job.id}: validated without a prompt"
+    return tokenizer.encode(job.prompt, add_special_tokens=True)
+
+
+def budget(job: Job, prompt_tokens: int, limit: int, default_max_tokens: int) -> int:
+    """How many tokens of output the job may have. Raises PromptTooLong with the numbers.
+
+    ``limit`` is what a sequence may hold in all. Who names no number gets the default, or what is left.
+    """
+    asked = job.sampling.max_tokens
+    room = limit - prompt_tokens
+    if room < 1 or (asked is not None and asked > room):
+        raise PromptTooLong(prompt_tokens=prompt_tokens, max_tokens=asked, limit=limit)
+    if job.sampling.min_tokens > room:
+        raise PromptTooLong(prompt_tokens=prompt_tokens, max_tokens=job.sampling.min_tokens, limit=limit)
+    return asked if asked is not None else max(job.sampling.min_tokens, min(default_max_tokens, room))
+
+
+def check_stops(job: Job, info: EngineInfo) -> None:
+    """Raises InvalidRequest for a stop token id the model does not have."""
+    for token in job.sampling.stop_token_ids:
+        if token >= info.vocab_size:
+            raise InvalidRequest(
+                f"stop_token_ids holds {token:,} and the vocabulary ends at {info.vocab_size - 1:,}",
+                param="stop_token_ids",
+            )
+
+
+def engine_request(generation: Generation) -> Request:
+    """What the engine must know to continue ``generation`` from the tokens it has."""
+    job, sampling = generation.job, generation.job.sampling
+    return Request(
+        id=generation.request_id,
+        prompt_ids=generation.prompt_ids,
+        output_ids=list(generation.ids),
+        max_tokens=generation.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=job.seed,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        priority=job.priority.rank,
+        arrival=job.submitted_at,
+    )

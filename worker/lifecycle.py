@@ -1,0 +1,154 @@
+"""Lifecycle: heartbeats, cancellations, deadlines, and the ways a worker ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from types import FrameType
+
+from ..backends.state import State, WorkerInfo
+from ..schemas.errors import Transient
+from .handler import JobHandler
+from .settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+RECONCILE_EVERY_S = 5.0
+
+
+class Lifecycle:
+    """One thread that ticks, one that listens for cancellations, and the signal handlers.
+
+    The worker ends by ``stop`` (asked to, or out of work) or by ``give_up`` (the engine is gone). Ending
+    means: take nothing more, finish what fits in ``drain_s``, hand the rest back with its journal, exit.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        worker_id: str,
+        *,
+        state: State,
+        handler: JobHandler,
+        queues: list[str],
+        queues_empty: Callable[[], bool],
+        exit_loop: Callable[[], None],
+    ) -> None:
+        self._settings, self._worker_id = settings, worker_id
+        self._state, self._handler, self._queues = state, handler, queues
+        self._queues_empty, self._exit_loop = queues_empty, exit_loop
+        self._stopping = threading.Event()
+        self._hurry = threading.Event()
+        self._ended = threading.Event()
+        self._started_at = time.monotonic()
+        self._beat_at = self._reconciled_at = 0.0
+        self.exit_code = 0
+
+    @property
+    def draining(self) -> bool:
+        """No new jobs: the worker is on its way out."""
+        return self._stopping.is_set()
+
+    def start(self) -> None:
+        """Begin ticking and listening. Call once the engine is ready."""
+        threading.Thread(target=self._tick_forever, name="lifecycle", daemon=True).start()
+        threading.Thread(target=self._listen_forever, name="control", daemon=True).start()
+
+    def install_signal_handlers(self) -> None:
+        """SIGTERM and SIGINT drain; a second one hands back at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._stopping.is_set():
+            self._hurry.set()
+        self.stop(signal.Signals(number).name)
+
+    def stop(self, reason: str) -> None:
+        """Begin the drain."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            # A new thread: this one may be a signal handler, which must not wait.
+            threading.Thread(target=self._drain, args=(reason,), name="drain", daemon=True).start()
+
+    def give_up(self, reason: str) -> None:
+        """The engine is gone for good. The jobs were handed back already."""
+        log.error("worker.gives_up", extra={"reason": reason})
+        self.exit_code = 75
+        self._hurry.set()
+        self.stop("engine gone")
+
+    def _drain(self, reason: str) -> None:
+        log.info("worker.draining", extra={"reason": reason, "in_hand": self._handler.in_hand})
+        deadline = time.monotonic() + self._settings.drain_s
+        while self._handler.in_hand and time.monotonic() < deadline and not self._hurry.is_set():
+            self._hurry.wait(0.05)
+        returned = self._handler.hand_back(flush_s=5.0)
+        deadline = time.monotonic() + 10.0
+        while self._handler.in_hand and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with suppress(Transient):  # the registration also expires by itself
+            self._state.unregister(self._worker_id)
+        log.info("worker.drained", extra={"handed_back": returned})
+        self._ended.set()
+        self._exit_loop()
+
+    # ---- ticking
+
+    def _tick_forever(self) -> None:
+        while not self._ended.wait(TICK_S):
+            try:
+                self._tick(time.monotonic())
+            except Transient as exc:
+                log.warning("state.unavailable", extra={"code": exc.code, "reason": exc.message})
+
+    def _tick(self, now: float) -> None:
+        self._handler.expire(time.time())
+        if now - self._beat_at >= self._settings.heartbeat_every_s and not self.draining:
+            self._state.register(self._worker_id, self._describe(), 3 * self._settings.heartbeat_every_s)
+            self._beat_at = now
+        if now - self._reconciled_at >= RECONCILE_EVERY_S:
+            self._reconciled_at = now
+            for job_id in self._state.cancelled(self._handler.job_ids()):
+                self._handler.cancel(job_id)
+        self._maybe_leave(now)
+
+    def _describe(self) -> WorkerInfo:
+        info = self._handler.engine.info
+        return WorkerInfo(
+            models=(self._settings.model_name,),
+            queues=tuple(self._queues),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=version("gristmill"),
+            max_model_len=info.max_model_len,
+        )
+
+    def _maybe_leave(self, now: float) -> None:
+        """``--burst`` and ``--idle-exit-s``: end when there is nothing to do."""
+        settings = self._settings
+        if self.draining or self._handler.in_hand or not (settings.burst or settings.idle_exit_s):
+            return
+        idle_s = now - max(self._handler.last_busy_at, self._started_at)
+        # A claim may be on its way from the broker to a thread: a moment's patience even in a burst.
+        if idle_s >= (settings.idle_exit_s or 1.0) and self._queues_empty():
+            self.stop("burst" if settings.burst else "idle")
+
+    # ---- cancellations
+
+    def _listen_forever(self) -> None:
+        """Cancellations as they are announced. A lost one is found by the reconciliation in ``_tick``."""
+        while not self._ended.is_set():
+            try:
+                for job_id in self._state.cancellations(self._settings.model_name, self._ended):
+                    self._handler.cancel(job_id)
+            except Transient:
+                self._ended.wait(1.0)

@@ -1,0 +1,68 @@
+"""Celery's side of a delivery: a thread per job in hand, and a request that carries out dispositions."""
+
+# Celery carries no types that strict checking could use.
+# pyright: basic
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery.concurrency.thread import TaskPool
+from celery.worker.request import Request
+from celery.worker.state import task_ready
+
+from .disposition import Disposition
+
+log = logging.getLogger(__name__)
+
+
+class EnginePool(TaskPool):
+    """Threads that wait for the engine. More of them than the engine has places: never the limit."""
+
+    def on_stop(self) -> None:
+        """Do not wait for threads: the worker has handed back or finished whatever ran in them."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        self._state = self.TERMINATE
+
+
+class EngineRequest(Request):
+    """Acknowledges on ``ACK`` only, hands back on ``REQUEUE`` only, and otherwise leaves the message alone.
+
+    Stock Celery acknowledges or rejects on every ordinary way out, failures and timeouts included: a bug of
+    ours would then lose jobs. Here it costs a redelivery when the lease runs out.
+    """
+
+    def on_success(self, failed__retval__runtime: tuple[bool, Any, float], **_: Any) -> None:
+        """Carry out what the task returned."""
+        failed, value, _runtime = failed__retval__runtime
+        task_ready(self)
+        if failed:
+            log.error("task.crashed", extra={"job_id": self.id, "reason": repr(value)})
+            self._leave()
+        elif value == Disposition.ACK:
+            self.acknowledge()
+        elif value == Disposition.REQUEUE:
+            self.reject(requeue=True)
+        else:
+            self._leave()
+
+    def on_failure(self, exc_info: Any, *_: Any, **__: Any) -> None:
+        """A crash of the task itself, never of a job: the message comes back with its lease."""
+        log.error("task.crashed", extra={"job_id": self.id, "reason": repr(exc_info)})
+        task_ready(self)
+        self._leave()
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """No time limits are set: deadlines are the job's own and end in a result."""
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Remote ``revoke(terminate=True)``: not the way to cancel; the state's cancel flag is."""
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """Cold shutdown: whatever still runs comes back with its lease."""
+
+    def _leave(self) -> None:
+        """Stop renewing; acknowledge nothing."""
+        channel = self.message.channel
+        if channel is not None:
+            channel.qos.leave(self.message.delivery_tag)

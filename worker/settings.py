@@ -1,0 +1,95 @@
+"""The worker's settings: connections, the engine's knobs, and how it lives and ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from ..engine.settings import DType, EngineSettings
+from ..schemas.errors import Misconfigured
+from ..schemas.settings import Settings, misconfigured
+
+
+def _tgi(name: str) -> AliasChoices:
+    """The knob under our prefix, or under the bare name that TGI's launcher made known."""
+    return AliasChoices(name, f"GRISTMILL_{name.upper()}", name.upper())
+
+
+class WorkerSettings(Settings):
+    """Read once, at start-up, from flags, ``GRISTMILL_*`` and TGI's names. Frozen. ``_s``: seconds."""
+
+    model: Annotated[
+        str | None, Field(validation_alias=AliasChoices("model", "GRISTMILL_MODEL", "MODEL_ID"))
+    ] = None
+    revision: Annotated[str | None, Field(validation_alias=_tgi("revision"))] = None
+    served_model_name: str | None = None
+    """The name jobs use; default: the model as given, or a directory's name."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Annotated[DType, Field(validation_alias=_tgi("dtype"))] = "auto"
+    attention: Literal["auto", "cpu", "torch"] = "auto"
+    max_num_seqs: PositiveInt = 128
+    max_batch_prefill_tokens: Annotated[
+        PositiveInt | None, Field(validation_alias=_tgi("max_batch_prefill_tokens"))
+    ] = None
+    max_total_tokens: Annotated[PositiveInt | None, Field(validation_alias=_tgi("max_total_tokens"))] = None
+    max_batch_total_tokens: Annotated[
+        PositiveInt | None, Field(validation_alias=_tgi("max_batch_total_tokens"))
+    ] = None
+    kv_block_size: PositiveInt = 16
+    memory_fraction: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            le=1.0,
+            validation_alias=AliasChoices(
+                "memory_fraction", "GRISTMILL_MEMORY_FRACTION", "CUDA_MEMORY_FRACTION"
+            ),
+        ),
+    ] = 0.9
+    num_threads: PositiveInt | None = None
+
+    default_max_tokens: PositiveInt = 1024
+    """Tokens of output for a request that names no number; less where the context is shorter."""
+    health_host: str = "127.0.0.1"
+    health_port: Annotated[int, Field(ge=0, le=65_535)] = 8077
+    """0: any free port."""
+    heartbeat_every_s: PositiveFloat = 5.0
+    engine_start_s: PositiveFloat = 600.0
+    engine_restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts without a token in between before the worker gives up."""
+    drain_s: NonNegativeFloat = 25.0
+    burst: bool = False
+    """Exit once the queues are empty and nothing runs."""
+    idle_exit_s: NonNegativeFloat | None = None
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def model_name(self) -> str:
+        """The name under which jobs find this worker."""
+        if self.model is None:
+            raise Misconfigured("no model given: use --model NAME or GRISTMILL_MODEL")
+        if self.served_model_name:
+            return self.served_model_name
+        path = Path(self.model)
+        return path.resolve().name if path.is_dir() else self.model
+
+    def engine(self, model_dir: Path) -> EngineSettings:
+        """The part the engine needs, for a model that lies in ``model_dir``."""
+        names = EngineSettings.model_fields.keys() & type(self).model_fields.keys() - {"model"}
+        return EngineSettings(
+            model=str(model_dir),
+            kernel_cache=self.home / "kernels",
+            **{name: getattr(self, name) for name in names},
+        )
+
+
+def load_worker_settings(**overrides: object) -> WorkerSettings:
+    """Environment plus flags (None means: not given). Raises Misconfigured naming the setting."""
+    try:
+        return WorkerSettings(**{k: v for k, v in overrides.items() if v is not None})  # pyright: ignore[reportArgumentType]
+    except ValidationError as exc:
+        raise misconfigured(exc) from exc

@@ -1,0 +1,43 @@
+"""ResultSink: durable first, final second. The acknowledgement comes after both."""
+
+from __future__ import annotations
+
+import logging
+
+from ..backends.state import State
+from ..backends.store import ResultStore
+from ..schemas import keys
+from ..schemas.events import End
+from ..schemas.result import Result
+
+log = logging.getLogger(__name__)
+
+
+class ResultSink:
+    """Writes results. Whoever commits second finds the first one's object and finishes on its behalf."""
+
+    def __init__(self, state: State, store: ResultStore, *, inline_bytes: int) -> None:
+        self._state, self._store, self._inline_bytes = state, store, inline_bytes
+
+    def commit(self, result: Result) -> tuple[Result, bool]:
+        """Make ``result`` the job's one result, then its state final. Safe to repeat, and to die in between.
+
+        Returns the result that counts, and whether it is this one (False: an earlier attempt already had).
+        Raises StoreUnavailable, BrokerUnavailable: nothing is lost, call again.
+        """
+        name, body = keys.result_object(result.job_id), result.to_json().encode()
+        fresh = self._store.put_new(name, body)
+        if not fresh:
+            stored = self._store.get(name)
+            assert stored is not None, f"{name} exists and cannot be read"
+            result, body = Result.from_json(stored), stored
+        end = End(
+            state=result.state,
+            finish_reason=result.finish_reason,
+            usage=result.usage,
+            error=result.error,
+            result=name,
+        )
+        inline = body.decode() if len(body) <= self._inline_bytes else None
+        self._state.finish(result.job_id, end, inline)
+        return result, fresh
