@@ -166,8 +166,10 @@ class JobNotFound(BadInput):
 class JobFailed(BadInput):
     """Raised to whoever waits for the result of a job that did not succeed.
 
-    ``code`` of the instance is the job's own error code.
+    ``job_error_code`` is the job's own error code.
     """
+
+    code = "job_failed"
 
     def __init__(self, job_id: str, code: str, message: str) -> None:
         super().__init__(f"job {job_id}: {message} [{code}]")

@@ -1,0 +1,219 @@
+"""Strategies for every public record of ``schemas``: any value that may cross a process."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from gristmill import schemas
+from gristmill.schemas.batch_lines import OutputLine, Response
+from gristmill.schemas.events import Delta, Done, End, Started
+from gristmill.schemas.job import Endpoint, Job, JobState, Message, Priority
+from gristmill.schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
+from gristmill.schemas.sampling import SamplingParams
+from gristmill.schemas.status import JobStatus, ModelInfo, WorkerInfo
+from gristmill.schemas.wire import Record
+from hypothesis import strategies as st
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)  # half a surrogate pair is not text
+NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
+COUNT = st.integers(0, 2**40)
+IDS = st.lists(st.integers(0, 2**20), max_size=8).map(tuple)
+TIME = st.floats(0, 4e9, allow_nan=False)
+JOB_ID = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}(\.[0-9]{1,4})?", fullmatch=True)
+TENANT = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+OBJECT = st.dictionaries(TEXT, JSON, max_size=3)
+FINAL_STATES = st.sampled_from([state for state in JobState if state.final])
+
+
+def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | strategy
+
+
+error_infos = st.builds(ErrorInfo, code=NAME, message=TEXT, param=maybe(TEXT))
+usages = st.builds(Usage, prompt_tokens=COUNT, completion_tokens=COUNT, cached_tokens=COUNT)
+timings = st.builds(
+    Timings, submitted_at=TIME, started_at=maybe(TIME), first_token_at=maybe(TIME), finished_at=TIME
+)
+choices = st.builds(
+    Choice,
+    index=COUNT,
+    text=TEXT,
+    finish_reason=st.sampled_from(FinishReason),
+    stop_reason=maybe(TEXT | COUNT),
+    token_ids=maybe(IDS),
+)
+messages = st.builds(
+    Message,
+    role=NAME,
+    content=maybe(TEXT | st.lists(OBJECT, max_size=2).map(tuple)),
+    name=maybe(TEXT),
+)
+
+
+@st.composite
+def sampling_params(draw: st.DrawFn) -> SamplingParams:
+    max_tokens = draw(maybe(st.integers(1, 2**31)))
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=draw(st.integers(0, min(max_tokens or 100, 100))),
+        temperature=draw(st.floats(0, 100)),
+        top_p=draw(st.floats(0, 1, exclude_min=True)),
+        top_k=draw(COUNT),
+        min_p=draw(st.floats(0, 1)),
+        seed=draw(maybe(st.integers(0, 2**64 - 1))),
+        stop=draw(st.lists(NAME, max_size=4).map(tuple)),
+        stop_token_ids=draw(IDS),
+        include_stop=draw(st.booleans()),
+        ignore_eos=draw(st.booleans()),
+    )
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> Job:
+    prompt = draw(
+        st.one_of(
+            st.fixed_dictionaries({"prompt": NAME}),
+            st.fixed_dictionaries({"prompt_ids": IDS.filter(len)}),
+            st.fixed_dictionaries({"messages": st.lists(messages, min_size=1, max_size=3).map(tuple)}),
+        )
+    )
+    submitted_at = draw(TIME)
+    return Job(
+        id=draw(JOB_ID),
+        model=draw(NAME),
+        sampling=draw(sampling_params()),
+        endpoint=draw(st.sampled_from(Endpoint)),
+        priority=draw(st.sampled_from(Priority)),
+        tenant=draw(TENANT),
+        stream=draw(st.booleans()),
+        submitted_at=submitted_at,
+        expires_at=submitted_at + draw(st.floats(1, 1e7)),
+        custom_id=draw(maybe(NAME)),
+        idempotency_key=draw(maybe(NAME)),
+        retry_of=draw(maybe(JOB_ID)),
+        metadata=draw(st.dictionaries(TEXT, TEXT, max_size=4)),
+        **prompt,
+    )
+
+
+@st.composite
+def results(draw: st.DrawFn) -> Result:
+    state = draw(FINAL_STATES)
+    return Result(
+        job_id=draw(JOB_ID),
+        model=draw(NAME),
+        state=state,
+        endpoint=draw(st.sampled_from(Endpoint)),
+        choices=draw(st.lists(choices, max_size=3).map(tuple)),
+        usage=draw(usages),
+        timings=draw(timings),
+        error=draw(error_infos) if state is JobState.FAILED else None,
+        attempts=draw(COUNT),
+        seed=draw(maybe(COUNT)),
+        custom_id=draw(maybe(TEXT)),
+        retry_of=draw(maybe(JOB_ID)),
+        metadata=draw(st.dictionaries(TEXT, TEXT, max_size=3)),
+    )
+
+
+EVENTS: dict[type[Record], st.SearchStrategy[Any]] = {
+    Started: st.builds(Started, worker=TEXT, at=TIME),
+    Delta: st.builds(Delta, choice=COUNT, offset=COUNT, ids=IDS, text=TEXT, at=maybe(TIME)),
+    Done: st.builds(
+        Done,
+        reason=st.sampled_from(FinishReason),
+        choice=COUNT,
+        text=TEXT,
+        stop_reason=maybe(TEXT | COUNT),
+        error=maybe(error_infos),
+        usage=usages,
+        at=TIME,
+    ),
+    End: st.builds(
+        End,
+        state=st.sampled_from(JobState),
+        finish_reason=maybe(st.sampled_from(FinishReason)),
+        usage=usages,
+        error=maybe(error_infos),
+        result=maybe(NAME),
+    ),
+}
+
+RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
+    SamplingParams: sampling_params(),
+    Message: messages,
+    Job: jobs(),
+    ErrorInfo: error_infos,
+    Usage: usages,
+    Timings: timings,
+    Choice: choices,
+    Result: results(),
+    **EVENTS,
+    JobStatus: st.builds(
+        JobStatus,
+        job_id=JOB_ID,
+        state=st.sampled_from(JobState),
+        model=maybe(NAME),
+        priority=maybe(st.sampled_from(Priority)),
+        tenant=maybe(TENANT),
+        submitted_at=maybe(TIME),
+        expires_at=maybe(TIME),
+        started_at=maybe(TIME),
+        finished_at=maybe(TIME),
+        attempt=COUNT,
+        attempts=COUNT,
+        tokens=COUNT,
+        worker=maybe(NAME),
+        cancel_requested=st.booleans(),
+        finish_reason=maybe(st.sampled_from(FinishReason)),
+        usage=maybe(usages),
+        error=maybe(error_infos),
+        result=maybe(NAME),
+    ),
+    WorkerInfo: st.builds(
+        WorkerInfo,
+        models=st.lists(NAME, min_size=1, max_size=3).map(tuple),
+        queues=st.lists(NAME, max_size=3).map(tuple),
+        host=TEXT,
+        pid=COUNT,
+        version=TEXT,
+        max_model_len=maybe(COUNT),
+    ),
+    ModelInfo: st.builds(
+        ModelInfo,
+        queues=st.lists(NAME, max_size=3).map(tuple),
+        max_model_len=maybe(COUNT),
+        seen_at=TIME,
+    ),
+}
+
+BATCH_LINES: dict[type[Record], st.SearchStrategy[Any]] = {
+    Response: st.builds(Response, status_code=COUNT, request_id=TEXT, body=OBJECT),
+}
+BATCH_LINES[OutputLine] = st.builds(
+    OutputLine,
+    id=TEXT,
+    custom_id=NAME,
+    response=maybe(BATCH_LINES[Response]),
+    error=maybe(OBJECT),
+)
+RECORDS |= BATCH_LINES
+
+
+def public_records() -> set[type[Record]]:
+    """Every subclass of Record that other modules may use."""
+    for module in pkgutil.iter_modules(schemas.__path__):
+        importlib.import_module(f"{schemas.__name__}.{module.name}")
+
+    def below(cls: type[Record]) -> set[type[Record]]:
+        return {cls}.union(*map(below, cls.__subclasses__()))
+
+    ours = {cls for cls in below(Record) if cls.__module__.startswith(f"{schemas.__name__}.")}
+    return {cls for cls in ours - {Record} if not cls.__name__.startswith("_")}
