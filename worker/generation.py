@@ -62,7 +62,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         sampling = self.job.sampling
-        self._detokenizer = Detokenizer(self.tokenizer)
+        self._detokenizer = Detokenizer(self.tokenizer, continues=self.job.messages is None)
         self._stop = StopMatcher(sampling.stop, include_stop=sampling.include_stop)
 
     @property
@@ -109,7 +109,7 @@ class Generation:
         for token in fresh:
             self.ids.append(token)
             if self.done is None:
-                _, matched = self._stop.push(self._detokenizer.push([token]))
+                _, matched = self._match(token)
                 if matched is not None:
                     self._set_done(FinishReason.STOP, now=self.started_at, stop_reason=matched)
 
@@ -125,7 +125,7 @@ class Generation:
             if self._pending_since is None:
                 self._pending_since = now
             self.ids.append(token)
-            text, matched = self._stop.push(self._detokenizer.push([token]))
+            text, matched = self._match(token)
             self._show(text)
             if matched is not None:
                 self._set_done(FinishReason.STOP, now=now, stop_reason=matched)
@@ -133,6 +133,13 @@ class Generation:
         if output.finish is not None:
             self._end_by(output, now)
         return False
+
+    def _match(self, token: int) -> tuple[str, str | None]:
+        """Text that ``token``, the last of ``ids``, makes safe to show, and the stop string it completes."""
+        text = self._detokenizer.push([token])
+        if len(self.ids) <= self.job.sampling.min_tokens:
+            return self._stop.pass_over(text), None
+        return self._stop.push(text)
 
     def _end_by(self, output: Output, now: float) -> None:
         if output.finish == "error":
