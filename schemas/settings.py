@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -15,8 +16,12 @@ SCHEMES = ("redis", "rediss", "unix", "redis+socket", "sqs", "embedded")
 
 
 def default_home() -> Path:
-    """Where models and embedded brokers live unless ``GRISTMILL_HOME`` says otherwise."""
-    return Path.home() / ".local" / "share" / "gristmill"
+    """Where models and embedded brokers live unless ``GRISTMILL_HOME`` says otherwise.
+
+    The XDG rule: a relative ``XDG_DATA_HOME`` is ignored.
+    """
+    data_home = Path(os.environ.get("XDG_DATA_HOME", ""))
+    return (data_home if data_home.is_absolute() else Path.home() / ".local" / "share") / "gristmill"
 
 
 class Settings(BaseSettings):
@@ -86,7 +91,12 @@ def load_settings(**overrides: object) -> Settings:
     try:
         return Settings(**{k: v for k, v in overrides.items() if v is not None})  # pyright: ignore[reportArgumentType]
     except ValidationError as exc:
-        first = exc.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        name = f"GRISTMILL_{where.upper()}: " if where else ""
-        raise Misconfigured(name + first["msg"].removeprefix("Value error, ")) from exc
+        raise misconfigured(exc) from exc
+
+
+def misconfigured(exc: ValidationError) -> Misconfigured:
+    """The first rule broken, with the setting's name. Values are left out: they may be secrets."""
+    first = exc.errors(include_input=False, include_url=False)[0]
+    where = "_".join(str(part) for part in first["loc"])
+    name = f"GRISTMILL_{where.upper().removeprefix('GRISTMILL_')}: " if where else ""
+    return Misconfigured(name + first["msg"].removeprefix("Value error, "))
