@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.schemas.settings import default_home
 
 from ..support.waiting import wait_until
 
@@ -54,6 +55,10 @@ class Shell:
 
 
 def make_shell(home: Path, model: Path) -> Shell:
+    """A fresh home, but for the native kernel: compiling it takes longer than all of these tests."""
+    kernels = default_home() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (home / "kernels").symlink_to(kernels)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GRISTMILL_")}
     return Shell(home, clean | {"GRISTMILL_HOME": str(home), "GRISTMILL_MODEL": str(model)})
 
