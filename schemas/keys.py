@@ -11,6 +11,9 @@ PREFIX = "gm:"
 BELL = "gm:bell"  # stream: every put and every restore rings it; idle workers wait on it
 MODELS = "gm:models"  # hash: model name -> JSON of what its workers said of it
 WORKERS = "gm:workers"  # sorted set: worker id -> unix seconds until which it counts as alive
+CLAIMS = "gm:claims"  # hash: tag -> the claimed message, with the queue and the tenant it goes back to
+CLAIM_EXPIRY = "gm:claims:expiry"  # sorted set: tag -> ms by the server's clock when the lease runs out
+SWEEP = "gm:sweep"  # hash: when expired claims were last looked for, and until when to hold off
 
 
 def log(job_id: str) -> str:
@@ -21,6 +24,31 @@ def log(job_id: str) -> str:
 def state(job_id: str) -> str:
     """Hash with a job's state, attempt and cancel flag."""
     return f"gm:{{{job_id}}}:state"
+
+
+def queue(name: str) -> str:
+    """Hash of a queue's flags; ``paused`` stops all claims."""
+    return f"gm:queue:{name}"
+
+
+def queue_tenants(name: str) -> str:
+    """Sorted set: tenants with waiting messages -> what each was served so far."""
+    return f"gm:queue:{name}:tenants"
+
+
+def queue_past(name: str) -> str:
+    """Sorted set: tenants whose messages have run out, while others still wait -> what they were served."""
+    return f"gm:queue:{name}:past"
+
+
+def queue_messages(name: str, tenant: str) -> str:
+    """List of one tenant's waiting messages. The oldest is last, and served next."""
+    return f"gm:queue:{name}:messages:{tenant}"
+
+
+def queue_dead(name: str) -> str:
+    """List of messages that can never be delivered, each with the reason; the newest is first."""
+    return f"gm:queue:{name}:dead"
 
 
 def worker(worker_id: str) -> str:

@@ -1,0 +1,187 @@
+"""The broker as producers and workers use it: a Celery app over our transport, publish, depth.
+
+``sqs://`` will be another transport behind the same functions; everything Redis-specific is in
+``transport.py``.
+"""
+
+# kombu and Celery carry no types that strict checking could use.
+# pyright: basic
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+import kombu.exceptions
+from celery import Celery
+from kombu.entity import Exchange, Queue
+
+from ..schemas.errors import BrokerUnavailable, GristmillError, Misconfigured
+from ..schemas.job import DEFAULT_TENANT, Priority
+from ..schemas.queues import CELERY, TASK, TENANT_HEADER
+from ..schemas.settings import Settings
+from .claims import Claims
+from .embedded import Embedded
+from .gate import Gate
+from .message_queue import MessageQueue
+from .redis import REDIS_ERRORS, normalise, redact, translate
+from .transport import SCHEME, sweep_period_s
+
+__all__ = ["Gate", "broker_errors", "claims_of", "close", "depth", "make_app", "publish", "queues_of"]
+
+PUBLISH_TIMEOUT_S = 5.0
+RETRY_WAIT_S = 0.2
+_WHERE = "broker"
+
+
+def make_app(settings: Settings, *, gate: Gate | None = None, queue_names: Sequence[str] = ()) -> Celery:
+    """A Celery app on ``settings.broker``: JSON only, no result backend. Joins or starts an embedded one.
+
+    ``gate``: what a worker may claim, asked before each claim; None: all of ``queue_names``.
+    Raises Misconfigured for a URL that cannot be used, BrokerUnavailable for an embedded one that does not
+    start.
+    """
+    embedded: Embedded | None = None
+    url = settings.broker
+    if url.startswith("embedded:"):
+        embedded = Embedded(url.removeprefix("embedded:")).start()
+        url = embedded.url
+    lease_s = settings.visibility_timeout_s
+    options: dict[str, Any] = {
+        "visibility_timeout": lease_s,
+        "claims": Claims(lease_s=lease_s),
+        "gate": gate,
+        "embedded": embedded,  # held as long as the app
+        "socket_timeout": settings.command_timeout_s,
+        "socket_connect_timeout": settings.connect_timeout_s,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+        "client_name": "gristmill",
+        "unacked_restore_interval": sweep_period_s(lease_s),
+        "unacked_restore_throttle": 1,
+        # Connecting, for producers: publish() has its own patience. A worker's consumer retries for ever.
+        "max_retries": 0,
+        "interval_start": 0,
+        "interval_step": 0.1,
+        "interval_max": 0.1,
+    }
+    app = Celery("gristmill", set_as_current=False, changes=None)
+    app.conf.update(
+        CELERY,
+        broker_url=kombu_url(url),
+        broker_transport_options=options,
+        broker_connection_timeout=settings.connect_timeout_s,
+        # A server that refuses to write (a failover, a full disk) mends: reconnect, do not die.
+        broker_channel_error_retry=True,
+        task_queues=[_queue(name) for name in queue_names],
+        task_publish_retry=False,
+    )
+    return app
+
+
+def close(app: Celery) -> None:
+    """Close the app's connections, and leave the embedded broker."""
+    app.close()
+    app.pool.force_close_all()
+    embedded: Embedded | None = app.conf.broker_transport_options["embedded"]
+    if embedded is not None:
+        embedded.close()
+
+
+def claims_of(app: Celery) -> Claims:
+    """What this process holds: hooks ``on_lost`` and ``should_renew`` are set there."""
+    return app.conf.broker_transport_options["claims"]
+
+
+def publish(
+    app: Celery,
+    queue: str,
+    job_json: str,
+    job_id: str,
+    tenant: str = DEFAULT_TENANT,
+    priority: Priority | None = None,
+) -> None:
+    """Have the broker accept a job. On return it is as durable as the broker.
+
+    Tries for ``PUBLISH_TIMEOUT_S``, then raises BrokerUnavailable; the job may have been accepted all the
+    same, and may be accepted twice: whoever claims it recognises it by ``job_id``. Its text appears in no
+    header and no log.
+    """
+    headers = {TENANT_HEADER: tenant} | ({"gm_class": priority.value} if priority else {})
+    deadline = time.monotonic() + PUBLISH_TIMEOUT_S
+    while True:
+        try:
+            with broker_errors():
+                app.send_task(
+                    TASK,
+                    args=[job_json],
+                    task_id=job_id,
+                    queue=_queue(queue),
+                    headers=headers,
+                    argsrepr="-",
+                    kwargsrepr="-",
+                    ignore_result=True,
+                    retry=False,
+                    declare=[],
+                )
+            return
+        except BrokerUnavailable:
+            if time.monotonic() + RETRY_WAIT_S >= deadline:
+                raise
+            time.sleep(RETRY_WAIT_S)
+
+
+def depth(app: Celery, queue: str) -> int:
+    """Messages that wait in a queue, claimed ones not included."""
+    with broker_errors(), queues_of(app) as queues:
+        return queues.depth(queue)
+
+
+@contextmanager
+def queues_of(app: Celery) -> Generator[MessageQueue]:
+    """The queues themselves, to pause, purge, count. Raises redis-py's own: see ``broker_errors``."""
+    with app.connection_or_acquire() as connection:
+        yield connection.default_channel.producer_queue
+
+
+@contextmanager
+def broker_errors() -> Generator[None]:
+    """Raise ours ``from`` whatever kombu, Celery and redis-py raise about the broker."""
+    try:
+        yield
+    except GristmillError:
+        raise
+    except kombu.exceptions.OperationalError as exc:
+        cause = exc.__cause__
+        if isinstance(cause, REDIS_ERRORS):
+            raise translate(cause, _WHERE) from exc
+        raise BrokerUnavailable(f"{_WHERE}: {exc}; is the server up?") from exc
+    except REDIS_ERRORS as exc:
+        raise translate(exc, _WHERE) from exc
+
+
+def kombu_url(url: str) -> str:
+    """The URL of our transport for one that redis-py takes. Raises Misconfigured."""
+    parts = urlsplit(normalise(url))
+    options = dict(parse_qsl(parts.query))
+    db = options.pop("db", "") or (parts.path.strip("/") if parts.scheme != "unix" else "") or "0"
+    if not db.isdigit():
+        raise Misconfigured(f"{redact(url)}: the database is a number, not {db!r}")
+    if parts.scheme == "unix":
+        return (
+            f"{SCHEME}+socket://{parts.netloc}{quote(unquote(parts.path))}?{urlencode({'virtual_host': db})}"
+        )
+    if parts.scheme == "rediss":
+        options.setdefault("ssl_cert_reqs", "required")
+    if unknown := [name for name in options if not name.startswith("ssl_")]:
+        raise Misconfigured(f"{redact(url)}: the broker does not know the option {unknown[0]}; remove it")
+    if parts.scheme == "redis" and options:
+        raise Misconfigured(f"{redact(url)}: TLS options need rediss://")
+    return f"{SCHEME}://{parts.netloc}/{db}" + (f"?{urlencode(options)}" if options else "")
+
+
+def _queue(name: str) -> Queue:
+    """On the default exchange: nothing to declare, nothing to look up when publishing."""
+    return Queue(name, Exchange("", type="direct"), routing_key=name)

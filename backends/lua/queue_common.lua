@@ -1,0 +1,71 @@
+-- Not a script: stands in front of those that put messages into a queue or take them out.
+--
+-- An entry of a message list is "<base>#<n>\n<payload>": n claims so far. A claim's tag is "<base>#<n+1>", so that
+-- every claim has a tag of its own, and the tag of a claim that was taken away is spent. A claim is remembered as
+-- "<queue>\n<tenant>\n<payload>" under its tag.
+--
+-- Tenants take turns by start-time fair queueing: the one served least is next, each message counts 1, and who
+-- joins starts level with the least served, or where it left off if that is further on.
+local TENANTS, PAST = '{queue_tenants}', '{queue_past}'
+local MESSAGES, DEAD, FLAGS = '{queue_messages}', '{queue_dead}', '{queue}'
+local BELL, CLAIMS, EXPIRY, SWEEP = '{bell}', '{claims}', '{claim_expiry}', '{sweep}'
+
+local function clock(override)
+  if override ~= '' then
+    return tonumber(override)
+  end
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local function ring(queue)
+  redis.call('XADD', BELL, 'MAXLEN', '1', '*', 'queue', queue)
+end
+
+local function join(queue, tenant, credit)
+  local tenants, past = string.format(TENANTS, queue), string.format(PAST, queue)
+  if redis.call('ZSCORE', tenants, tenant) then
+    if credit ~= 0 then
+      redis.call('ZINCRBY', tenants, -credit, tenant)
+    end
+    return
+  end
+  local start, least = 0, redis.call('ZRANGE', tenants, 0, 0, 'WITHSCORES')
+  if least[1] then
+    local left_off = redis.call('ZSCORE', past, tenant)
+    start = math.max(tonumber(least[2]), tonumber(left_off or 0) - credit)
+  end
+  redis.call('ZADD', tenants, start, tenant)
+  redis.call('ZREM', past, tenant)
+end
+
+-- Called after a message of the tenant was taken.
+local function served(queue, tenant, left)
+  local tenants, past = string.format(TENANTS, queue), string.format(PAST, queue)
+  local total = redis.call('ZINCRBY', tenants, 1, tenant)
+  if left > 0 then
+    return
+  end
+  redis.call('ZREM', tenants, tenant)
+  local least = redis.call('ZRANGE', tenants, 0, 0, 'WITHSCORES')
+  if least[1] then
+    redis.call('ZADD', past, total, tenant)
+    redis.call('ZREMRANGEBYSCORE', past, '-inf', least[2])  -- these would start level anyway
+  else
+    redis.call('DEL', past)
+  end
+end
+
+-- Takes a claim away and returns its queue, or nil if the tag is spent. It goes back to the head of its list.
+local function give_back(tag)
+  local claim = redis.call('HGET', CLAIMS, tag)
+  redis.call('ZREM', EXPIRY, tag)
+  if not claim then
+    return nil
+  end
+  redis.call('HDEL', CLAIMS, tag)
+  local queue, tenant, payload = string.match(claim, '^([^\n]*)\n([^\n]*)\n(.*)$')
+  join(queue, tenant, 1)
+  redis.call('RPUSH', string.format(MESSAGES, queue, tenant), tag .. '\n' .. payload)
+  return queue
+end

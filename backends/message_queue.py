@@ -1,0 +1,175 @@
+"""MessageQueue: what the transport says to Redis, one Lua script per operation.
+
+START HERE for the queue's laws. A message waits in its tenant's list, or is claimed under a tag with a lease;
+there is no moment in between. Only the tag ends or prolongs a claim, and each claim has its own, so that a
+worker that lost its lease can do no harm: its tag is spent. All times are the server's.
+
+redis-py's exceptions pass through: kombu and Celery act on them; ``broker.py`` translates them for others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import redis
+from redis.exceptions import NoScriptError
+
+from ..schemas import keys
+
+SWEEP_LIMIT = 500
+"""Claims handed back by one sweep, so that a sweep never blocks the server for long."""
+DEAD_LIMIT = 10_000
+"""Undeliverable messages a queue keeps; older ones go."""
+
+_NAMES = {
+    "queue_tenants": keys.queue_tenants("%s"),
+    "queue_past": keys.queue_past("%s"),
+    "queue_messages": keys.queue_messages("%s", "%s"),
+    "queue_dead": keys.queue_dead("%s"),
+    "queue": keys.queue("%s"),
+    "bell": keys.BELL,
+    "claims": keys.CLAIMS,
+    "claim_expiry": keys.CLAIM_EXPIRY,
+    "sweep": keys.SWEEP,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedMessage:
+    """A message and the tag that acts on it. ``deliveries`` counts this one too."""
+
+    queue: str
+    tag: str
+    deliveries: int
+    tenant: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep did: claims handed back, or how long expired ones are spared after an outage."""
+
+    returned: int
+    hold_s: float
+
+
+class MessageQueue:
+    """All queues of one server. Thread-safe, as its client is.
+
+    ``now_ms`` replaces the server's clock in tests of expiry; None is the real one.
+    """
+
+    def __init__(self, client: redis.Redis, *, lease_s: float, now_ms: int | None = None) -> None:
+        self.client = client
+        self.lease_ms = int(lease_s * 1000)
+        self.now_ms = now_ms
+
+    def put(
+        self, queue: str, tenant: str, base: str, payload: str | bytes, expires_ms: int | None = None
+    ) -> int:
+        """Accept a message: as durable on return as the server is. Returns how many wait for the tenant.
+
+        ``base`` is unique to the message, and the stem of its tags. Repeated after an error that leaves open
+        whether it arrived, two messages may be accepted.
+        """
+        assert not {"#", "\n"} & {*base, *tenant, *queue}, (queue, tenant, base)
+        return int(_run(self.client, PUT, queue, tenant, base, payload, expires_ms or ""))
+
+    def claim(self, queues: Sequence[str], unacknowledged: Iterable[str] = ()) -> ClaimedMessage | str:
+        """The next message of the first queue that has one, or the bell's last id if none has.
+
+        Messages of ``unacknowledged`` queues are gone once delivered.
+        """
+        flags = frozenset(unacknowledged)
+        pairs = [part for queue in queues for part in (queue, "1" if queue in flags else "0")]
+        reply: list[Any] = _run(self.client, CLAIM, self._now, self.lease_ms, *pairs)
+        if len(reply) == 1:
+            return reply[0].decode()
+        queue, tag, deliveries, tenant, payload = reply
+        return ClaimedMessage(queue.decode(), tag.decode(), int(deliveries), tenant.decode(), payload)
+
+    def ack(self, *tags: str) -> list[bool]:
+        """The messages are done with. False: the tag was spent, and somebody else has the message."""
+        return [bool(done) for done in _run(self.client, ACK, *tags)] if tags else []
+
+    def requeue(self, *tags: str) -> list[bool]:
+        """Back to the heads of their lists, the first tag foremost. False: the tag was spent."""
+        return [bool(done) for done in _run(self.client, REQUEUE, *tags)] if tags else []
+
+    def bury(self, tag: str, reason: str) -> bool:
+        """Put aside what can never be delivered. False: the tag was spent."""
+        return bool(_run(self.client, BURY, tag, reason.replace("\n", " "), DEAD_LIMIT))
+
+    def renew(self, tags: Sequence[str]) -> list[str]:
+        """A full lease from now for each tag. Returns the spent ones."""
+        return (
+            [tag.decode() for tag in _run(self.client, RENEW, self._now, self.lease_ms, *tags)]
+            if tags
+            else []
+        )
+
+    def sweep(self, *, period_s: float = 0.0, outage: bool = False, server: Sequence[Any] = ()) -> Sweep:
+        """Hand expired claims back, unless their owners could not renew: see queue_sweep.lua for the rule.
+
+        ``outage``: the caller itself could not reach the server since its last sweep. ``server`` is for
+        tests.
+        """
+        args = (self._now, self.lease_ms, int(period_s * 1000), int(outage), SWEEP_LIMIT, *server)
+        returned, hold_ms = _run(self.client, SWEEP, *args)
+        return Sweep(int(returned), int(hold_ms) / 1000)
+
+    def release_orphans(self) -> int:
+        """Hand every claim back at once. Only for who knows that no owner lives."""
+        return int(_run(self.client, ORPHANS))
+
+    def depth(self, queue: str) -> int:
+        """Messages that wait, claimed ones not included."""
+        return int(_run(self.client, DEPTH, queue))
+
+    def claimed(self) -> int:
+        """Claimed messages of all queues of this server."""
+        return int(self.client.hlen(keys.CLAIMS))
+
+    def purge(self, queue: str) -> int:
+        """Throw away what waits. Returns how many messages that were."""
+        return int(_run(self.client, PURGE, queue))
+
+    def pause(self, queue: str, *, paused: bool) -> None:
+        """Stop all claims from a queue, or let them go on."""
+        _run(self.client, PAUSE, queue, int(paused))
+
+    @property
+    def _now(self) -> str | int:
+        return "" if self.now_ms is None else self.now_ms
+
+
+@dataclass(frozen=True, slots=True)
+class _Script:
+    text: str
+    sha: str
+
+
+def _load(name: str) -> _Script:
+    """A Lua file behind ``queue_common.lua``, with the key names of ``schemas/keys.py`` filled in."""
+    folder = Path(__file__).parent / "lua"
+    common = (folder / "queue_common.lua").read_text(encoding="utf-8")
+    for placeholder, key in _NAMES.items():
+        common = common.replace(f"'{{{placeholder}}}'", f"'{key}'")
+    text = common + (folder / f"queue_{name}.lua").read_text(encoding="utf-8")
+    return _Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _run(client: redis.Redis, script: _Script, *args: str | bytes | int) -> Any:
+    """EVALSHA; the text only to a server that does not know it yet."""
+    try:
+        return client.evalsha(script.sha, 0, *args)
+    except NoScriptError:
+        return client.eval(script.text, 0, *args)
+
+
+PUT, CLAIM, ACK, REQUEUE, BURY, RENEW = map(_load, ("put", "claim", "ack", "requeue", "bury", "renew"))
+SWEEP, ORPHANS, DEPTH, PURGE, PAUSE = map(_load, ("sweep", "orphans", "depth", "purge", "pause"))
