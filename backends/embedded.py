@@ -73,8 +73,9 @@ class Endpoint:
 class Embedded:
     """One user's hold on the Valkey of a directory: started if nobody runs it, kept alive until ``close``.
 
-    ``found_alone`` is True when nobody else used the directory as we came: then every claim in it was left by
-    the dead, and may be handed out again at once.
+    ``found_alone`` is True when nobody else used the directory as we came. Every claim in it was then left
+    by the dead, and ``start`` has put it back into its queue: what a kill interrupted goes on at once, not
+    after a lease.
     """
 
     def __init__(self, directory: str | Path, *, start_timeout_s: float = 30.0) -> None:
@@ -103,9 +104,13 @@ class Embedded:
         """
         deadline = time.monotonic() + self.start_timeout_s
         prepare_directory(self.directory)
-        if self._users_fd is None:
-            self._users_fd, self.found_alone = _join(self.directory / "users", deadline)
         try:
+            if self._users_fd is None:
+                self._users_fd, self.found_alone = _join(self.directory / "users", deadline)
+                if self.found_alone:
+                    _release_orphans(self._ensure_server(deadline))
+                    _wait_for_lock(self._users_fd, fcntl.LOCK_SH, deadline)
+            # Letting others in may for a moment let the supervisor in too, which then leaves: look again.
             self.endpoint = self._ensure_server(deadline)
         except BaseException:
             self.close()
@@ -225,19 +230,43 @@ def try_lock(fd: int, operation: int) -> bool:
 
 
 def _join(users: Path, deadline: float) -> tuple[int, bool]:
-    """Take the shared lock on ``users``; also tell whether nobody else held it.
+    """Lock ``users``: exclusively and True if nobody else uses the directory, else shared and False.
 
-    Who waits here waits for a supervisor that is just shutting down, a second at most.
+    Who waits here waits for a supervisor that is shutting down, or for a first user who is starting one.
     """
     fd = os.open(users, os.O_RDWR | os.O_CREAT, 0o600)
-    alone = try_lock(fd, fcntl.LOCK_EX)
-    while not try_lock(fd, fcntl.LOCK_SH):
-        if time.monotonic() >= deadline:
-            os.close(fd)
-            raise BrokerUnavailable(f"the embedded Valkey in {users.parent} does not finish shutting down")
-        alone = True  # only a supervisor holds it exclusively, and only when it is alone
-        time.sleep(POLL_S)
+    try:
+        alone = _wait_for_lock(fd, fcntl.LOCK_EX, deadline, fcntl.LOCK_SH) == fcntl.LOCK_EX
+    except BaseException:
+        os.close(fd)
+        raise
     return fd, alone
+
+
+def _wait_for_lock(fd: int, first: int, deadline: float, *others: int) -> int:
+    """The first of these locks that can be had. Raises BrokerUnavailable."""
+    while True:
+        for operation in (first, *others):
+            if try_lock(fd, operation):
+                return operation
+        if time.monotonic() >= deadline:
+            raise BrokerUnavailable(
+                "the embedded Valkey neither starts nor stops: another process has been holding "
+                f"{Path(f'/proc/self/fd/{fd}').readlink()} for too long; see `fuser -v` on it"
+            )
+        time.sleep(POLL_S)
+
+
+def _release_orphans(endpoint: Endpoint) -> None:
+    """Put back what the dead had claimed. Only for the one who holds ``users`` exclusively."""
+    import redis  # here: the supervisor imports this module, and needs neither
+
+    from .message_queue import MessageQueue
+
+    with redis.Redis(
+        unix_socket_path=endpoint.socket, password=endpoint.password, socket_timeout=10
+    ) as client:
+        MessageQueue(client, lease_s=1).release_orphans()
 
 
 def _spawn_supervisor(directory: Path, deadline: float) -> None:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from .embedded import Endpoint, find_server, socket_path, try_lock, write_endpoint
+from .embedded import Endpoint, find_server, read_endpoint, socket_path, try_lock, write_endpoint
 
 POLL_S = 0.1
 START_S = 60.0
@@ -55,8 +55,10 @@ class Server:
     def __init__(self, directory: Path, lock_fd: int) -> None:
         self.directory = directory
         self.socket = socket_path(directory)
-        self.password = secrets.token_hex(24)
-        self.port = 0
+        # Only a crash leaves one behind: its users want to find the server again.
+        previous = read_endpoint(directory)
+        self.password = previous.password if previous else secrets.token_hex(24)
+        self.port = previous.port if previous else 0
         self._lock_fd = lock_fd
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -15,6 +15,7 @@ import pytest
 import redis
 from gristmill.backends import embedded
 from gristmill.backends.embedded import Embedded, connect, read_endpoint
+from gristmill.backends.message_queue import ClaimedMessage, MessageQueue
 from gristmill.schemas.errors import BrokerUnavailable, Misconfigured
 
 from ..support.waiting import wait_until
@@ -95,6 +96,7 @@ def test_valkey_dies_with_a_killed_supervisor_and_the_next_start_finds_the_data(
     wait_until(lambda: not alive(old.server_pid), 5, "the kernel kills Valkey with its parent")
     held.start()
     assert held.endpoint.supervisor_pid != old.supervisor_pid
+    assert held.url == old.url, "clients from before find it again"
     assert redis.Redis.from_url(held.url).get("k") == b"v"
     held.close()
 
@@ -113,6 +115,23 @@ def test_a_killed_valkey_is_started_again_on_the_same_socket(home: Path) -> None
                 return None
 
         assert wait_until(read, 10, "the old client reaches the new server") == b"v"
+
+
+def test_claims_of_the_dead_go_back_as_soon_as_somebody_comes(home: Path) -> None:
+    with connect(home) as held, connect(home) as neighbour:
+        mine = MessageQueue(redis.Redis.from_url(held.url), lease_s=60)
+        for number in range(3):
+            mine.put("q", "ann", f"m{number}", "body")
+        assert isinstance(mine.claim(["q"]), ClaimedMessage)
+        with connect(home):
+            assert mine.claimed() == 1, "somebody is there, who may own it"
+        assert neighbour.endpoint == held.endpoint
+    with connect(home) as later:
+        queue = MessageQueue(redis.Redis.from_url(later.url), lease_s=60)
+        assert queue.claimed() == 0
+        again = queue.claim(["q"])
+        assert isinstance(again, ClaimedMessage)
+        assert again.tag == "m0#2"
 
 
 def test_stale_files_are_only_hints(home: Path) -> None:
