@@ -58,7 +58,8 @@ class Lifecycle:
         return self._stopping.is_set()
 
     def start(self) -> None:
-        """Begin ticking and listening. Call once the engine is ready."""
+        """Announce the worker, then begin ticking and listening. Call once the engine is ready."""
+        self._beat(time.monotonic())
         threading.Thread(target=self._tick_forever, name="lifecycle", daemon=True).start()
         threading.Thread(target=self._listen_forever, name="control", daemon=True).start()
 
@@ -113,13 +114,16 @@ class Lifecycle:
     def _tick(self, now: float) -> None:
         self._handler.expire(time.time())
         if now - self._beat_at >= self._settings.heartbeat_every_s and not self.draining:
-            self._state.register(self._worker_id, self._describe(), 3 * self._settings.heartbeat_every_s)
-            self._beat_at = now
+            self._beat(now)
         if now - self._reconciled_at >= RECONCILE_EVERY_S:
             self._reconciled_at = now
             for job_id in self._state.cancelled(self._handler.job_ids()):
                 self._handler.cancel(job_id)
         self._maybe_leave(now)
+
+    def _beat(self, now: float) -> None:
+        self._state.register(self._worker_id, self._describe(), 3 * self._settings.heartbeat_every_s)
+        self._beat_at = now
 
     def _describe(self) -> WorkerInfo:
         info = self._handler.engine.info

@@ -77,6 +77,7 @@ class Stack:
 
     def __init__(self, valkey: Valkey, directory: Path, model: Path) -> None:
         self.valkey, self.directory, self.model = valkey, directory, model
+        (directory / "results").mkdir()
         self.settings = Settings(
             broker_url=valkey.url,
             results_url=f"file://{directory}/results",
