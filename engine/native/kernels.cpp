@@ -253,31 +253,37 @@ inline vf dot_pair(vf c, vu w, uint32_t q) {
 }
 template <class T> inline uint32_t pair_at(const T* p) { uint32_t w; std::memcpy(&w, p, 4); return w; }
 
-// Scores of R query rows against N groups of keys: out[r * TILE_GROUPS + g] = 16 dot products.
+// Scores of R query rows against N groups of keys: out[r * TILE_GROUPS + g] = 16 dot products. `next` are the groups of
+// the tile after this one: blocks are scattered in pieces too short for the hardware to see a stream in.
 template <int R, int N>
-inline void scores(const bf16* q, size_t q_stride, const bf16* const* keys, int dim16, vf* out) {
+inline void scores(const bf16* q, size_t q_stride, const bf16* const* keys, const bf16* const* next, int dim16, vf* out) {
   vf s[R][N] = {};
-  for (int d = 0; d < dim16 / 2; d++)
+  for (int d = 0; d < dim16 / 2; d++) {
+    for (int g = 0; g < N; g++) __builtin_prefetch(next[g] + d * 32);
     for (int r = 0; r < R; r++) {
       const uint32_t w = pair_at(q + r * q_stride + 2 * d);
       for (int g = 0; g < N; g++) s[r][g] = dot_pair(s[r][g], keys[g] + d * 32, w);
     }
+  }
   for (int r = 0; r < R; r++)
     for (int g = 0; g < N; g++) out[r * TILE_GROUPS + g] = s[r][g];
 }
 template <int R, int N>
-inline void scores(const float* q, size_t q_stride, const float* const* keys, int dim16, vf* out) {
+inline void scores(const float* q, size_t q_stride, const float* const* keys, const float* const* next, int dim16,
+                   vf* out) {
   vf s[R][N] = {};
-  for (int d = 0; d < dim16; d++)
+  for (int d = 0; d < dim16; d++) {
+    for (int g = 0; g < N; g++) __builtin_prefetch(next[g] + d * 16);
     for (int r = 0; r < R; r++)
       for (int g = 0; g < N; g++) s[r][g] += load(keys[g] + d * 16) * q[r * q_stride + d];
+  }
   for (int r = 0; r < R; r++)
     for (int g = 0; g < N; g++) out[r * TILE_GROUPS + g] = s[r][g];
 }
 
 // acc[r][0 .. 16N) = acc * fade[r] + sum over `count` tokens of p[r][token] * value[token], for N vectors of dims.
 template <int R, int N>
-inline void weighted(const bf16* p, const bf16* const* values, int count, int dim16, const float* fade, float* acc) {
+inline void weighted(const bf16* p, const bf16* const* values, const bf16* const* next, int count, int dim16, const float* fade, float* acc) {
   vf a[R][N];
   for (int r = 0; r < R; r++)
     for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16) * fade[r];
@@ -285,6 +291,7 @@ inline void weighted(const bf16* p, const bf16* const* values, int count, int di
     const bf16* row = values[t / LANES] + size_t(t % LANES / 2) * dim16 * 2;
     vu v[N];
     for (int i = 0; i < N; i++) v[i] = load_as<vu>(row + i * 32);
+    for (int i = 0; i < N; i++) __builtin_prefetch(next[t / LANES] + size_t(t % LANES / 2) * dim16 * 2 + i * 32);
     if (t + 1 == count)                                                        // the partner was never written
       for (int i = 0; i < N; i++) v[i] &= 0xffffu;
     for (int r = 0; r < R; r++) {
@@ -296,7 +303,7 @@ inline void weighted(const bf16* p, const bf16* const* values, int count, int di
     for (int i = 0; i < N; i++) store(acc + r * dim16 + i * 16, a[r][i]);
 }
 template <int R, int N>
-inline void weighted(const float* p, const float* const* values, int count, int dim16, const float* fade, float* acc) {
+inline void weighted(const float* p, const float* const* values, const float* const* next, int count, int dim16, const float* fade, float* acc) {
   vf a[R][N];
   for (int r = 0; r < R; r++)
     for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16) * fade[r];
@@ -304,6 +311,7 @@ inline void weighted(const float* p, const float* const* values, int count, int 
     const float* row = values[t / LANES] + size_t(t % LANES) * dim16;
     for (int i = 0; i < N; i++) {
       vf v = load(row + i * 16);
+      __builtin_prefetch(next[t / LANES] + size_t(t % LANES) * dim16 + i * 16);
       for (int r = 0; r < R; r++) a[r][i] += v * p[r * TILE + t];
     }
   }
@@ -326,10 +334,13 @@ template <class T> struct Rows {
   }
 };
 
+// Where the four groups of a tile of 64 keys are.
+template <class T> struct Tile { const T *keys[TILE_GROUPS], *values[TILE_GROUPS]; };
+
 // One tile of at most 64 keys starting at `start`, for rows [r0, r0 + R).
 template <class T, int R>
-inline void tile_step(Rows<T>& s, int r0, int start, int end, const T* const* keys, const T* const* values,
-                      int dim16, float scale) {
+inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& tile, const Tile<T>& next, int dim16,
+                      float scale) {
   int low = s.first[r0], high = 0;
   for (int r = r0; r < r0 + R; r++) low = std::min(low, s.first[r]), high = std::max(high, s.limit[r]);
   high = std::min(high, end);
@@ -337,10 +348,10 @@ inline void tile_step(Rows<T>& s, int r0, int start, int end, const T* const* ke
   const int count = std::min(TILE, high - start), groups = (count + LANES - 1) / LANES;
   vf dots[R][TILE_GROUPS];
   if (groups == TILE_GROUPS)
-    scores<R, TILE_GROUPS>(s.q.data() + size_t(r0) * dim16, dim16, keys, dim16, dots[0]);
+    scores<R, TILE_GROUPS>(s.q.data() + size_t(r0) * dim16, dim16, tile.keys, next.keys, dim16, dots[0]);
   else
     for (int g = 0; g < groups; g++)
-      scores<R, 1>(s.q.data() + size_t(r0) * dim16, dim16, keys + g, dim16, dots[0] + g);
+      scores<R, 1>(s.q.data() + size_t(r0) * dim16, dim16, tile.keys + g, next.keys + g, dim16, dots[0] + g);
   alignas(64) T p[R * TILE];
   float fade[R];
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -365,15 +376,18 @@ inline void tile_step(Rows<T>& s, int r0, int start, int end, const T* const* ke
   }
   float* acc = s.acc.data() + size_t(r0) * dim16;
   int d = 0;
-  const T* shifted[TILE_GROUPS];
   const int pair = std::is_same_v<T, bf16> ? 2 : 1;
-  auto at = [&](int dims) {
-    for (int g = 0; g < groups; g++) shifted[g] = values[g] + dims * pair;
-    return shifted;
+  auto run = [&](auto vectors) {
+    constexpr int N = decltype(vectors)::value;
+    for (; d + N * LANES <= dim16; d += N * LANES) {
+      const T *now[TILE_GROUPS], *after[TILE_GROUPS];
+      for (int g = 0; g < TILE_GROUPS; g++) now[g] = tile.values[g] + d * pair, after[g] = next.values[g] + d * pair;
+      weighted<R, N>(p, now, after, count, dim16, fade, acc + d);
+    }
   };
-  for (; d + 64 <= dim16; d += 64) weighted<R, 4>(p, at(d), count, dim16, fade, acc + d);
-  for (; d + 32 <= dim16; d += 32) weighted<R, 2>(p, at(d), count, dim16, fade, acc + d);
-  for (; d + 16 <= dim16; d += 16) weighted<R, 1>(p, at(d), count, dim16, fade, acc + d);
+  run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
 }
 
 struct Item { int32_t row, count, position, table, begin, end, part; };         // see attention/native_backend.py
@@ -403,20 +417,25 @@ template <class T> void run_item(const Call<T>& c, const Item& it, int head, Row
     }
   const int32_t* table = c.tables + size_t(it.table) * c.table_width;
   const int end = std::min<int>(it.end, it.position + it.count);
-  for (int start = std::max<int>(it.begin, rows.first[0] / TILE * TILE); start < end; start += TILE) {
-    const T *keys[TILE_GROUPS], *values[TILE_GROUPS];
+  auto tile_at = [&](int start) {
+    Tile<T> tile;
     for (int g = 0; g < TILE_GROUPS; g++) {
       const size_t at = s.at(table, head, std::min(start + g * LANES, end - 1));
-      keys[g] = c.keys + at;
-      values[g] = c.values + at;
+      tile.keys[g] = c.keys + at;
+      tile.values[g] = c.values + at;
     }
+    return tile;
+  };
+  int start = std::max<int>(it.begin, rows.first[0] / TILE * TILE);
+  for (Tile<T> tile = tile_at(start), next; start < end; start += TILE, tile = next) {
+    next = start + TILE < end ? tile_at(start + TILE) : tile;
     int r = 0;
     if constexpr (ROWS == 4) {
-      for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, end, keys, values, dim16, c.scale);
-      if (n - r == 3) tile_step<T, 3>(rows, r, start, end, keys, values, dim16, c.scale), r += 3;
-      if (n - r == 2) tile_step<T, 2>(rows, r, start, end, keys, values, dim16, c.scale), r += 2;
+      for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, end, tile, next, dim16, c.scale);
+      if (n - r == 3) tile_step<T, 3>(rows, r, start, end, tile, next, dim16, c.scale), r += 3;
+      if (n - r == 2) tile_step<T, 2>(rows, r, start, end, tile, next, dim16, c.scale), r += 2;
     }
-    for (; r < n; r++) tile_step<T, 1>(rows, r, start, end, keys, values, dim16, c.scale);
+    for (; r < n; r++) tile_step<T, 1>(rows, r, start, end, tile, next, dim16, c.scale);
   }
   for (int t = 0; t < it.count; t++)
     for (int g = 0; g < group; g++) {
