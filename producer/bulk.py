@@ -74,7 +74,7 @@ class Progress:
         """Seconds from claim to first token."""
         if not self.ttfts:
             return None
-        return sorted(self.ttfts)[min(len(self.ttfts) - 1, int(quantile * len(self.ttfts)))]
+        return sorted(self.ttfts)[round(quantile * (len(self.ttfts) - 1))]
 
 
 def batch_id(checked: Checked, model: str, rules: Rules, salt: str = "") -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from ..schemas.errors import BadInput, EmptyFile, EngineUnavailable, Misconfigured, Transient
+from ..schemas.errors import BadInput, EmptyFile, EngineUnavailable, Misconfigured, ModelNotFound, Transient
 from . import bulk_input, core, local_model
 from .bulk import BulkRun, Hooks, Progress, batch_id
 from .bulk_input import Checked, LineError, Rules
@@ -86,9 +86,14 @@ def prepare(
 def _choose(
     wanted: str | None, settings: ProducerSettings, link: Link, revision: str | None, here: bool
 ) -> str:
-    if here:
+    if not here:
+        return core.pick_model(wanted, link.state.models(), settings)
+    try:
         return local_model.choose(wanted, settings, revision)
-    return core.pick_model(wanted, link.state.models(), settings)
+    except ModelNotFound:
+        if wanted is not None and link.state.alive(wanted):  # `gristmill up` serves it from another cache
+            return wanted
+        raise
 
 
 class Session:

@@ -43,6 +43,7 @@ def up(model: str | None, count: int, as_json: bool, **options: Any) -> int:
     link, interrupts = Link(settings), Interrupts(workers.kill)
     try:
         link.state.ping()
+        link.store.check()
         with interrupts:
             workers.start()
             say(f"starting {count} worker{'s' * (count > 1)} for {model} …")

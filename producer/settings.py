@@ -38,8 +38,8 @@ def child_environment(settings: Settings) -> dict[str, str]:
     nor logs."""
     return os.environ | {
         "GRISTMILL_HOME": str(settings.home),
-        "GRISTMILL_BROKER_URL": settings.broker,
+        "GRISTMILL_BROKER_URL": settings.broker_url,
         "GRISTMILL_STATE_URL": settings.state_url,
-        "GRISTMILL_RESULTS_URL": settings.results,
+        "GRISTMILL_RESULTS_URL": settings.results_url,
         "PYTHONUNBUFFERED": "1",
     }

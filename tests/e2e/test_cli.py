@@ -20,6 +20,7 @@ from ..support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 120
+ROWS = 16
 
 
 @dataclass
@@ -82,7 +83,7 @@ def up(home: Path, smollm2: Path) -> Iterator[Shell]:
         assert ready["ready"]
         assert ready["model"] == "smollm2-135m"
         assert ready["broker_url"].startswith("redis://")
-        yield Shell(home, shell.env | {"GRISTMILL_MODEL": "smollm2-135m"})
+        yield shell
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130, err[-3000:]
@@ -287,7 +288,7 @@ def test_a_stopped_run_goes_on_and_pays_for_no_finished_row(
     with tempfile.TemporaryDirectory(prefix="gm-e2e-") as directory:
         shell = make_shell(Path(directory), smollm2)
         source, output = (
-            prompts(tmp_path / "in.jsonl", 24, max_tokens=60, ignore_eos=True),
+            prompts(tmp_path / "in.jsonl", ROWS, max_tokens=40, ignore_eos=True),
             tmp_path / "out.jsonl",
         )
         args = ("run", str(source), "-o", str(output), "--max-num-seqs", "4", "--json")
@@ -297,7 +298,7 @@ def test_a_stopped_run_goes_on_and_pays_for_no_finished_row(
         out, err = process.communicate(timeout=60)
         wait_until(lambda: not workers_of(shell), 30, "the worker has ended")
         before = finished(shell.home)
-        assert 0 < len(before) < 24
+        assert 0 < len(before) < ROWS
         if how is signal.SIGINT:
             assert process.returncode == 130, err
             assert "run the same command again to continue" in err
@@ -307,9 +308,9 @@ def test_a_stopped_run_goes_on_and_pays_for_no_finished_row(
         again = shell.run(*args, timeout_s=150)
         assert again.returncode == 0, again.stderr
         summary = json.loads(again.stdout)
-        assert (summary["succeeded"], summary["resumed"]) == (24, len(before))
-        assert [row["custom_id"] for row in rows(output)] == [f"r{n}" for n in range(24)]
-        assert {row["response"]["body"]["usage"]["completion_tokens"] for row in rows(output)} == {60}
+        assert (summary["succeeded"], summary["resumed"]) == (ROWS, len(before))
+        assert [row["custom_id"] for row in rows(output)] == [f"r{n}" for n in range(ROWS)]
+        assert {row["response"]["body"]["usage"]["completion_tokens"] for row in rows(output)} == {40}
         assert finished(shell.home).items() >= before.items(), "a finished row was run again"
 
 
