@@ -1,4 +1,5 @@
--- Put a claimed message that can never be delivered aside, for a person to look at.
+-- Put a claimed message that can never be delivered aside, for a person to look at: "<tag>\n<reason>\n<tenant>\n
+-- <payload>" in the queue's list of the dead.
 -- KEYS    (none)
 -- ARGV    1 tag   2 reason   3 how many dead messages a queue keeps
 -- returns 1, or 0 if the tag was spent
