@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..batch import Batch, Int32, tensor
+from ..batch import Batch, tensor
 from ..kv_cache import KVCache
 from ..layers.elementwise import TorchElementwise
 from ..layers.rope import rotate, tables
@@ -39,7 +39,6 @@ class TorchAttention:
         cos, sin = tables(spec.rope, spec.head_dim, max_len)
         self._cos, self._sin = cos.to(device), sin.to(device)
         self._norm = TorchElementwise().rms_norm
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def block_shape(self) -> tuple[int, ...]:
         return (self.block_size, self.spec.num_kv_heads, self.spec.head_dim)
@@ -52,17 +51,9 @@ class TorchAttention:
         self._slots = batch.slots
         self._step_cos = self._cos[batch.positions].unsqueeze(1)
         self._step_sin = self._sin[batch.positions].unsqueeze(1)
-        self._masks.clear()
-        self._spans = [
-            _Span(first, count, start, self._context_slots(table, start + count))
-            for first, count, start, table in zip(
-                batch.first_row.tolist(),
-                batch.counts.tolist(),
-                batch.starts.tolist(),
-                batch.tables,
-                strict=True,
-            )
-        ]
+        slots = self._context_slots(batch)
+        rows = zip(batch.first_row.tolist(), batch.counts.tolist(), batch.starts.tolist(), slots, strict=True)
+        self._spans = [_Span(*row) for row in rows]
 
     def attend(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         spec = self.spec
@@ -107,7 +98,11 @@ class TorchAttention:
             out = nnf.scaled_dot_product_attention(queries, k, v, attn_mask=mask)
         return out[0].transpose(0, 1)
 
-    def _context_slots(self, table: Int32, context: int) -> Tensor:
-        blocks = tensor(table[: -(-context // self.block_size)].astype(np.int64), self.device)
-        offsets = torch.arange(self.block_size, device=self.device)
-        return (blocks[:, None] * self.block_size + offsets).flatten()[:context]
+    def _context_slots(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Per sequence the flat slots of all its keys, in one copy to the device."""
+        contexts = batch.contexts
+        owner = np.repeat(np.arange(len(contexts)), contexts)
+        place = np.arange(int(contexts.sum())) - np.repeat(np.cumsum(contexts) - contexts, contexts)
+        blocks = batch.tables[owner, place // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + place % self.block_size
+        return torch.split(tensor(slots, self.device), contexts.tolist())

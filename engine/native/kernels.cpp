@@ -169,9 +169,10 @@ inline void write_key(float* k, const float* x, const Shape& s, int lane) {
   for (int d = 0; d < s.dim16(); d++) k[d * LANES + lane] = x[d];
 }
 inline void write_key(bf16* k, const float* x, const Shape& s, int lane) {
-  for (int d = 0; d < s.dim16(); d += 2) {
-    k[d * LANES + lane * 2] = round_bf16(x[d]);
-    k[d * LANES + lane * 2 + 1] = round_bf16(x[d + 1]);
+  for (int i = 0; i < s.dim16(); i += LANES) {
+    bf16 t[LANES];
+    store(t, load(x + i));
+    for (int d = 0; d < LANES; d += 2) std::memcpy(k + (i + d) * LANES + lane * 2, t + d, 4);
   }
 }
 inline void write_value(float* v, const float* x, const Shape& s, int lane) {
@@ -189,16 +190,16 @@ inline void norm_rotate(float* y, const T* x, const T* weight, float eps, const 
   const int half = dim / 2;
   float scale = 1.f;
   if (weight) {
-    float square = 0;
-    for (int d = 0; d < dim; d++) square += widen(x[d]) * widen(x[d]);
-    scale = 1.f / std::sqrt(square / dim + eps);
+    vf square = {};
+    for_lanes<T>(dim, [&](int i, int k) { square += get(x + i, k) * get(x + i, k); });
+    scale = 1.f / std::sqrt(sum(square) / dim + eps);
   }
-  for (int d = 0; d < half; d++) {
-    float a = widen(x[d]), b = widen(x[d + half]);
-    if (weight) a = a * scale * widen(weight[d]), b = b * scale * widen(weight[d + half]);
-    y[d] = a * cos[d] - b * sin[d];
-    y[d + half] = b * cos[d] + a * sin[d];
-  }
+  for_lanes<T>(half, [&](int i, int k) {
+    vf a = get(x + i, k), b = get(x + i + half, k), c = get(cos + i, k), s = get(sin + i, k);
+    if (weight) a = a * scale * get(weight + i, k), b = b * scale * get(weight + i + half, k);
+    put(y + i, a * c - b * s, k);
+    put(y + i + half, b * c + a * s, k);
+  });
 }
 
 template <class T>
@@ -208,7 +209,7 @@ void rope_store_rows(T* qkv, T* keys, T* values, const int64_t* slots, const int
   const int half = s.dim / 2;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows > 3)
   for (int64_t r = 0; r < rows; r++) {
-    float y[1024] = {};                                                        // dim <= 1024: checked by the caller
+    float y[1024];                                                             // dim <= 1024: checked by the caller
     const float *c = cos + positions[r] * half, *n = sin + positions[r] * half;
     T* row = qkv + r * s.stride;
     for (int h = 0; h < s.heads; h++) {
@@ -222,7 +223,7 @@ void rope_store_rows(T* qkv, T* keys, T* values, const int64_t* slots, const int
       const T *k = row + (s.heads + h) * s.dim, *v = k + s.kv_heads * s.dim;
       const size_t at = s.at(&block, h, token);
       norm_rotate(y, k, k_norm, eps, c, n, s.dim);
-      std::fill(y + s.dim, y + s.dim16(), 0.f);
+      std::fill(y + s.dim, y + s.dim16(), 0.f);                                // the padding dimensions
       write_key(keys + at, y, s, token % LANES);
       if constexpr (std::is_same_v<T, float>) {
         std::memcpy(y, v, s.dim * sizeof(float));
