@@ -29,8 +29,9 @@ from .settings import EngineSettings
 DIED = "engine_died"
 STOPPED = "engine_stopped"
 SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "1000"}
-"""OpenMP threads wait for one another by spinning, by default for milliseconds. On cores shared with the consumer
-(or with anybody) that costs more than it saves: a step became 20 times slower beside one busy process."""
+"""OpenMP threads wait for one another by spinning, by default for milliseconds: on cores shared with the
+consumer, or with anybody, a step became 20 times slower. A thousand turns, about 50 us, cover the pause
+between two kernels, so that a quiet machine loses nothing."""
 START_UP_ERRORS: dict[str, type[BadInput]] = {c.code: c for c in (Misconfigured, ModelInvalid, ModelNotFound)}
 
 
