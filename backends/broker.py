@@ -35,6 +35,14 @@ PUBLISH_TIMEOUT_S = 5.0
 RETRY_WAIT_S = 0.2
 _WHERE = "broker"
 
+# The nearest ancestor decides, as in redis.TRANSLATION.
+KOMBU_ERRORS: dict[type, type[GristmillError]] = {
+    kombu.exceptions.KombuError: GristmillError,
+    kombu.exceptions.OperationalError: BrokerUnavailable,
+    kombu.exceptions.LimitExceeded: BrokerUnavailable,
+    kombu.exceptions.VersionMismatch: Misconfigured,
+}
+
 
 def make_app(settings: Settings, *, gate: Gate | None = None, queue_names: Sequence[str] = ()) -> Celery:
     """A Celery app on ``settings.broker``: JSON only, no result backend. Joins or starts an embedded one.
@@ -67,7 +75,7 @@ def make_app(settings: Settings, *, gate: Gate | None = None, queue_names: Seque
         "interval_step": 0.1,
         "interval_max": 0.1,
     }
-    app = Celery("gristmill", set_as_current=False, changes=None)
+    app = Celery("gristmill", set_as_current=False)
     app.conf.update(
         CELERY,
         broker_url=kombu_url(url),
@@ -83,8 +91,9 @@ def make_app(settings: Settings, *, gate: Gate | None = None, queue_names: Seque
 
 def close(app: Celery) -> None:
     """Close the app's connections, and leave the embedded broker."""
-    app.close()
+    claims_of(app).close()
     app.pool.force_close_all()
+    app.close()
     embedded: Embedded | None = app.conf.broker_transport_options["embedded"]
     if embedded is not None:
         embedded.close()
@@ -153,11 +162,11 @@ def broker_errors() -> Generator[None]:
         yield
     except GristmillError:
         raise
-    except kombu.exceptions.OperationalError as exc:
-        cause = exc.__cause__
-        if isinstance(cause, REDIS_ERRORS):
-            raise translate(cause, _WHERE) from exc
-        raise BrokerUnavailable(f"{_WHERE}: {exc}; is the server up?") from exc
+    except kombu.exceptions.KombuError as exc:
+        if isinstance(exc.__cause__, REDIS_ERRORS):  # kombu wraps whatever happens while connecting
+            raise translate(exc.__cause__, _WHERE) from exc
+        ours = next(KOMBU_ERRORS[kind] for kind in type(exc).__mro__ if kind in KOMBU_ERRORS)
+        raise ours(f"{_WHERE}: {exc!r}") from exc
     except REDIS_ERRORS as exc:
         raise translate(exc, _WHERE) from exc
 

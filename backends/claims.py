@@ -140,6 +140,11 @@ class Claims:
         """The broker owes us an answer: try again soon."""
         return self._outage or bool(self._owed)
 
+    def close(self) -> None:
+        """Close the connections. What is in hand stays ours until its lease runs out."""
+        if self.queue is not None:
+            self.queue.client.close()
+
     def watch(self, waker: Waker) -> None:
         """Wake it when a claim ends: a consumer may wait for room."""
         with self._lock:

@@ -68,6 +68,7 @@ class QoS(virtual.QoS):
         super().__init__(channel, prefetch_count)
         self._on_collect.cancel()
         self.claims: Claims = channel.claims
+        self._swept_at = 0.0
 
     def can_consume(self) -> bool:
         return not self.prefetch_count or len(self.claims) < self.prefetch_count
@@ -101,8 +102,11 @@ class QoS(virtual.QoS):
         """Nothing: see the class."""
 
     def restore_visible(self, *_: Any, **__: Any) -> None:
-        """kombu's periodic hook."""
-        self.claims.sweep(sweep_period_s(self.claims.lease_s))
+        """kombu's periodic hook; without an event loop it is called whenever there is nothing to read."""
+        period_s = 0.9 * sweep_period_s(self.claims.lease_s)  # a timer that is a little early counts
+        if monotonic() - self._swept_at >= period_s:
+            self._swept_at = monotonic()
+            self.claims.sweep(period_s)
 
 
 class Poller(stock.MultiChannelPoller):
@@ -170,8 +174,9 @@ class Channel(stock.Channel):
         self._waits = _Waits.NOTHING
         self._ask_again_at = 0.0
         self._bell_id = "0-0"
+        self._asked: frozenset[str] = frozenset()
         self._unacknowledged: set[str] = set()
-        self._lease_pool: redis.ConnectionPool | None = None
+        self._producer_queue: MessageQueue | None = None
         super().__init__(*args, **kwargs)
         if not hasattr(self, "claims"):
             self.claims = Claims(lease_s=self.visibility_timeout)
@@ -210,9 +215,11 @@ class Channel(stock.Channel):
         if not queues:
             self._waits, self._ask_again_at = _Waits.GATE, monotonic() + ASK_AGAIN_S
             return None
+        if self._waits is _Waits.BELL and self._in_poll and self._asked.issuperset(queues):
+            return None  # a poke that opened nothing: the bell will tell
         found = self.message_queue.claim(queues, self._unacknowledged)
         if isinstance(found, str):
-            self._waits, self._bell_id = _Waits.BELL, found
+            self._waits, self._bell_id, self._asked = _Waits.BELL, found, frozenset(queues)
             if not self._in_poll:  # one that listens already does so from an earlier id
                 self.connection.cycle.listen_for_bell(self)
             return None
@@ -308,7 +315,10 @@ class Channel(stock.Channel):
     @property
     def producer_queue(self) -> MessageQueue:
         """The queues through this channel's own connections."""
-        return MessageQueue(self._create_client(), lease_s=self.claims.lease_s)
+        queue = self._producer_queue
+        if queue is None or queue.client.connection_pool is not self.pool:  # closed and opened again
+            self._producer_queue = queue = MessageQueue(self._create_client(), lease_s=self.claims.lease_s)
+        return queue
 
     def _size(self, queue: str) -> int:
         return self.producer_queue.depth(queue)

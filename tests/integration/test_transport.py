@@ -22,6 +22,7 @@ from gristmill.schemas.queues import TENANT_HEADER
 from gristmill.schemas.settings import Settings
 from kombu.message import Message
 
+from ..support.consumer import consumers
 from ..support.valkey import Valkey
 from ..support.waiting import wait_until
 
@@ -310,6 +311,29 @@ def test_the_gate_is_asked_before_every_single_claim(put, inbox, queue) -> None:
     box.read(3)
     box.read_nothing()
     assert queue.depth("q") == 7, "nothing is hoarded"
+
+
+def test_a_poke_that_opens_nothing_asks_the_server_nothing(inbox, valkey) -> None:
+    gate = Gate(lambda: ("q",))
+    box = inbox(gate=gate)
+    box.read_nothing()
+    client = valkey.client()
+    client.config_resetstat()
+    for _ in range(200):
+        gate.poke()
+        box._turn()
+    scripts = client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
+    assert scripts < 100, "only the rhythm of bell and sweep is left"
+
+
+def test_remote_control_reaches_a_consumer_and_brings_its_answer(valkey, tmp_path, app) -> None:
+    """Its replies travel through our queues too: without acknowledgement, and gone with their queue."""
+    with consumers(valkey.url, tmp_path, lease_s=LEASE_S, job_s=0) as crowd:
+        crowd.start()
+        wait_until(lambda: crowd.notes("ready"), 20, "it is up")
+        replies = wait_until(lambda: app.control.ping(timeout=1.0), 10, "somebody answers")
+    assert [*replies[0].values()] == [{"ok": "pong"}]
+    assert MessageQueue(valkey.client(), lease_s=1).claimed() == 0
 
 
 def test_a_put_wakes_an_idle_consumer_of_any_of_its_queues(put, inbox) -> None:

@@ -34,7 +34,15 @@ def main(url: str, notes: str, lease_s: str, job_s: str, *queues: str) -> None:
     settings = Settings(
         broker_url=url, visibility_timeout_s=lease, lease_renew_every_s=lease / 3, command_timeout_s=2
     )
-    gate = broker.Gate(lambda: queues)
+
+    def claimable() -> tuple[str, ...]:
+        if not ready:
+            ready.append(True)
+            note("ready")
+        return queues
+
+    ready: list[bool] = []
+    gate = broker.Gate(claimable)
     app = broker.make_app(settings, gate=gate, queue_names=queues)
     broker.claims_of(app).on_lost = lambda tag: note("lost", tag=tag)
     app.steps["consumer"].add(LeaseRenewer)
