@@ -20,7 +20,7 @@ def main(site: Path, expected: list[str]) -> None:
     missing = [name for name in expected if not name.endswith("README.md") and not (package / name).is_file()]
     assert not missing, f"not in the wheel: {', '.join(missing)}; see [tool.setuptools] in pyproject.toml"
 
-    modules = sorted(path for path in package.rglob("*.py") if path.name != "__init__.py")
+    modules = sorted(path for path in package.rglob("*.py") if not path.name.startswith("__"))
     for name in ("schemas", "backends", "engine", "producer", "worker"):
         module = importlib.import_module(f"gristmill.{name}")
         assert str(module.__file__).startswith(str(package)), f"{name} came from {module.__file__}"
