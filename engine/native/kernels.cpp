@@ -16,6 +16,11 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define GM_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -46,7 +51,10 @@ inline bf16 round_bf16(float x) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return bf16((u >> 16) | 0x40);        // NaN stays NaN
   return bf16((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
 }
-template <class T> inline T narrow(float x) { if constexpr (std::is_same_v<T, bf16>) return round_bf16(x); else return x; }
+template <class T> inline T narrow(float x) {
+  if constexpr (std::is_same_v<T, bf16>) return round_bf16(x);
+  else return x;
+}
 
 inline vf load(const float* p) { return load_as<vf>(p); }
 inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
@@ -98,15 +106,25 @@ inline float largest(vf v) {
   return m;
 #endif
 }
-inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
-inline vf vmin(vf a, vf b) { return a < b ? a : b; }
-
-// 2^x, relative error about 1e-7, for x clamped to +-126.
+// 2^x, relative error about 1e-7; what is below 2^-126 may come out as zero.
 inline vf exp2v(vf x) {
-  x = vmin(vmax(x, splat(-126.f)), splat(126.f));
-  const vf magic = splat(12582912.f);                                          // adding 1.5 * 2^23 rounds to integer
-  vf n = (x + magic) - magic, f = (x - n) * 0.69314718056f;
+#if defined(__AVX512F__)
+  const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vf low = splat(-126.f), high = splat(126.f), magic = splat(12582912.f);  // + 1.5 * 2^23 rounds to integer
+  const vi tiny = x < low;
+  x = tiny ? low : x > high ? high : x;
+  const vf n = (x + magic) - magic;
+#endif
+  const vf f = (x - n) * 0.69314718056f;
   vf p = splat(1.9875691500e-4f);
   p = p * f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
@@ -114,7 +132,11 @@ inline vf exp2v(vf x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.f;
-  return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return tiny ? vf{} : (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+#endif
 }
 constexpr float LOG2E = 1.44269504089f;
 
@@ -257,7 +279,8 @@ template <class T> inline uint32_t pair_at(const T* p) { uint32_t w; std::memcpy
 // Scores of R query rows against N groups of keys: out[r * TILE_GROUPS + g] = 16 dot products. `next` are the groups of
 // the tile after this one: blocks are scattered in pieces too short for the hardware to see a stream in.
 template <int R, int N>
-inline void scores(const bf16* q, size_t q_stride, const bf16* const* keys, const bf16* const* next, int dim16, vf* out) {
+inline void scores(const bf16* q, size_t q_stride, const bf16* const* keys, const bf16* const* next, int dim16,
+                   vf* out) {
   vf s[R][N] = {};
   for (int d = 0; d < dim16 / 2; d++) {
     for (int g = 0; g < N; g++) __builtin_prefetch(next[g] + d * 32);
@@ -284,7 +307,8 @@ inline void scores(const float* q, size_t q_stride, const float* const* keys, co
 
 // acc[r][0 .. 16N) = acc * fade[r] + sum over `count` tokens of p[r][token] * value[token], for N vectors of dims.
 template <int R, int N>
-inline void weighted(const bf16* p, const bf16* const* values, const bf16* const* next, int count, int dim16, const float* fade, float* acc) {
+inline void weighted(const bf16* p, const bf16* const* values, const bf16* const* next, int count, int dim16,
+                     const float* fade, float* acc) {
   vf a[R][N];
   for (int r = 0; r < R; r++)
     for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16) * fade[r];
@@ -304,7 +328,8 @@ inline void weighted(const bf16* p, const bf16* const* values, const bf16* const
     for (int i = 0; i < N; i++) store(acc + r * dim16 + i * 16, a[r][i]);
 }
 template <int R, int N>
-inline void weighted(const float* p, const float* const* values, const float* const* next, int count, int dim16, const float* fade, float* acc) {
+inline void weighted(const float* p, const float* const* values, const float* const* next, int count, int dim16,
+                     const float* fade, float* acc) {
   vf a[R][N];
   for (int r = 0; r < R; r++)
     for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16) * fade[r];
@@ -326,14 +351,50 @@ template <class T> struct Rows {
   std::vector<float> acc, m, l;                                                // [rows][dim16], [rows], [rows][16]
   std::vector<int> first, limit;                                               // keys seen: first <= position < limit
   void reset(int rows, int dim16) {
-    q.assign(size_t(rows) * dim16, T(0));
-    acc.assign(size_t(rows) * dim16, 0.f);
+    const size_t padded = (rows + 15) / 16 * 16;                               // whole tiles are read and written
+    q.assign(padded * dim16, T(0));
+    acc.assign(padded * dim16, 0.f);
     m.assign(rows, -1e30f);
     l.assign(size_t(rows) * LANES, 0.f);
     first.resize(rows);
     limit.resize(rows);
   }
 };
+
+// How many keys of the tile at `start` any of the rows [r0, r0 + n) sees, counted from the tile's first.
+template <class T> inline int seen_in_tile(const Rows<T>& s, int r0, int n, int start, int end) {
+  int low = s.first[r0], high = 0;
+  for (int r = r0; r < r0 + n; r++) low = std::min(low, s.first[r]), high = std::max(high, s.limit[r]);
+  high = std::min(high, end);
+  return high <= start || low >= start + TILE ? 0 : std::min(TILE, high - start);
+}
+
+// Scores to weights, for n rows: dots [n][TILE] -> p [n][TILE]; fade[r] is what the sums so far are worth now.
+template <class T>
+inline void soften(Rows<T>& s, int r0, int n, int start, int end, int groups, float scale, const vf* dots, T* p,
+                   float* fade) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int r = 0; r < n; r++) {
+    const int limit = std::min(s.limit[r0 + r], end) - start, first = s.first[r0 + r] - start;
+    vf score[TILE_GROUPS], top = splat(-1e30f);
+    for (int g = 0; g < groups; g++) {
+      vi at = lane + g * LANES;
+      score[g] = (at < limit) & (at >= first) ? dots[r * TILE_GROUPS + g] * scale : splat(-1e30f);
+      top = vmax(top, score[g]);
+    }
+    const float old = s.m[r0 + r], m = std::max(old, largest(top));
+    fade[r] = exp2v(splat(old - m))[0];
+    s.m[r0 + r] = m;
+    vf total = load(s.l.data() + size_t(r0 + r) * LANES) * fade[r];
+    const float above = std::max(m, -1e29f);                                   // hidden keys weigh 0, also when all are
+    for (int g = 0; g < groups; g++) {
+      vf e = exp2v(score[g] - above);
+      total += e;
+      store(p + r * TILE + g * LANES, e);
+    }
+    store(s.l.data() + size_t(r0 + r) * LANES, total);
+  }
+}
 
 // Where the four groups of a tile of 64 keys are.
 template <class T> struct Tile { const T *keys[TILE_GROUPS], *values[TILE_GROUPS]; };
@@ -342,39 +403,17 @@ template <class T> struct Tile { const T *keys[TILE_GROUPS], *values[TILE_GROUPS
 template <class T, int R>
 inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& tile, const Tile<T>& next, int dim16,
                       float scale) {
-  int low = s.first[r0], high = 0;
-  for (int r = r0; r < r0 + R; r++) low = std::min(low, s.first[r]), high = std::max(high, s.limit[r]);
-  high = std::min(high, end);
-  if (high <= start || low >= start + TILE) return;
-  const int count = std::min(TILE, high - start), groups = (count + LANES - 1) / LANES;
+  const int count = seen_in_tile(s, r0, R, start, end), groups = (count + LANES - 1) / LANES;
+  if (count == 0) return;
   vf dots[R][TILE_GROUPS];
+  const T* q = s.q.data() + size_t(r0) * dim16;
   if (groups == TILE_GROUPS)
-    scores<R, TILE_GROUPS>(s.q.data() + size_t(r0) * dim16, dim16, tile.keys, next.keys, dim16, dots[0]);
+    scores<R, TILE_GROUPS>(q, dim16, tile.keys, next.keys, dim16, dots[0]);
   else
-    for (int g = 0; g < groups; g++)
-      scores<R, 1>(s.q.data() + size_t(r0) * dim16, dim16, tile.keys + g, next.keys + g, dim16, dots[0] + g);
+    for (int g = 0; g < groups; g++) scores<R, 1>(q, dim16, tile.keys + g, next.keys + g, dim16, dots[0] + g);
   alignas(64) T p[R * TILE];
   float fade[R];
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int r = 0; r < R; r++) {
-    const int limit = std::min(s.limit[r0 + r], end) - start, first = s.first[r0 + r] - start;
-    vf top = splat(-1e30f);
-    for (int g = 0; g < groups; g++) {
-      vi at = lane + g * LANES;
-      dots[r][g] = (at < limit) & (at >= first) ? dots[r][g] * scale : splat(-1e30f);
-      top = vmax(top, dots[r][g]);
-    }
-    const float old = s.m[r0 + r], m = std::max(old, largest(top));
-    fade[r] = exp2v(splat(old - m))[0];
-    s.m[r0 + r] = m;
-    vf total = load(s.l.data() + size_t(r0 + r) * LANES) * fade[r];
-    for (int g = 0; g < groups; g++) {
-      vf e = dots[r][g] > -1e29f ? exp2v(dots[r][g] - m) : vf{};
-      total += e;
-      store(p + r * TILE + g * LANES, e);
-    }
-    store(s.l.data() + size_t(r0 + r) * LANES, total);
-  }
+  soften(s, r0, R, start, end, groups, scale, dots[0], p, fade);
   float* acc = s.acc.data() + size_t(r0) * dim16;
   int d = 0;
   const int pair = std::is_same_v<T, bf16> ? 2 : 1;
@@ -391,6 +430,126 @@ inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& til
   run(std::integral_constant<int, 1>{});
 }
 
+#if defined(GM_AMX)
+// The same step for up to 16 bf16 rows at once on Intel's matrix unit: the KV layout is what its B operand wants.
+// Tile registers: 0-3 sums, 4 queries [n][32 dims], 5 keys [16 pairs][16], 6 weights [n][16 keys], 7 values [8][16].
+// Written as asm with a memory clobber: GCC's intrinsics do not tell the optimizer which memory they read.
+#define TILE_LOAD(t, p, stride) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"((const void*)(p)), "r"(int64_t(stride)) : "memory")
+#define TILE_STORE(t, p, stride) \
+  __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"((void*)(p)), "r"(int64_t(stride)) : "memory")
+#define TILE_DOT(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+
+struct alignas(64) TileConfig {
+  uint8_t palette, start, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+bool amx_allowed() {
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* TILEDATA */) == 0;
+  return allowed;
+}
+void amx_configure(int n) {
+  TileConfig c{};
+  c.palette = 1;
+  for (int t = 0; t < 8; t++) c.rows[t] = n, c.row_bytes[t] = 64;
+  c.rows[5] = 16, c.rows[7] = 8, c.row_bytes[6] = 32;
+  __asm__ volatile("ldtilecfg %0" ::"m"(c));
+}
+// oneDNN remembers per thread which configuration it loaded last: whoever changes it puts it back.
+struct AmxGuard {
+  TileConfig saved;
+  bool on;
+  explicit AmxGuard(bool wanted) : saved{}, on(wanted) {
+    if (on) __asm__ volatile("sttilecfg %0" : "=m"(saved));
+  }
+  ~AmxGuard() {
+    if (!on) return;
+    if (saved.palette) __asm__ volatile("ldtilecfg %0" ::"m"(saved));
+    else __asm__ volatile("tilerelease" ::);
+  }
+};
+
+inline void fetch(const bf16* p, int lines) {
+  for (int i = 0; i < lines; i++) __builtin_prefetch(p + i * 32);
+}
+
+inline void tile_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, const Tile<bf16>& tile,
+                          const Tile<bf16>& next, int dim16, float scale) {
+  const int count = seen_in_tile(s, r0, n, start, end), groups = (count + LANES - 1) / LANES;
+  if (count == 0) return;
+  vf dots[16 * TILE_GROUPS];
+  alignas(64) bf16 p[16 * TILE], tail[LANES * 256];
+  float fade[16];
+  const bf16* q = s.q.data() + size_t(r0) * dim16;
+  __asm__ volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::);
+  for (int d = 0; d < dim16; d += 32) {
+    TILE_LOAD(4, q + d, dim16 * 2);
+    const int at = d * LANES;                                                  // 16 pairs of dims, 64 bytes each
+    TILE_LOAD(5, tile.keys[0] + at, 64);
+    TILE_DOT(0, 4, 5);
+    fetch(next.keys[0] + at, 16);
+    TILE_LOAD(5, tile.keys[1] + at, 64);
+    TILE_DOT(1, 4, 5);
+    fetch(next.keys[1] + at, 16);
+    TILE_LOAD(5, tile.keys[2] + at, 64);
+    TILE_DOT(2, 4, 5);
+    fetch(next.keys[2] + at, 16);
+    TILE_LOAD(5, tile.keys[3] + at, 64);
+    TILE_DOT(3, 4, 5);
+    fetch(next.keys[3] + at, 16);
+  }
+  TILE_STORE(0, dots + 0, 256);
+  TILE_STORE(1, dots + 1, 256);
+  TILE_STORE(2, dots + 2, 256);
+  TILE_STORE(3, dots + 3, 256);
+  soften(s, r0, n, start, end, groups, scale, dots, p, fade);
+  float* acc = s.acc.data() + size_t(r0) * dim16;
+  for (int r = 0; r < n; r++)
+    for (int d = 0; d < dim16; d += LANES) store(acc + r * dim16 + d, load(acc + r * dim16 + d) * fade[r]);
+  const bf16* values[TILE_GROUPS];
+  std::copy(tile.values, tile.values + groups, values);
+  if (const int left = count % LANES) {                                        // keys never written must read as zero
+    std::fill(tail, tail + LANES * dim16, bf16(0));
+    std::copy(values[groups - 1], values[groups - 1] + left / 2 * 2 * dim16, tail);
+    if (left % 2)
+      for (int d = 0; d < dim16; d++) tail[(left / 2 * dim16 + d) * 2] = values[groups - 1][(left / 2 * dim16 + d) * 2];
+    values[groups - 1] = tail;
+  }
+  for (int d = 0; d < dim16; d += 64) {                                        // 64 dims at a time, at the end maybe 32
+    const bool whole = d + 64 <= dim16;
+    TILE_LOAD(0, acc + d, dim16 * 4);
+    TILE_LOAD(1, acc + d + 16, dim16 * 4);
+    if (whole) {
+      TILE_LOAD(2, acc + d + 32, dim16 * 4);
+      TILE_LOAD(3, acc + d + 48, dim16 * 4);
+    }
+    for (int g = 0; g < groups; g++) {
+      const bf16* v = values[g] + d * 2;
+      TILE_LOAD(6, p + g * LANES, TILE * 2);
+      TILE_LOAD(7, v, dim16 * 4);
+      TILE_DOT(0, 6, 7);
+      TILE_LOAD(7, v + 32, dim16 * 4);
+      TILE_DOT(1, 6, 7);
+      if (whole) {
+        TILE_LOAD(7, v + 64, dim16 * 4);
+        TILE_DOT(2, 6, 7);
+        TILE_LOAD(7, v + 96, dim16 * 4);
+        TILE_DOT(3, 6, 7);
+      }
+      fetch(next.values[g] + d * LANES, whole ? 32 : 16);
+    }
+    TILE_STORE(0, acc + d, dim16 * 4);
+    TILE_STORE(1, acc + d + 16, dim16 * 4);
+    if (whole) {
+      TILE_STORE(2, acc + d + 32, dim16 * 4);
+      TILE_STORE(3, acc + d + 48, dim16 * 4);
+    }
+  }
+}
+#endif
+
 struct Item { int32_t row, count, position, table, begin, end, part; };         // see attention/native_backend.py
 struct Merge { int32_t row, part, parts; };
 
@@ -404,6 +563,12 @@ template <class T> struct Call {
   Shape s;
 };
 
+#if defined(GM_AMX)
+template <class T> inline bool use_amx(const Call<T>& c) {
+  return std::is_same_v<T, bf16> && c.s.dim % 32 == 0 && c.s.dim <= 256 && amx_allowed();
+}
+#endif
+
 template <class T> void run_item(const Call<T>& c, const Item& it, int head, Rows<T>& rows) {
   const Shape& s = c.s;
   const int dim16 = s.dim16(), group = s.group(), n = it.count * group;
@@ -416,6 +581,10 @@ template <class T> void run_item(const Call<T>& c, const Item& it, int head, Row
       rows.limit[r] = it.position + t + 1;
       rows.first[r] = c.window > 0 ? std::max(0, rows.limit[r] - c.window) : 0;
     }
+#if defined(GM_AMX)
+  const bool amx = n > 4 && use_amx(c);                                        // decode waits for memory, not for sums
+  if (amx) amx_configure(std::min(n, 16));                                     // a last group of fewer rows: padding
+#endif
   const int32_t* table = c.tables + size_t(it.table) * c.table_width;
   const int end = std::min<int>(it.end, it.position + it.count);
   auto tile_at = [&](int start) {
@@ -431,6 +600,11 @@ template <class T> void run_item(const Call<T>& c, const Item& it, int head, Row
   for (Tile<T> tile = tile_at(start), next; start < end; start += TILE, tile = next) {
     next = start + TILE < end ? tile_at(start + TILE) : tile;
     int r = 0;
+#if defined(GM_AMX)
+    if constexpr (std::is_same_v<T, bf16>)
+      if (amx)
+        for (; r < n; r += 16) tile_step_amx(rows, r, std::min(16, n - r), start, end, tile, next, dim16, c.scale);
+#endif
     if constexpr (ROWS == 4) {
       for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, end, tile, next, dim16, c.scale);
       if (n - r == 3) tile_step<T, 3>(rows, r, start, end, tile, next, dim16, c.scale), r += 3;
@@ -475,6 +649,9 @@ void attend_all(const Call<T>& c, const Item* items, int n_items, const Merge* m
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Rows<T> rows;
+#if defined(GM_AMX)
+    AmxGuard guard(use_amx(c));
+#endif
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < n; i++) run_item(c, items[i / c.s.kv_heads], i % c.s.kv_heads, rows);
 #pragma omp for schedule(static)

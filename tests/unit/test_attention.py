@@ -13,6 +13,7 @@ from gristmill.engine.attention.torch_backend import TorchAttention
 from gristmill.engine.batch import pack
 from gristmill.engine.kv_cache import KVCache
 from gristmill.engine.layers.elementwise import TorchElementwise
+from gristmill.engine.layers.linear import linear
 from gristmill.engine.layers.rope import tables
 from gristmill.engine.models.spec import ModelSpec, RopeSpec
 from gristmill.engine.native.library import Library, load
@@ -79,7 +80,7 @@ def backend(kind: str, spec: ModelSpec, dtype: torch.dtype, block: int, blocks: 
 
 
 def textbook(qkv: Tensor, first: int, spec: ModelSpec, norms: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Output rows ``first``.. of one sequence from all its qkv rows, in float64: one softmax over one full row."""
+    """Output rows ``first``.. of one sequence from all its qkv rows, in float64, one softmax per row."""
     n = len(qkv)
     heads = qkv.double().view(n, -1, spec.head_dim)
     q, k, v = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
@@ -226,3 +227,18 @@ def test_native_norm_and_activation_equal_torch(dtype: torch.dtype, size: int) -
     gate_up = torch.randn(5, 2 * size).mul(20).to(dtype)
     gate_up[0, 0] = -200.0  # exp overflows unless it is clamped
     torch.testing.assert_close(ours.silu_mul(gate_up), theirs.silu_mul(gate_up), **tolerance)
+
+
+def test_attention_leaves_the_matrix_unit_as_onednn_configured_it() -> None:
+    """Both use Intel's tile registers, whose shape is state of the thread."""
+    spec = spec_of(4, 2, 64)
+    made = NativeAttention(spec, 16, MAX_LEN, library(torch.bfloat16))
+    made.use(KVCache.allocate(1, 4, made.block_shape(), torch.bfloat16, CPU))
+    torch.manual_seed(0)
+    layer = linear(torch.randn(96, 64).bfloat16())
+    for rows in (40, 5, 21):
+        x = torch.randn(rows, 64).bfloat16()
+        expected = layer(x)
+        made.begin(pack([Piece(Fed([0] * rows, [0, 1, 2]), rows)], 16, CPU))
+        made.attend(0, torch.randn(rows, spec.q_size + 2 * spec.kv_size).bfloat16(), None, None)
+        assert torch.equal(layer(x), expected)
