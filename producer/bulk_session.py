@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -17,7 +18,7 @@ from .bulk_input import Checked, LineError, Rules
 from .bulk_output import Spool
 from .link import EMBEDDED, Link
 from .settings import ProducerSettings
-from .stack import Workers, make_workers
+from .stack import Workers, lives, make_workers
 
 LOOK_EVERY_S = 2.0
 DRAIN_S = "1"
@@ -129,7 +130,7 @@ class Session:
 
     def __enter__(self) -> Self:
         """Claim the batch, check the store, and start workers if nobody serves the model yet."""
-        self._cleanup.enter_context(self._lock())
+        self._cleanup.callback(self._lock())
         try:
             self._link.state.ping()
             self._link.store.check()
@@ -138,18 +139,28 @@ class Session:
             raise
         return self
 
-    def _lock(self) -> BinaryIO:
+    def _lock(self) -> Callable[[], None]:
+        """Become the only run of this batch; returns how to let go. If we are killed, the kernel does it."""
         path = self._settings.home / "runs" / f"{self._job.batch}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            file.close()
-            raise Transient(
-                "another `gristmill run` works on this input already; wait for it, or end it"
-            ) from exc
-        return file
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                os.close(fd)
+                raise Transient(
+                    "another `gristmill run` works on this input; wait for it, or end it"
+                ) from exc
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                break
+            os.close(fd)  # its owner removed it as we opened it
+
+        def let_go() -> None:
+            path.unlink(missing_ok=True)
+            os.close(fd)
+
+        return let_go
 
     def execute(
         self,
@@ -217,7 +228,7 @@ class Session:
 
     def _look(self, now: float) -> None:
         with suppress(Transient):
-            alive = self._link.state.alive(self._job.name)
+            alive = [info for info in self._link.state.alive(self._job.name) if lives(info)]
             if self._workers is None:
                 self._ready = True
                 if not alive:

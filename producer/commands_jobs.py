@@ -176,8 +176,7 @@ def _show_stream(job: JobHandle, last_id: str | None, as_json: bool) -> int:
     except JobFailed as exc:
         failure = exc
     except KeyboardInterrupt:
-        say(f"\nthe job goes on: gristmill follow {job.id}   (stop it: gristmill cancel {job.id})")
-        return INTERRUPTED
+        return _left(job)
     ended = job.result(check=False)
     if as_json:
         put_json(_ending(ended))
@@ -190,7 +189,10 @@ def _show_stream(job: JobHandle, last_id: str | None, as_json: bool) -> int:
 
 
 def _show_result(job: JobHandle, as_json: bool, timeout_s: float | None) -> int:
-    ended = job.result(timeout_s, check=False)
+    try:
+        ended = job.result(timeout_s, check=False)
+    except KeyboardInterrupt:
+        return _left(job)
     if as_json:
         put(ended.to_json())
         return 0 if ended.state is JobState.SUCCEEDED else 2
@@ -198,6 +200,11 @@ def _show_result(job: JobHandle, as_json: bool, timeout_s: float | None) -> int:
     put(ended.text)
     say(_usage_line(ended))
     return 0
+
+
+def _left(job: JobHandle) -> int:
+    say(f"\nthe job goes on: gristmill follow {job.id}   (stop it: gristmill cancel {job.id})")
+    return INTERRUPTED
 
 
 def _chunk(job_id: str, chunk: Chunk) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool)
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM as a flag, for commands that must put things in order first.
+    """Ctrl-C, SIGTERM and SIGHUP as a flag, for commands that must put things in order first.
 
     The second one ends at once: after ``at_once``, which may not wait.
     """
@@ -140,7 +140,7 @@ class Interrupts:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._old[number] = signal.signal(number, self._on_signal)
         return self
 

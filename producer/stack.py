@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from ..backends.supervisor import die_with_parent
 from ..schemas.errors import EngineUnavailable, Misconfigured
 from ..schemas.settings import Settings
+from ..schemas.status import WorkerInfo
 from .settings import child_environment
 
 NEEDED = ("torch", "tokenizers", "safetensors", "msgspec", "jinja2")
@@ -28,6 +30,7 @@ HEALTHY_S = 60.0
 """A worker that lived so long starts with a clean slate when it dies."""
 BAD_INPUT = 2
 LAST_LINES = 8
+KEPT_LOGS = 20
 
 
 @dataclass(slots=True)
@@ -163,6 +166,22 @@ class Workers:
                 worker.process.send_signal(number)
 
 
+def lives(info: WorkerInfo) -> bool:
+    """Whether an announced worker still runs: one that was killed stays announced for a few seconds.
+
+    One on another machine is believed.
+    """
+    if info.host != socket.gethostname():
+        return True
+    try:
+        os.kill(info.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def require_worker() -> None:
     """Raises Misconfigured where only the client is installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -191,6 +210,8 @@ def make_workers(
     command = [sys.executable, "-P", "-m", "gristmill.worker", "run", "--model", model, *knobs]
     if logs is not None:
         logs.mkdir(parents=True, exist_ok=True)
+        for old in sorted(logs.glob("worker-*.log"), key=lambda log: log.stat().st_mtime)[:-KEPT_LOGS]:
+            old.unlink(missing_ok=True)
     return Workers(
         [
             Worker(

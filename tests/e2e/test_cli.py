@@ -61,7 +61,13 @@ def make_shell(home: Path, model: Path) -> Shell:
     kernels.mkdir(parents=True, exist_ok=True)
     (home / "kernels").symlink_to(kernels)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GRISTMILL_")}
-    return Shell(home, clean | {"GRISTMILL_HOME": str(home), "GRISTMILL_MODEL": str(model)})
+    ours = {
+        "GRISTMILL_HOME": str(home),
+        "GRISTMILL_MODEL": str(model),
+        "GRISTMILL_VISIBILITY_TIMEOUT_S": "3",  # what a killed worker held comes back after so long
+        "GRISTMILL_LEASE_RENEW_EVERY_S": "1",
+    }
+    return Shell(home, clean | ours)
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +229,22 @@ def finished(home: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in home.glob("results/results/run_*/*.json")}
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_goes_on_and_pays_for_no_finished_row(
-    smollm2: Path, tmp_path: Path, how: signal.Signals
-) -> None:
+def test_up_starts_a_killed_worker_again(up: Shell) -> None:
+    """The job that ran meanwhile is continued, from where its journal ends."""
+    job_id = up.run("submit", "Once", "--max-tokens", "300", "--ignore-eos").stdout.strip()
+    running = wait_until(
+        lambda: (status := json.loads(up.run("status", job_id, "--json").stdout)).get("tokens") and status,
+        60,
+        "the job has tokens",
+    )
+    os.kill(int(running["worker"].rsplit("-", 2)[1]), signal.SIGKILL)
+    ended = json.loads(up.run("result", job_id, "--wait", "--json", timeout_s=170).stdout)
+    assert (ended["state"], ended["usage"]["completion_tokens"]) == ("succeeded", 300)
+    assert ended["attempts"] == 2
+
+
+def test_a_stopped_run_goes_on_and_pays_for_no_finished_row(smollm2: Path, tmp_path: Path) -> None:
+    """Killed by SIGKILL, then stopped by Ctrl-C, then left alone."""
     with tempfile.TemporaryDirectory(prefix="gm-e2e-") as directory:
         shell = make_shell(Path(directory), smollm2)
         source, output = (
@@ -234,26 +252,38 @@ def test_a_stopped_run_goes_on_and_pays_for_no_finished_row(
             tmp_path / "out.jsonl",
         )
         args = ("run", str(source), "-o", str(output), "--max-num-seqs", "4", "--json")
-        process = shell.start(*args)
-        wait_until(lambda: finished(shell.home), START_S, "the first row is finished")
-        process.send_signal(how)
-        out, err = process.communicate(timeout=60)
-        wait_until(lambda: not workers_of(shell), 30, "the worker has ended")
-        before = finished(shell.home)
-        assert 0 < len(before) < ROWS
-        if how is signal.SIGINT:
-            assert process.returncode == 130, err
-            assert "run the same command again to continue" in err
-            assert not json.loads(out)["complete"]
-            assert len(rows(output)) == len(before)
 
-        again = shell.run(*args, timeout_s=150)
-        assert again.returncode == 0, again.stderr
-        summary = json.loads(again.stdout)
-        assert (summary["succeeded"], summary["resumed"]) == (ROWS, len(before))
+        _, _, killed = run_until_more_is_finished(shell, args, signal.SIGKILL)
+        assert not output.exists()
+
+        out, err, stopped = run_until_more_is_finished(shell, args, signal.SIGINT)
+        assert "run the same command again to continue" in err
+        assert not json.loads(out)["complete"]
+        assert len(rows(output)) == len(stopped)
+        assert stopped.items() >= killed.items(), "a finished row was run again"
+
+        last = shell.run(*args, timeout_s=150)
+        assert last.returncode == 0, last.stderr
+        summary = json.loads(last.stdout)
+        assert (summary["succeeded"], summary["resumed"]) == (ROWS, len(stopped))
         assert [row["custom_id"] for row in rows(output)] == [f"r{n}" for n in range(ROWS)]
         assert {row["response"]["body"]["usage"]["completion_tokens"] for row in rows(output)} == {40}
-        assert finished(shell.home).items() >= before.items(), "a finished row was run again"
+        assert finished(shell.home).items() >= stopped.items(), "a finished row was run again"
+
+
+def run_until_more_is_finished(
+    shell: Shell, args: tuple[str, ...], end: signal.Signals
+) -> tuple[str, str, dict[str, int]]:
+    """(stdout, stderr, finished rows) of a run that is ended as soon as another row is finished."""
+    before = len(finished(shell.home))
+    process = shell.start(*args)
+    wait_until(lambda: len(finished(shell.home)) > before, START_S, "another row is finished")
+    process.send_signal(end)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if end is signal.SIGINT else -end), err
+    wait_until(lambda: not workers_of(shell), 30, "worker and broker have ended")
+    assert len(finished(shell.home)) < ROWS
+    return out, err, finished(shell.home)
 
 
 def workers_of(shell: Shell) -> list[int]:

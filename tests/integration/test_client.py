@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -200,6 +202,14 @@ def test_a_broker_that_is_down_is_said_so_within_seconds(settings: Settings, val
         with pytest.raises(BrokerUnavailable):
             Client(broker).submit("hello")
         assert time.monotonic() - started < 5
+
+
+def test_importing_the_client_loads_no_broker_library() -> None:
+    code = "import sys; from gristmill.producer import Client, AsyncClient; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert not set(loaded.split()) & {"redis", "celery", "kombu", "boto3", "rich", "click", "torch"}
 
 
 async def test_the_async_client_says_the_same(settings: Settings, state: State, worker: str) -> None:
