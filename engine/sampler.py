@@ -38,6 +38,7 @@ class Sampler:
         self.device = torch.device(device)
         self._tokens = torch.arange(vocab_size, dtype=torch.int32, device=self.device)
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, seqs: Rows[Sequence]) -> list[int | None]:
         """The next token of each row; None where the row's logits are not numbers.
 
