@@ -129,7 +129,7 @@ class WorkerApp:
             state=state,
             handler=handler,
             queues=self.queues,
-            queues_empty=lambda: all(broker.depth(app, q) == 0 for q in self.queues),
+            waiting=lambda: self._waiting(app),
             exit_loop=self._exit_loop,
         )
         self._gate.claimable = lambda: self.queues if not lifecycle.draining and handler.has_room() else ()
@@ -168,6 +168,13 @@ class WorkerApp:
             health.stop()
             handler.publisher.stop()
         return lifecycle.exit_code
+
+    def _waiting(self, app: Celery) -> int:
+        """Messages that nobody has claimed, in all our queues."""
+        waiting = {queue: broker.depth(app, queue) for queue in self.queues}
+        for queue, messages in waiting.items():
+            self.metrics.on_queue_depth(queue, "ready", messages)
+        return sum(waiting.values())
 
     def _not_ready(self, state: State, handler: JobHandler) -> str | None:
         """Why this worker should not count on getting work, or None."""

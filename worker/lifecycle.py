@@ -39,12 +39,12 @@ class Lifecycle:
         state: State,
         handler: JobHandler,
         queues: list[str],
-        queues_empty: Callable[[], bool],
+        waiting: Callable[[], int],
         exit_loop: Callable[[], None],
     ) -> None:
         self._settings, self._worker_id = settings, worker_id
         self._state, self._handler, self._queues = state, handler, queues
-        self._queues_empty, self._exit_loop = queues_empty, exit_loop
+        self._waiting, self._exit_loop = waiting, exit_loop
         self._stopping = threading.Event()
         self._hurry = threading.Event()
         self._ended = threading.Event()
@@ -115,6 +115,7 @@ class Lifecycle:
         self._handler.expire(time.time())
         if now - self._beat_at >= self._settings.heartbeat_every_s and not self.draining:
             self._beat(now)
+            self._waiting()  # for /metrics
         if now - self._reconciled_at >= RECONCILE_EVERY_S:
             self._reconciled_at = now
             for job_id in self._state.cancelled(self._handler.job_ids()):
@@ -143,7 +144,7 @@ class Lifecycle:
             return
         idle_s = now - max(self._handler.last_busy_at, self._started_at)
         # A claim may be on its way from the broker to a thread: a moment's patience even in a burst.
-        if idle_s >= (settings.idle_exit_s or 1.0) and self._queues_empty():
+        if idle_s >= (settings.idle_exit_s or 1.0) and not self._waiting():
             self.stop("burst" if settings.burst else "idle")
 
     # ---- cancellations
