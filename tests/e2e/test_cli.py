@@ -231,7 +231,7 @@ def finished(home: Path) -> dict[str, int]:
 
 def test_up_starts_a_killed_worker_again(up: Shell) -> None:
     """The job that ran meanwhile is continued, from where its journal ends."""
-    job_id = up.run("submit", "Once", "--max-tokens", "300", "--ignore-eos").stdout.strip()
+    job_id = up.run("submit", "Once", "--max-tokens", "200", "--ignore-eos").stdout.strip()
     running = wait_until(
         lambda: (status := json.loads(up.run("status", job_id, "--json").stdout)).get("tokens") and status,
         60,
@@ -239,7 +239,7 @@ def test_up_starts_a_killed_worker_again(up: Shell) -> None:
     )
     os.kill(int(running["worker"].rsplit("-", 2)[1]), signal.SIGKILL)
     ended = json.loads(up.run("result", job_id, "--wait", "--json", timeout_s=170).stdout)
-    assert (ended["state"], ended["usage"]["completion_tokens"]) == ("succeeded", 300)
+    assert (ended["state"], ended["usage"]["completion_tokens"]) == ("succeeded", 200)
     assert ended["attempts"] == 2
 
 
