@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 
+import torch
 from torch import Tensor
 
 from ..schemas.errors import InvalidRequest, PromptTooLong
+from ..schemas.settings import default_home
 from .block_pool import BlockPool
 from .messages import EngineInfo, Finish, Output, Request, Stats
+from .native.sampling import NativeSampling, load_sampling
 from .runner import Runner
 from .sampler import Sampler
 from .scheduler import Scheduler, StepPlan
@@ -37,7 +40,7 @@ class Engine:
             step_tokens=runner.step_tokens,
             max_num_seqs=settings.max_num_seqs,
         )
-        self._sampler = Sampler(runner.spec.vocab_size, runner.device)
+        self._sampler = Sampler(runner.spec.vocab_size, runner.device, _native(settings, runner))
         self._seqs: dict[str, Sequence] = {}
         self._number = 0
         self._ended: list[Output] = []
@@ -185,6 +188,13 @@ class Engine:
         for name, fine, rule in _ranges(request):
             if not fine:
                 raise InvalidRequest(f"{name} is {getattr(request, name)}; it must be {rule}", param=name)
+
+
+def _native(settings: EngineSettings, runner: Runner) -> NativeSampling | None:
+    """The built sampler, where the model's kernels are built ones too."""
+    if runner.attention != "cpu":
+        return None
+    return load_sampling(settings.kernel_cache or default_home() / "kernels", torch.get_num_threads())
 
 
 def _ranges(request: Request) -> tuple[tuple[str, bool, str], ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .messages import Request
+from .native.sampling import NativeSampling
 from .noise import FMIX32, GOLDEN32, M32, MAX_GUMBEL, noise_key
 from .sequence import Sequence
 
@@ -33,9 +34,13 @@ class Sampler:
     is enough is known, so a comparison of raw bits finds the candidates.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, vocab_size: int, device: torch.device | str = "cpu", native: NativeSampling | None = None
+    ) -> None:
+        """``native`` does the same on the CPU, 10 to 50 times as fast; what is written here is its test."""
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self._native = native
         self._tokens = torch.arange(vocab_size, dtype=torch.int32, device=self.device)
 
     @torch.inference_mode()
@@ -46,6 +51,8 @@ class Sampler:
         """
         assert logits.shape == (len(seqs), self.vocab_size), f"{tuple(logits.shape)} for {len(seqs)} rows"
         _forbid_early_end(logits, seqs)
+        if self._native:
+            return _sample_natively(self._native, logits, seqs)
         noisy = [row for row, seq in enumerate(seqs) if seq.request.temperature >= GREEDY_BELOW]
         if not noisy:
             return _greedy(logits)
@@ -168,6 +175,18 @@ def _forbid_early_end(logits: Tensor, seqs: Rows[Sequence]) -> None:
     for row, seq in enumerate(seqs):
         if seq.output_len < seq.request.min_tokens and seq.end_ids:
             logits[row, list(seq.end_ids)] = -math.inf
+
+
+def _sample_natively(native: NativeSampling, logits: Tensor, seqs: Rows[Sequence]) -> list[int | None]:
+    requests = [seq.request for seq in seqs]
+    keys = [noise_key(s.request.seed, s.request.choice, s.output_len) for s in seqs]
+    tokens = native.sample(
+        logits.contiguous(),
+        np.array([(r.temperature, r.top_p, r.min_p) for r in requests], np.float64),
+        np.array([r.top_k for r in requests], np.int64),
+        np.array(keys, np.uint32),
+    )
+    return [None if token < 0 else token for token in tokens]
 
 
 def _greedy(logits: Tensor) -> list[int | None]:

@@ -31,14 +31,14 @@ class BuildFailed(Exception):
     """No kernel on this machine; the message says why. The caller falls back to torch."""
 
 
-def build(cache: Path) -> Path:
-    """The shared library for this machine, built now if ``cache`` does not hold it yet.
+def build(cache: Path, name: str = "kernels") -> Path:
+    """The shared library of ``name``.cpp for this machine, built now if ``cache`` does not hold it yet.
 
     Raises BuildFailed: no compiler, a compiler error, or a cache that cannot be written or is not ours.
     """
-    source = resources.files(__name__.rpartition(".")[0]).joinpath("kernels.cpp").read_bytes()
+    source = resources.files(__name__.rpartition(".")[0]).joinpath(f"{name}.cpp").read_bytes()
     compiler = find_compiler()
-    target = _private(cache) / f"kernels-{key(source)}.so"
+    target = _private(cache) / f"{name}-{key(source)}.so"
     if target.exists():
         return target
     if compiler is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -13,15 +13,18 @@ import pytest
 import torch
 from gristmill.engine import sampler as sampler_module
 from gristmill.engine.messages import Request
+from gristmill.engine.native.sampling import load_sampling
 from gristmill.engine.noise import MAX_GUMBEL, gumbel, noise_bits, noise_key
 from gristmill.engine.sampler import Sampler
 from gristmill.engine.sequence import Sequence
+from gristmill.schemas.settings import default_home
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 # Rows this small are not worth a second thread, least of all on a busy machine.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+Make = Callable[[int], Sampler]
 VOCAB = 2000  # larger than both widths
 
 
@@ -31,6 +34,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["torch", "native"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """A sampler for a vocabulary of this size. Both kinds are one definition."""
+    if request.param == "torch":
+        return Sampler
+    native = load_sampling(default_home() / "kernels", threads=2)
+    if native is None:
+        pytest.skip("no C++ compiler here")
+    return lambda vocab: Sampler(vocab, native=native)
 
 
 def seq(position: int = 0, *, end_ids: frozenset[int] = frozenset(), **knobs: Any) -> Sequence:
@@ -120,10 +134,12 @@ def test_gumbel_noise_is_finite_and_increasing_from_the_first_bit_pattern_to_the
     ],
     ids=lambda knobs: ",".join(f"{k}={v}" for k, v in knobs.items()),
 )
-def test_a_token_is_the_one_that_sorting_everything_would_give(knobs: dict[str, Any], spread: float) -> None:
+def test_a_token_is_the_one_that_sorting_everything_would_give(
+    make: Make, knobs: dict[str, Any], spread: float
+) -> None:
     logits = logits_of(spread, rows=4)
     rows = [seq(position=i, **knobs) for i in range(4)]
-    assert Sampler(VOCAB).sample(logits.clone(), rows) == [
+    assert make(VOCAB).sample(logits.clone(), rows) == [
         plain(row, one) for row, one in zip(logits, rows, strict=True)
     ]
 
@@ -131,17 +147,17 @@ def test_a_token_is_the_one_that_sorting_everything_would_give(knobs: dict[str, 
 @pytest.mark.parametrize(
     "knobs", [{"temperature": 0.0}, {"top_k": 1}, {"top_k": 7}, {"top_p": 0.3}, {"min_p": 0.5}]
 )
-def test_among_equal_logits_the_lower_id_ranks_first(knobs: dict[str, Any]) -> None:
+def test_among_equal_logits_the_lower_id_ranks_first(make: Make, knobs: dict[str, Any]) -> None:
     """bfloat16 logits are full of ties, and top-k libraries break them as they like."""
     logits = logits_of(1.0, rows=8).round()
     rows = [seq(position=i, **knobs) for i in range(8)]
-    assert Sampler(VOCAB).sample(logits.clone(), rows) == [
+    assert make(VOCAB).sample(logits.clone(), rows) == [
         plain(row, one) for row, one in zip(logits, rows, strict=True)
     ]
-    assert Sampler(VOCAB).sample(logits.bfloat16(), rows) == Sampler(VOCAB).sample(logits, rows)
+    assert make(VOCAB).sample(logits.bfloat16(), rows) == make(VOCAB).sample(logits, rows)
 
 
-def test_a_row_gets_the_same_token_alone_and_in_any_batch() -> None:
+def test_a_row_gets_the_same_token_alone_and_in_any_batch(make: Make) -> None:
     rng = random.Random(7)
     logits = logits_of(3.0, rows=48)
     rows = [
@@ -155,7 +171,7 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch() -> None:
         )
         for i in range(48)
     ]
-    sampler = Sampler(VOCAB)
+    sampler = make(VOCAB)
     together = sampler.sample(logits.clone(), rows)
     assert together == [sampler.sample(logits[i : i + 1].clone(), rows[i : i + 1])[0] for i in range(48)]
     order = rng.sample(range(48), 48)
@@ -163,10 +179,10 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch() -> None:
     assert shuffled == [together[i] for i in order]
 
 
-def test_seed_choice_and_position_each_change_the_noise() -> None:
+def test_seed_choice_and_position_each_change_the_noise(make: Make) -> None:
     logits = logits_of(0.5).expand(5, -1)
     rows = [seq(), seq(), seq(seed=2), seq(choice=1), seq(position=1)]
-    first, again, *others = Sampler(VOCAB).sample(logits.clone(), rows)
+    first, again, *others = make(VOCAB).sample(logits.clone(), rows)
     assert first == again
     assert len({first, *others}) == 4
 
@@ -183,14 +199,14 @@ def test_seed_choice_and_position_each_change_the_noise() -> None:
     ids=["plain", "temperature", "top_k", "top_p", "min_p"],
 )
 def test_tokens_come_as_often_as_their_probabilities_say(
-    knobs: dict[str, Any], expected: list[float]
+    make: Make, knobs: dict[str, Any], expected: list[float]
 ) -> None:
     """Chi-square over 10,000 draws with fixed seeds; 5 classes, so 23.5 is the 99.99 % point."""
     draws = 10_000
     ids = [17, 3, 900, 1999, 42]
     logits = torch.full((VOCAB,), -50.0)
     logits[ids] = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()
-    sampler = Sampler(VOCAB)
+    sampler = make(VOCAB)
     counts: dict[int | None, int] = {}
     for start in range(0, draws, 1000):
         rows = [seq(position=0, seed=start + i, **knobs) for i in range(1000)]
@@ -203,11 +219,11 @@ def test_tokens_come_as_often_as_their_probabilities_say(
     assert chi2 < 23.5, counts
 
 
-def test_positions_of_one_sequence_are_independent_draws() -> None:
+def test_positions_of_one_sequence_are_independent_draws(make: Make) -> None:
     """Successive pairs over four equally likely tokens: 16 classes, 99.99 % point of chi-square 44.3."""
     logits = torch.full((2000, VOCAB), -50.0)
     logits[:, :4] = 0.0
-    tokens = Sampler(VOCAB).sample(logits, [seq(position=i, seed=9) for i in range(2000)])
+    tokens = make(VOCAB).sample(logits, [seq(position=i, seed=9) for i in range(2000)])
     pairs = np.zeros((4, 4))
     for a, b in pairwise(tokens):
         assert a is not None
@@ -217,32 +233,34 @@ def test_positions_of_one_sequence_are_independent_draws() -> None:
     assert ((pairs - want) ** 2 / want).sum() < 44.3
 
 
-def test_min_tokens_keeps_the_end_away_until_then() -> None:
+def test_min_tokens_keeps_the_end_away_until_then(make: Make) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 3], logits[0, 4], logits[0, 9] = 30.0, 25.0, 20.0
     for knobs in ({"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 1}):
         early = seq(position=4, min_tokens=5, end_ids=frozenset({3, 4}), **knobs)
         late = seq(position=5, min_tokens=5, end_ids=frozenset({3, 4}), **knobs)
-        assert Sampler(VOCAB).sample(logits.clone(), [early]) == [9]
-        assert Sampler(VOCAB).sample(logits.clone(), [late]) in ([3], [4])
+        assert make(VOCAB).sample(logits.clone(), [early]) == [9]
+        assert make(VOCAB).sample(logits.clone(), [late]) in ([3], [4])
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_row_that_is_not_numbers_gets_no_token_and_leaves_the_others_alone(poison: float) -> None:
+def test_a_row_that_is_not_numbers_gets_no_token_and_leaves_the_others_alone(
+    make: Make, poison: float
+) -> None:
     logits = logits_of(2.0, rows=4)
     rows = [seq(temperature=0.0), seq(), seq(temperature=0.0), seq(top_p=0.9)]
-    healthy = Sampler(VOCAB).sample(logits.clone(), rows)
+    healthy = make(VOCAB).sample(logits.clone(), rows)
     logits[0, 100] = logits[1, 200] = poison
-    assert Sampler(VOCAB).sample(logits.clone(), rows) == [None, None, healthy[2], healthy[3]]
+    assert make(VOCAB).sample(logits.clone(), rows) == [None, None, healthy[2], healthy[3]]
 
 
-def test_a_temperature_next_to_nothing_is_greedy() -> None:
+def test_a_temperature_next_to_nothing_is_greedy(make: Make) -> None:
     logits = logits_of(1.0)
-    assert Sampler(VOCAB).sample(logits.clone(), [seq(temperature=1e-9)]) == [int(logits.argmax())]
+    assert make(VOCAB).sample(logits.clone(), [seq(temperature=1e-9)]) == [int(logits.argmax())]
 
 
-def test_a_vocabulary_smaller_than_the_first_look_works() -> None:
+def test_a_vocabulary_smaller_than_the_first_look_works(make: Make) -> None:
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
     rows = [seq(), seq(top_k=5), seq(top_p=0.5)]
     expected = [plain(row, one) for row, one in zip(logits, rows, strict=True)]
-    assert Sampler(20).sample(logits.clone(), rows) == expected
+    assert make(20).sample(logits.clone(), rows) == expected
