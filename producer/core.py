@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..schemas import keys, openai
-from ..schemas.batch_lines import Row
+from ..schemas import keys
 from ..schemas.errors import (
     BadInput,
     InvalidRequest,
@@ -27,6 +26,7 @@ from ..schemas.job import (
     JOB_ID_PATTERN,
     Job,
     JobState,
+    Message,
     Priority,
     idempotent_job_id,
     new_job_id,
@@ -35,6 +35,9 @@ from ..schemas.result import ErrorInfo, Result
 from ..schemas.sampling import SamplingParams
 from ..schemas.settings import Settings, load_settings
 from ..schemas.status import JobStatus
+
+if TYPE_CHECKING:
+    from ..schemas.batch_lines import Row
 
 EMBEDDED = "embedded:"
 UNDECIDED = "undecided"
@@ -74,7 +77,7 @@ def build_job(
         "model": model,
         "prompt": given.prompt,
         "prompt_ids": None if given.prompt_ids is None else list(given.prompt_ids),
-        "messages": None if given.messages is None else openai.parse_messages(list(given.messages)),
+        "messages": None if given.messages is None else _messages(given.messages),
         "sampling": sampling_params(sampling),
         "priority": given.priority,
         "tenant": tenant,
@@ -87,6 +90,12 @@ def build_job(
         "retry_of": given.retry_of,
     }
     return Job.from_python(fields)
+
+
+def _messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    from ..schemas.openai import parse_messages  # a quarter of our own import time, for those who chat
+
+    return parse_messages(messages)
 
 
 def draft_job(given: Submission, sampling: Mapping[str, Any], settings: Settings, now: float) -> Job:
