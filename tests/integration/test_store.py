@@ -142,7 +142,7 @@ def test_our_own_default_directory_is_created(tmp_path: Path) -> None:
 
 
 def test_a_directory_we_may_not_write_to_is_named() -> None:
-    with pytest.raises(Misconfigured, match="/sys.*right to write"):
+    with pytest.raises(Misconfigured, match=r"/sys.*right to write"):
         FileStore(Path("/sys")).check()  # nobody may, root included
 
 
