@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from gristmill.schemas.events import Delta, Done, End, Started
 from gristmill.schemas.job import JobState
@@ -71,10 +72,13 @@ def test_a_killed_workers_jobs_go_on_from_their_last_token(stack: Stack) -> None
     first = stack.worker()
     expected = undisturbed(stack)
     ids = submit_all(stack)
-    wait_until(lambda: all(tokens_so_far(stack, i) >= 8 for i in ids), 60, "every job has some tokens")
-    second = stack.worker(wait=False)
-    first.kill()
-    second.wait_ready()
+    with ThreadPoolExecutor() as threads:
+        there_all_along = threads.submit(lambda: list(stack.client.get(ids[0]).stream(timeout_s=200)))
+        wait_until(lambda: all(tokens_so_far(stack, i) >= 8 for i in ids), 60, "every job has some tokens")
+        second = stack.worker(wait=False)
+        first.kill()
+        second.wait_ready()
+        late = threads.submit(lambda: list(stack.client.get(ids[0]).stream(timeout_s=200)))
     wait_until(lambda: all(stack.result(i) for i in ids), 90, "every job ends")
     wait_until(lambda: all(isinstance(logged(stack, i)[-1], End) for i in ids), 10, "every log ends")
 
@@ -87,6 +91,14 @@ def test_a_killed_workers_jobs_go_on_from_their_last_token(stack: Stack) -> None
         assert result.usage.completion_tokens == TOKENS
         resumed += check_log(stack, job_id, result.text) > 1
     assert resumed, "the kill came after every job had ended: nothing was tested"
+
+    for follower in (there_all_along.result(), late.result()):
+        assert "".join(chunk.text for chunk in follower) == expected[0]
+        assert not any(chunk.reset for chunk in follower), "a resumed job repeats and replaces nothing"
+    middle = len(there_all_along.result()) // 2
+    rest = stack.client.get(ids[0]).stream(there_all_along.result()[middle].id)
+    shown = there_all_along.result()[: middle + 1]
+    assert "".join(chunk.text for chunk in [*shown, *rest]) == expected[0]
 
 
 def test_a_zombie_can_neither_log_nor_commit_nor_ack(stack: Stack) -> None:
