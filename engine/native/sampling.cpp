@@ -20,7 +20,7 @@ typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 
 constexpr double GREEDY_BELOW = 1e-5;
-constexpr double FIRST_REACH = 8.0;      // candidates within e^-8 of the best, at first
+constexpr double FIRST_REACH = 4.0;      // candidates within e^-4 of the best, at first
 constexpr double LAST_REACH = 64.0;      // beyond this: every token
 constexpr int ADD_UP_EVERY = 64;         // vectors summed in float before they join the double
 
@@ -81,6 +81,23 @@ inline vf gumbel_bound(vu bits) {
 
 struct Candidate { float logit; int32_t id; };
 
+// Candidates, put in order from the front as far as somebody looks: largest first, the lower id among equals.
+struct Ranking {
+  std::vector<Candidate> all;
+  int64_t ranked = 0;
+
+  void clear() { all.clear(); ranked = 0; }
+  const Candidate& at(int64_t i) { rank(i + 1); return all[i]; }
+  void rank(int64_t count) {
+    if (count <= ranked) return;
+    auto before = [](const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; };
+    const int64_t upto = std::min(int64_t(all.size()), std::max({count, 2 * ranked, int64_t(64)}));
+    if (upto < int64_t(all.size())) std::nth_element(all.begin() + ranked, all.begin() + upto, all.end(), before);
+    std::sort(all.begin() + ranked, all.begin() + upto, before);
+    ranked = upto;
+  }
+};
+
 template <class T> struct Row {
   const T* logits;
   int vocab;
@@ -139,15 +156,15 @@ template <class T> struct Row {
     return id;
   }
 
-  // The winner of those that pass the filters.
+  // The winner of those that pass the filters. Looks only as far down from the best as it has to.
   int among_filtered(float top) const {
     const bool limited = top_k > 0 && top_k < vocab;
     const double total = top_p < 1.0 && !limited ? mass(top) : 0.0;
-    std::vector<Candidate> found;
+    Ranking found;
     for (double reach = FIRST_REACH;; reach *= 2) {
-      const bool all = reach > LAST_REACH;
-      collect(top, reach, all, found);
-      int64_t pass = passing(found, top, total, limited, all);
+      const float cut = reach > LAST_REACH ? -std::numeric_limits<float>::infinity() : float(top - reach * temperature);
+      collect(cut, found);
+      int64_t pass = passing(found, top, total, limited, cut);
       if (pass >= 0) return winner(found, pass);
     }
   }
@@ -165,56 +182,57 @@ template <class T> struct Row {
     return total;
   }
 
-  // Every token within `reach` of the best, in rank order: largest first, the lower id among equals.
-  void collect(float top, double reach, bool all, std::vector<Candidate>& found) const {
-    const float cut = all ? -std::numeric_limits<float>::infinity() : float(top - reach * temperature);
+  // Every token whose logit is at least `cut`.
+  void collect(float cut, Ranking& found) const {
     found.clear();
     for (int i = 0; i < vocab; i += LANES) {
       if (!any(take(logits, i, vocab) >= splat(cut))) continue;
       for (int j = i; j < std::min(i + LANES, vocab); j++)
-        if (float x = widen(logits[j]); x >= cut) found.push_back({x, j});
+        if (float x = widen(logits[j]); x >= cut) found.all.push_back({x, j});
     }
-    std::sort(found.begin(), found.end(), [](const Candidate& a, const Candidate& b) {
-      return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-    });
   }
 
-  // How many of `found`, from the first on, pass; -1 if that cannot be told without looking further.
-  int64_t passing(const std::vector<Candidate>& found, float top, double total, bool limited, bool all) const {
-    int64_t pass = int64_t(found.size());
-    bool known = all;
-    if (limited) {
-      if (top_k > pass && !all) return -1;
-      pass = std::min(pass, top_k);
-      known = true;
-    }
+  // How many of `found` pass; they are moved to its front. -1 if that cannot be told without those below `cut`.
+  int64_t passing(Ranking& found, float top, double total, bool limited, float cut) const {
+    const int64_t size = int64_t(found.all.size());
+    const bool whole = std::isinf(cut);
     const double z0 = scaled(top);
+    const double least = min_p > 0.0 ? z0 + std::log(min_p) : -std::numeric_limits<double>::infinity();
+    bool known = whole || scaled(cut) <= least;          // nothing below `cut` passes min_p
+    int64_t pass = size;
+    if (limited && top_k > size && !whole && (top_p < 1.0 || !known)) return -1;
+    if (limited && top_k <= size) {
+      pass = top_k;
+      known = true;
+      found.rank(pass);
+    }
     if (top_p < 1.0) {
+      auto weight = [&](int64_t i) { return std::exp(scaled(found.at(i).logit) - z0); };
       if (limited) {
         total = 0;
-        for (int64_t i = 0; i < pass; i++) total += std::exp(scaled(found[i].logit) - z0);
+        for (int64_t i = 0; i < pass; i++) total += weight(i);
       }
       double before = 0;
       for (int64_t i = 0; i < pass; i++) {
         if (!(before < top_p * total)) { pass = i; known = true; break; }
-        before += std::exp(scaled(found[i].logit) - z0);
+        before += weight(i);
       }
     }
     if (min_p > 0.0) {
-      const double least = z0 + std::log(min_p);
-      int64_t i = 0;
-      while (i < pass && scaled(found[i].logit) >= least) i++;
-      if (i < pass) { pass = i; known = true; }
+      auto end = std::partition(found.all.begin(), found.all.begin() + pass,
+                                [&](const Candidate& c) { return scaled(c.logit) >= least; });
+      if (int64_t left = end - found.all.begin(); left < pass) { pass = left; known = true; }
     }
     return known ? pass : -1;
   }
 
-  int winner(const std::vector<Candidate>& found, int64_t pass) const {
+  int winner(const Ranking& found, int64_t pass) const {
     double lead = -std::numeric_limits<double>::infinity();
-    int id = found[0].id;
+    int id = found.all[0].id;
     for (int64_t i = 0; i < pass; i++) {
-      double mine = score(found[i].logit, found[i].id);
-      if (mine > lead) { lead = mine; id = found[i].id; }
+      const Candidate& one = found.all[i];
+      double mine = score(one.logit, one.id);
+      if (mine > lead) { lead = mine; id = one.id; }
     }
     return id;
   }
