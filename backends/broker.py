@@ -59,7 +59,7 @@ def make_app(settings: Settings, *, gate: Gate | None = None, queue_names: Seque
     lease_s = settings.visibility_timeout_s
     options: dict[str, Any] = {
         "visibility_timeout": lease_s,
-        "claims": Claims(lease_s=lease_s),
+        "claims": Claims(lease_s=lease_s, renew_every_s=settings.lease_renew_every_s),
         "gate": gate,
         "embedded": embedded,  # held as long as the app
         "socket_timeout": settings.command_timeout_s,

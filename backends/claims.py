@@ -37,8 +37,9 @@ class Claims:
     ``should_renew(tag)`` may let a lease run out by saying no.
     """
 
-    def __init__(self, *, lease_s: float) -> None:
+    def __init__(self, *, lease_s: float, renew_every_s: float | None = None) -> None:
         self.lease_s = lease_s
+        self.renew_every_s = min(renew_every_s or lease_s / 3, lease_s / 3)
         self.on_lost: Callable[[str], None] = lambda _tag: None
         self.should_renew: Callable[[str], bool] = lambda _tag: True
         self.queue: MessageQueue | None = None
@@ -193,7 +194,7 @@ class Claims:
 
 
 class Renewer(threading.Thread):
-    """Renews ``claims`` every third of a lease, and at least every second while the broker is away."""
+    """Renews ``claims`` in time, and at least every second while the broker is away."""
 
     def __init__(self, claims: Claims) -> None:
         super().__init__(name="lease", daemon=True)
@@ -201,11 +202,10 @@ class Renewer(threading.Thread):
         self._done = threading.Event()
 
     def run(self) -> None:
-        lease_s = self.claims.lease_s
         renewed_at = time.monotonic()
-        while not self._done.wait(min(MAX_RETRY_S, lease_s / 12)):
+        while not self._done.wait(min(MAX_RETRY_S, self.claims.lease_s / 12)):
             asked_at = time.monotonic()
-            if asked_at - renewed_at < lease_s / 3 - 0.01 and not self.claims.troubled:
+            if asked_at - renewed_at < self.claims.renew_every_s - 0.01 and not self.claims.troubled:
                 continue
             try:
                 self.claims.renew()

@@ -141,7 +141,7 @@ def test_a_killed_broker_comes_back_with_every_job_and_reruns_none_of_those_in_h
 
 
 def test_a_broker_frozen_for_two_leases_reruns_nothing(valkey: Valkey, app: Celery, tmp_path: Path) -> None:
-    with consumers(valkey.url, tmp_path, lease_s=1.0, job_s=5) as crowd:
+    with consumers(valkey.url, tmp_path, lease_s=1.0, job_s=4) as crowd:
         crowd.start()
         other = crowd.start()
         jobs = publish(app, 6)

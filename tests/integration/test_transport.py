@@ -319,11 +319,11 @@ def test_a_poke_that_opens_nothing_asks_the_server_nothing(inbox, valkey) -> Non
     box.read_nothing()
     client = valkey.client()
     client.config_resetstat()
-    for _ in range(200):
+    for _ in range(60):
         gate.poke()
         box._turn()
     scripts = client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
-    assert scripts < 100, "only the rhythm of bell and sweep is left"
+    assert scripts < 40, "only the rhythm of bell and sweep is left"
 
 
 def test_remote_control_reaches_a_consumer_and_brings_its_answer(valkey, tmp_path, app) -> None:
