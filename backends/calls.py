@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..schemas import keys
-from ..schemas.errors import IdempotencyConflict, InvalidRequest, JobNotFound
-from ..schemas.events import Delta, Done, End, EntryId, Started, event_from_json
+from ..schemas.errors import IdempotencyConflict, JobNotFound
+from ..schemas.events import Delta, End, EntryId, Event, event_from_json
 from ..schemas.job import Job, JobState, Priority
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
 
 T = TypeVar("T")
 
-Entry = tuple[EntryId, Started | Delta | Done | End]
+Entry = tuple[EntryId, Event]
 
 EXPIRY_GRACE_S = 86_400.0
 """How long a job's keys outlive its ``expires_at``: somebody must still find it, and end it as expired."""
@@ -322,7 +322,7 @@ def unregister(worker_id: str) -> Call[object]:
 
 def models() -> Call[dict[str, ModelInfo]]:
     def parse(reply: dict[bytes, bytes]) -> dict[str, ModelInfo]:
-        return {name.decode(): _lenient(ModelInfo, body) for name, body in reply.items()}
+        return {name.decode(): ModelInfo.from_json(body) for name, body in reply.items()}
 
     return Call(("HGETALL", keys.MODELS), parse)
 
@@ -336,20 +336,9 @@ def workers(ids: Sequence[str]) -> Call[dict[str, WorkerInfo]]:
 
     def parse(reply: list[bytes | None]) -> dict[str, WorkerInfo]:
         return {
-            worker_id: _lenient(WorkerInfo, body)
+            worker_id: WorkerInfo.from_json(body)
             for worker_id, body in zip(ids, reply, strict=True)
             if body is not None
         }
 
     return Call(("MGET", *map(keys.worker, ids)), parse)
-
-
-R = TypeVar("R", WorkerInfo, ModelInfo)
-
-
-def _lenient(record: type[R], body: bytes) -> R:
-    """A registry entry, maybe written by a newer version: its new fields are none of our business."""
-    data = json.loads(body)
-    if not isinstance(data, dict):
-        raise InvalidRequest(f"the registry holds something that is no {record.__name__}")
-    return record.from_python({name: data[name] for name in record.model_fields if name in data})

@@ -24,7 +24,7 @@ from ..schemas.errors import (
     StoreUnavailable,
     WaitTimeout,
 )
-from ..schemas.events import Delta, Done, End, EntryId, Started
+from ..schemas.events import Delta, Done, End, EntryId, Event, Started, Unknown
 from ..schemas.job import JobState
 from ..schemas.result import FinishReason, Result
 from ..schemas.status import JobStatus
@@ -126,7 +126,7 @@ class Replica:
         if self._resume_at is not None:
             yield from self._resume_failed()
 
-    def live(self, entry_id: EntryId, event: Started | Delta | Done | End) -> Iterator[Chunk] | None:
+    def live(self, entry_id: EntryId, event: Event) -> Iterator[Chunk] | None:
         """Take an entry from the channel. None: something is missing before it, read the log."""
         if self.after is not None and entry_id <= self.after:
             return iter(())
@@ -157,7 +157,7 @@ class Replica:
                 result=keys.result_object(result.job_id),
             )
 
-    def _take(self, entry_id: EntryId, event: Started | Delta | Done | End) -> Iterator[Chunk]:
+    def _take(self, entry_id: EntryId, event: Event) -> Iterator[Chunk]:
         if self._resume_at is not None and entry_id > self._resume_at:
             yield from self._resume_failed()
         self.after = entry_id
@@ -171,7 +171,7 @@ class Replica:
                 yield from self._show(entry_id, event.choice, choice.tokens, (), event.text, event.reason)
             case End():
                 self.end = event
-            case Started() | Done():
+            case Started() | Done() | Unknown():
                 pass
         if entry_id == self._resume_at:
             self._resume_at = None

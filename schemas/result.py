@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from .job import Endpoint, JobId, JobState
-from .wire import WIRE_VERSION, Float, Int, Record
+from .wire import WIRE_VERSION, Answer, Float, Int
 
 
 class FinishReason(StrEnum):
@@ -35,7 +35,7 @@ _STATE_OF: dict[FinishReason, JobState] = {
 }
 
 
-class ErrorInfo(Record):
+class ErrorInfo(Answer):
     """A failure as users see it: ``code`` is stable, ``message`` has the numbers and the next step."""
 
     code: str
@@ -43,7 +43,7 @@ class ErrorInfo(Record):
     param: str | None = None
 
 
-class Usage(Record):
+class Usage(Answer):
     """Tokens, as users pay for them: each once, however many attempts it took."""
 
     prompt_tokens: Int = Field(default=0, ge=0)
@@ -56,7 +56,7 @@ class Usage(Record):
         return self.prompt_tokens + self.completion_tokens
 
 
-class Timings(Record):
+class Timings(Answer):
     """Unix seconds by the worker's clock; ``submitted_at`` by the submitter's."""
 
     submitted_at: Float
@@ -81,7 +81,7 @@ class Timings(Record):
         return max(0.0, self.finished_at - self.submitted_at)
 
 
-class Choice(Record):
+class Choice(Answer):
     """One completion of the prompt."""
 
     index: Int = 0
@@ -92,7 +92,7 @@ class Choice(Record):
     token_ids: tuple[Int, ...] | None = None
 
 
-class Result(Record):
+class Result(Answer):
     """How a job ended. Written once, create-only; the text equals what a follower was shown."""
 
     v: Literal[1] = WIRE_VERSION

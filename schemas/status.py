@@ -8,10 +8,10 @@ from pydantic import Field
 
 from .job import JobId, JobState, Priority
 from .result import ErrorInfo, FinishReason, Usage
-from .wire import WIRE_VERSION, Bool, Float, Int, Record
+from .wire import WIRE_VERSION, Answer, Bool, Float, Int
 
 
-class JobStatus(Record):
+class JobStatus(Answer):
     """Where a job stands. Times are unix seconds; ``started_at`` and ``finished_at`` by the state server.
 
     What the submitter said is None for a job whose record was lost and rebuilt by a worker.
@@ -43,7 +43,7 @@ class JobStatus(Record):
     """Name of the object in the result store."""
 
 
-class WorkerInfo(Record):
+class WorkerInfo(Answer):
     """What a worker says of itself with every heartbeat."""
 
     models: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -54,7 +54,7 @@ class WorkerInfo(Record):
     max_model_len: Int | None = None
 
 
-class ModelInfo(Record):
+class ModelInfo(Answer):
     """A model somebody serves or served: known, whether or not a worker is alive."""
 
     queues: tuple[str, ...] = ()

@@ -18,7 +18,10 @@ Bool = Annotated[bool, Field(strict=True)]
 
 
 class Record(BaseModel):
-    """A frozen record. Unknown fields are refused; ``from_json(to_json(x)) == x``."""
+    """A frozen record; ``from_json(to_json(x)) == x``. Unknown fields are refused.
+
+    That is right for requests: what a reader does not know, it would silently not do.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,6 +49,15 @@ class Record(BaseModel):
             return cls.model_validate(data)
         except ValidationError as exc:
             raise invalid_request(exc) from exc
+
+
+class Answer(Record):
+    """A record that tells of a job, a worker or a model. Unknown fields are dropped.
+
+    Its writer may be newer than its reader, and what was added is nothing that the reader asked for.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
 
 def loads(data: str | bytes) -> Any:

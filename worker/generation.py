@@ -8,15 +8,13 @@ from ..engine.detokenizer import Detokenizer
 from ..engine.messages import Output
 from ..engine.stopping import StopMatcher
 from ..engine.tokenizer import Tokenizer
-from ..schemas.events import Delta, Done, End, EntryId, Started
+from ..schemas.events import Delta, Done, End, EntryId, Event, Started, Unknown
 from ..schemas.job import Job
 from ..schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
 
 STREAM_FLUSH_S = 0.05
 JOURNAL_TOKENS, JOURNAL_S = 16, 0.5
 LONG_LOG_ENTRIES, LONG_JOURNAL_TOKENS, LONG_JOURNAL_S = 2_000, 64, 1.0
-
-LogEvent = Started | Delta | Done | End
 
 
 @dataclass(slots=True, frozen=True)
@@ -72,7 +70,7 @@ class Generation:
 
     # ---- continuing from the journal
 
-    def replay(self, log: list[tuple[EntryId, LogEvent]]) -> None:
+    def replay(self, log: list[tuple[EntryId, Event]]) -> None:
         """Take over what earlier attempts logged. Call once, before anything else.
 
         Ids rebuild the detokeniser and the stop matcher; text that was shown is taken as it was shown.
@@ -88,7 +86,7 @@ class Generation:
                     self.parts.append(event.text)
                 case Started():
                     self.started_at = min(self.started_at, event.at)
-                case End():
+                case End() | Unknown():
                     pass
         self._journalled = len(self.ids)
 

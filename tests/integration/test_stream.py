@@ -188,6 +188,22 @@ def test_choices_are_told_apart(state: State, job: Job) -> None:
     ]
 
 
+def test_what_a_newer_worker_adds_to_a_log_is_passed_over(state: State, job: Job) -> None:
+    """A worker one version ahead writes a field and a kind of entry that this follower has never heard of."""
+    attempt = Attempt.begin(state, job)
+    live = Reader(follow(state, job.id))
+    assert attempt.write("Once")
+    wait_until(lambda: live.text == "Once", 10, "the follower reads live")
+    for event in ('{"kind":"progress","percent":50}', '{"kind":"delta","offset":1,"ids":[1],"mood":"merry"}'):
+        attempt.seq += 1
+        assert not state.publish([Write(job.id, attempt.id, attempt.seq, event)])
+    attempt.ids.append(1)
+    assert attempt.write(" upon")
+    assert attempt.done()
+    assert attempt.finish()
+    assert live.finished() == attempt.text == text_of(follow(state, job.id))
+
+
 def test_many_followers_of_one_job_read_the_same(state: State, valkey: Valkey, job: Job) -> None:
     readers = [listening(state, valkey, job) for _ in range(16)]
     attempt = Attempt.begin(state, job)

@@ -1,4 +1,4 @@
-"""Every record comes back from JSON as it went in, and nothing else comes in."""
+"""Every record comes back from JSON as it went in; what is new to it, a request refuses and an answer drops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gristmill.schemas.errors import BadInput, InvalidRequest
 from gristmill.schemas.events import EntryId, event_from_json
 from gristmill.schemas.job import Job, Priority, idempotent_job_id
 from gristmill.schemas.queues import queue_name
-from gristmill.schemas.wire import Record
+from gristmill.schemas.wire import Answer, Record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +18,8 @@ from ..support.records import EVENTS, JOB_ID, JSON, NAME, RECORDS, TENANT, TEXT,
 
 QUICK = settings(max_examples=25, deadline=None)
 KINDS = sorted(RECORDS, key=lambda cls: cls.__name__)
+ANSWERS = [cls for cls in KINDS if issubclass(cls, Answer)]
+REQUESTS = [cls for cls in KINDS if not issubclass(cls, Answer)]
 
 
 def test_no_public_record_is_left_out() -> None:
@@ -36,16 +38,28 @@ def test_a_record_round_trips(cls: type[Record], data: st.DataObject) -> None:
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("cls", KINDS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", REQUESTS, ids=lambda cls: cls.__name__)
 @QUICK
 @given(data=st.data())
-def test_an_unknown_field_is_refused_by_name(cls: type[Record], data: st.DataObject) -> None:
+def test_an_unknown_field_of_a_request_is_refused_by_name(cls: type[Record], data: st.DataObject) -> None:
     body = json.loads(data.draw(RECORDS[cls]).to_json())
     name = data.draw(NAME.filter(lambda name: name not in cls.model_fields))
     with pytest.raises(InvalidRequest) as caught:
         cls.from_python(body | {name: 1})
     assert caught.value.param == name
     assert repr(name) in caught.value.message
+
+
+@pytest.mark.parametrize("cls", ANSWERS, ids=lambda cls: cls.__name__)
+@QUICK
+@given(data=st.data())
+def test_an_answer_of_a_newer_version_is_read_without_what_is_new(
+    cls: type[Record], data: st.DataObject
+) -> None:
+    record = data.draw(RECORDS[cls])
+    name = data.draw(NAME.filter(lambda name: name not in cls.model_fields))
+    newer = {**json.loads(record.to_json()), name: data.draw(JSON)}
+    assert cls.from_python(newer) == record
 
 
 @pytest.mark.parametrize("cls", KINDS, ids=lambda cls: cls.__name__)
@@ -66,6 +80,12 @@ def test_an_event_finds_its_class_by_its_kind(data: st.DataObject) -> None:
     event = data.draw(EVENTS[cls])
     assert event_from_json(event.to_json()) == event
     assert type(event_from_json(event.to_json().encode())) is cls
+
+
+@pytest.mark.parametrize("body", ["[]", "{}", '{"kind":1}', '"end"'])
+def test_what_has_no_kind_is_no_event(body: str) -> None:
+    with pytest.raises(InvalidRequest):
+        event_from_json(body)
 
 
 @QUICK

@@ -8,12 +8,12 @@ from typing import Any
 
 from gristmill import schemas
 from gristmill.schemas.batch_lines import OutputLine, Response
-from gristmill.schemas.events import Delta, Done, End, Started
+from gristmill.schemas.events import Delta, Done, End, Started, Unknown
 from gristmill.schemas.job import Endpoint, Job, JobState, Message, Priority
 from gristmill.schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
 from gristmill.schemas.sampling import SamplingParams
 from gristmill.schemas.status import JobStatus, ModelInfo, WorkerInfo
-from gristmill.schemas.wire import Record
+from gristmill.schemas.wire import Answer, Record
 from hypothesis import strategies as st
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)  # half a surrogate pair is not text
@@ -29,6 +29,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 OBJECT = st.dictionaries(TEXT, JSON, max_size=3)
+EVENT_KINDS = {"started", "delta", "done", "end"}
 FINAL_STATES = st.sampled_from([state for state in JobState if state.final])
 
 
@@ -144,6 +145,7 @@ EVENTS: dict[type[Record], st.SearchStrategy[Any]] = {
         error=maybe(error_infos),
         result=maybe(NAME),
     ),
+    Unknown: st.builds(Unknown, kind=NAME.filter(lambda kind: kind not in EVENT_KINDS)),
 }
 
 RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
@@ -216,4 +218,4 @@ def public_records() -> set[type[Record]]:
         return {cls}.union(*map(below, cls.__subclasses__()))
 
     ours = {cls for cls in below(Record) if cls.__module__.startswith(f"{schemas.__name__}.")}
-    return {cls for cls in ours - {Record} if not cls.__name__.startswith("_")}
+    return {cls for cls in ours - {Record, Answer} if not cls.__name__.startswith("_")}

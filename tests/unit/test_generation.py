@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from gristmill.engine.messages import Output
 from gristmill.engine.tokenizer import Tokenizer
-from gristmill.schemas.events import Delta, Done, EntryId, Started
+from gristmill.schemas.events import Delta, Done, EntryId, Event, Started
 from gristmill.schemas.job import Job, JobState
 from gristmill.schemas.result import ErrorInfo, FinishReason
 from gristmill.schemas.sampling import SamplingParams
-from gristmill.worker.generation import Generation, LogEvent
+from gristmill.worker.generation import Generation
 
 TEXT = "Zürich, 東京 and 🙂 are in the text; STOP here is a stop string."
 
@@ -40,20 +40,20 @@ def token(value: int, **more: object) -> Output:
     return Output(id="job_1", token_ids=[value], **more)  # type: ignore[arg-type]
 
 
-def journal(made: Generation) -> list[LogEvent]:
+def journal(made: Generation) -> list[Event]:
     """Write everything that is left, as a publisher would."""
-    events: list[LogEvent] = [entry.event for entry in made.take_entries(99.0)]
+    events: list[Event] = [entry.event for entry in made.take_entries(99.0)]
     made.confirm()
     return events
 
 
-def shown(log: list[LogEvent]) -> str:
+def shown(log: list[Event]) -> str:
     return "".join(e.text for e in log if isinstance(e, Delta | Done))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 1000])
 def test_the_joined_text_of_the_journal_is_the_result(tokenizer: Tokenizer, every: int) -> None:
-    made, log = generation(tokenizer), list[LogEvent]()
+    made, log = generation(tokenizer), list[Event]()
     for n, value in enumerate(tokenizer.encode(TEXT, add_special_tokens=False)):
         made.push(token(value), now=11.0 + n)
         if n % every == 0:
