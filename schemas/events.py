@@ -7,12 +7,15 @@ for subscribers in other languages.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 
 from .errors import InvalidRequest
 from .job import JobState
 from .result import ErrorInfo, FinishReason, Usage
 from .wire import Answer, Float, Int, loads
+
+_ENTRY_ID = re.compile("([0-9]{1,20})-([0-9]{1,20})")
 
 
 class EntryId(NamedTuple):
@@ -23,13 +26,13 @@ class EntryId(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | bytes) -> Self:
-        """Raises InvalidRequest unless ``text`` is ``<digits>-<digits>``."""
-        head, dash, tail = (text.decode("ascii", "replace") if isinstance(text, bytes) else text).partition(
-            "-"
-        )
-        if not (dash and head.isascii() and head.isdigit() and tail.isascii() and tail.isdigit()):
+        """Raises InvalidRequest unless ``text`` is ``<number>-<number>``, each of 64 bits at most."""
+        given = text.decode("ascii", "replace") if isinstance(text, bytes) else text
+        found = _ENTRY_ID.fullmatch(given)
+        numbers = [int(digits) for digits in found.groups()] if found else []
+        if not numbers or max(numbers) >= 2**64:
             raise InvalidRequest("an entry id looks like 1700000000000-12", param="last_id")
-        return cls(int(head), int(tail))
+        return cls(*numbers)
 
     def __str__(self) -> str:
         return f"{self.attempt}-{self.seq}"

@@ -1,4 +1,4 @@
-"""Every record comes back from JSON as it went in; what is new to it, a request refuses and an answer drops."""
+"""Every record comes back from JSON as it went in; requests refuse what is new to them, answers drop it."""
 
 from __future__ import annotations
 
@@ -94,6 +94,13 @@ def test_entry_ids_order_as_numbers(a: int, b: int, c: int, d: int) -> None:
     one, two = EntryId(a, b), EntryId(c, d)
     assert EntryId.parse(str(one)) == EntryId.parse(str(one).encode()) == one
     assert (EntryId.parse(str(one)) < EntryId.parse(str(two))) == ((a, b) < (c, d))
+
+
+@pytest.mark.parametrize("text", [f"{2**64}-0", f"0-{2**64}", "9" * 5000 + "-1"])
+def test_a_number_that_no_entry_can_have_is_refused(text: str) -> None:
+    """A resume token comes from outside: Python reads no integer of 5,000 digits, Redis none of 65 bits."""
+    with pytest.raises(InvalidRequest):
+        EntryId.parse(text)
 
 
 @QUICK
