@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from .sampling import SamplingParams
-from .wire import WIRE_VERSION, Bool, Float, Int, Record
+from .wire import WIRE_VERSION, Bool, Count, Float, Record
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[0-9]{1,10})?$"
 TENANT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
@@ -88,7 +88,7 @@ class Job(Record):
     id: JobId
     model: Annotated[str, Field(min_length=1, max_length=256)]
     prompt: str | None = None
-    prompt_ids: tuple[Annotated[Int, Field(ge=0)], ...] | None = None
+    prompt_ids: tuple[Count, ...] | None = None
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams = SamplingParams()
     endpoint: Endpoint = Endpoint.NATIVE

@@ -16,7 +16,7 @@ from .errors import InvalidRequest, Unsupported
 from .job import Endpoint, Message
 from .result import Choice, FinishReason, Result, Usage
 from .sampling import SamplingParams
-from .wire import Bool, Float, Int, Record
+from .wire import MAX_COUNT, Bool, Float, Int, Record
 
 COMPLETIONS_DEFAULT_MAX_TOKENS = 16
 """OpenAI's own default for /v1/completions; the chat endpoint has none."""
@@ -209,10 +209,14 @@ def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
     raise Unsupported(f"{name}: not supported by this version; leave it out", param=name)
 
 
-def _one_prompt(prompt: Any) -> tuple[str | None, tuple[int, ...] | None]:
-    """(text, None) or (None, ids). A list of one prompt is that prompt."""
+def _one_prompt(prompt: Any, *, listed: bool = False) -> tuple[str | None, tuple[int, ...] | None]:
+    """(text, None) or (None, ids). A list of one prompt is that prompt; ``listed``: that was unwrapped."""
     many = cast("list[Any]", prompt) if isinstance(prompt, list) else [prompt]
-    if many and many is prompt and all(type(each) is int and each >= 0 for each in many):
+    if many and many is prompt and all(type(each) is int for each in many):
+        if not 0 <= min(many) <= max(many) <= MAX_COUNT:
+            raise InvalidRequest(
+                f"prompt holds a token id that is not within 0 to {MAX_COUNT}", param="prompt"
+            )
         return None, tuple(many)
     if len(many) > 1:
         raise Unsupported(
@@ -220,8 +224,8 @@ def _one_prompt(prompt: Any) -> tuple[str | None, tuple[int, ...] | None]:
             "send one request for each",
             param="prompt",
         )
-    if many and isinstance(many[0], list):
-        return _one_prompt(cast("list[Any]", many[0]))
+    if many and isinstance(many[0], list) and not listed:
+        return _one_prompt(cast("list[Any]", many[0]), listed=True)
     if not many or not isinstance(many[0], str):
         raise InvalidRequest("prompt is neither a string nor a list of token ids", param="prompt")
     if not many[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,6 +14,9 @@ WIRE_VERSION = 1
 
 # JSON has one number type and pydantic is lenient: without these, true would pass as 1 and "5" as 5.
 Int = Annotated[int, Field(strict=True)]
+MAX_COUNT = 2**31 - 1
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
+"""A number or an id of tokens: more than any model has, and it fits the integers of every layer below."""
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Bool = Annotated[bool, Field(strict=True)]
 
@@ -77,6 +81,9 @@ def loads(data: str | bytes) -> Any:
         raise InvalidJson(f"not JSON: {exc.msg} at column {exc.colno:,}") from exc
     except RecursionError as exc:
         raise InvalidJson("not accepted: JSON nested too deep") from exc
+    except ValueError as exc:  # Python reads no integer that long: its digits would take quadratic time
+        limit = sys.get_int_max_str_digits()
+        raise InvalidJson(f"not accepted: an integer of more than {limit:,} digits") from exc
 
 
 def _refuse_constant(name: str) -> float:

@@ -60,13 +60,13 @@ messages = st.builds(
 
 @st.composite
 def sampling_params(draw: st.DrawFn) -> SamplingParams:
-    max_tokens = draw(maybe(st.integers(1, 2**31)))
+    max_tokens = draw(maybe(st.integers(1, 2**31 - 1)))
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=draw(st.integers(0, min(max_tokens or 100, 100))),
         temperature=draw(st.floats(0, 100)),
         top_p=draw(st.floats(0, 1, exclude_min=True)),
-        top_k=draw(COUNT),
+        top_k=draw(st.integers(0, 2**31 - 1)),
         min_p=draw(st.floats(0, 1)),
         seed=draw(maybe(st.integers(0, 2**64 - 1))),
         stop=draw(st.lists(NAME, max_size=4).map(tuple)),

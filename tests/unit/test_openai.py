@@ -152,7 +152,7 @@ def test_a_completion_prompt_may_be_text_or_ids(prompt: Any, text: str | None, i
     assert request.sampling.max_tokens == 16, "OpenAI's default for this endpoint"
 
 
-@pytest.mark.parametrize("prompt", ["", [], 5, [""], [1, -1], [True, 1], {}, [[]]])
+@pytest.mark.parametrize("prompt", ["", [], 5, [""], [1, -1], [2**31], [True, 1], {}, [[]], [[["x"]]]])
 def test_a_completion_prompt_that_is_none_is_refused(prompt: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_completion({"prompt": prompt})

@@ -108,6 +108,11 @@ def test_classes_are_ordered_by_urgency() -> None:
         ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens"),
         ({"sampling": {"max_tokens": True}}, "sampling.max_tokens"),
         ({"sampling": {"max_tokens": "5"}}, "sampling.max_tokens"),
+        ({"sampling": {"max_tokens": 2**31}}, "sampling.max_tokens"),
+        ({"sampling": {"min_tokens": 10**30}}, "sampling.min_tokens"),
+        ({"sampling": {"top_k": 10**30}}, "sampling.top_k"),
+        ({"sampling": {"stop_token_ids": [10**30]}}, "sampling.stop_token_ids.0"),
+        ({"prompt": None, "prompt_ids": [10**30]}, "prompt_ids.0"),
         ({"sampling": {"temperature": -0.1}}, "sampling.temperature"),
         ({"sampling": {"top_p": 0.0}}, "sampling.top_p"),
         ({"sampling": {"top_p": 1.1}}, "sampling.top_p"),
@@ -176,6 +181,7 @@ def test_a_failure_is_explained_and_a_success_is_not(state: str) -> None:
         (b'{"a": NaN}', "NaN is not a JSON number"),
         (b"-Infinity", "-Infinity is not a JSON number"),
         (b"[" * 100_000, "nested too deep"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "an integer of more than 4,300 digits"),
     ],
 )
 def test_what_is_not_json_is_refused(data: bytes, message: str) -> None:
