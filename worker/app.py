@@ -102,8 +102,8 @@ class WorkerApp:
         app = broker.make_app(self.settings, gate=self._gate, queue_names=self.queues)
         app.steps["consumer"].add(LeaseRenewer)  # pyright: ignore[reportOptionalSubscript] - a dict of sets
 
-        def generate(_task: Any, body: str) -> str:
-            return handler.handle(body).value
+        def generate(task: Any, body: str) -> str:
+            return handler.handle(task.request.id, body).value
 
         app.task(generate, bind=True, name=queues.TASK, Request=EngineRequest, acks_late=True)
         return app

@@ -156,8 +156,12 @@ class Generation:
             self._finish(FinishReason.LENGTH, now=now)
 
     def fail(self, error: ErrorInfo, now: float) -> None:
-        """End the job with an error; its partial text stays in the log."""
-        self._finish(FinishReason.ERROR, now=now, error=error)
+        """End the job with an error; its partial text stays in the log.
+
+        Text that is held back is left out: making text of tokens may be what went wrong.
+        """
+        if self.done is None:
+            self._set_done(FinishReason.ERROR, now=now, error=error)
 
     def end_early(self, reason: FinishReason, now: float) -> None:
         """Cancelled or expired: keep the partial text."""
@@ -169,7 +173,6 @@ class Generation:
         *,
         now: float,
         stop_reason: str | int | None = None,
-        error: ErrorInfo | None = None,
     ) -> None:
         if self.done is not None:
             return
@@ -177,7 +180,7 @@ class Generation:
         if matched is None:
             text += self._stop.finish()
         self._show(text)
-        self._set_done(reason, now=now, stop_reason=stop_reason, error=error)
+        self._set_done(reason, now=now, stop_reason=stop_reason)
 
     def _set_done(
         self,

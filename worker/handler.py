@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from typing import TypeVar
 from ..backends.state import Claim, Final, State
 from ..engine.messages import Output, Request, Stats
 from ..engine.tokenizer import Tokenizer
-from ..schemas.errors import BadInput, Misconfigured, Transient
-from ..schemas.job import Job
-from ..schemas.result import ErrorInfo, FinishReason
+from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
+from ..schemas.job import JOB_ID_PATTERN, Job, JobState
+from ..schemas.result import ErrorInfo, FinishReason, Result, Timings
 from . import intake
 from .disposition import Disposition
 from .engine_client import EngineClient
@@ -76,14 +77,13 @@ class JobHandler:
 
     # ---- a delivery
 
-    def handle(self, body: str) -> Disposition:
+    def handle(self, job_id: str, body: str) -> Disposition:
         """Run one delivered job to its end. Called on a pool thread, which it blocks meanwhile."""
         try:
             job = Job.from_json(body)
         except BadInput as exc:
-            # Nobody knows whose it is, so nobody can be answered. Our clients validate before they publish.
-            log.error("job.unreadable", extra={"code": exc.code, "reason": exc.message, "bytes": len(body)})
-            return Disposition.ACK
+            log.error("job.unreadable", extra={"job_id": job_id, "code": exc.code, "reason": exc.message})
+            return self._refuse(job_id, exc)
         with self._slots_lock:
             slot = self._slots.get(job.id)
             if slot is None:
@@ -95,6 +95,9 @@ class JobHandler:
         disposition = Disposition.DROP
         try:
             disposition = self._attempt(slot)
+        except BaseException:  # a delivery's edge: the panic of a Rust library is no Exception
+            log.critical("delivery.crashed", exc_info=True, extra={"job_id": job.id})
+            self._abandon(slot)
         finally:
             with self._slots_lock:
                 del self._slots[job.id]
@@ -121,8 +124,28 @@ class JobHandler:
             self._run(slot, generation)
             slot.ended.wait()
             if slot.how is not None:
+                self._let_go(generation, slot.how)
                 return slot.how
-        return self._commit(generation)
+        return self._commit(generation.result(), generation.attempt)
+
+    def _refuse(self, job_id: str, exc: BadInput) -> Disposition:
+        """Answer what cannot be read: its client is newer than this worker, or none of ours."""
+        if not re.fullmatch(JOB_ID_PATTERN, job_id):
+            return Disposition.ACK  # nobody knows whose it is
+        claim = self._patiently(lambda: self._state.claim(job_id, self._worker_id, time.time()))
+        if claim is None:
+            return Disposition.REQUEUE
+        if isinstance(claim, Final):
+            return Disposition.ACK
+        refusal = Result(
+            job_id=job_id,
+            model=self._settings.model_name,
+            state=JobState.FAILED,
+            timings=Timings(submitted_at=claim.now, started_at=claim.now, finished_at=claim.now),
+            error=_error_info(exc),
+            attempts=claim.attempts,
+        )
+        return self._commit(refusal, claim.attempt)
 
     def _prepare(self, job: Job, claim: Claim) -> Generation:
         """A Generation that stands where the journal stands. Bad input, too, becomes one: with its error."""
@@ -138,9 +161,16 @@ class JobHandler:
             try:
                 self._admit(generation, claim.now)
             except BadInput as exc:
-                param = getattr(exc, "param", None)
-                generation.fail(ErrorInfo(code=exc.code, message=exc.message, param=param), claim.now)
+                generation.fail(_error_info(exc), claim.now)
+            except Exception as exc:  # noqa: BLE001 - see _crashed
+                self._crashed(generation, exc, claim.now)
         return generation
+
+    def _crashed(self, generation: Generation, exc: Exception, now: float) -> None:
+        """A mistake of ours that one job's text brought out: it would do so again, so this job has failed."""
+        log.critical("job.crashed", exc_info=exc, extra={"job_id": generation.job.id})
+        text = f"the worker made a mistake with this job ({type(exc).__name__}); its log has the details"
+        generation.fail(ErrorInfo(code=GristmillError.code, message=text), now)
 
     def _admit(self, generation: Generation, now: float) -> None:
         info, job = self.engine.info, generation.job
@@ -150,19 +180,31 @@ class JobHandler:
         generation.admit(prompt_ids, allowed, now)
 
     def _run(self, slot: Slot, generation: Generation) -> None:
-        with self.publisher.lock:
+        with self.publisher.lock:  # so that hand_back's flush finds it, or it finds that we are closing
             slot.generation = generation
-        if self._closing.is_set():
-            self._end(slot, Disposition.REQUEUE)
-            return
-        self.publisher.add(generation)
+            if self._closing.is_set():
+                self._end(slot, Disposition.REQUEUE)
+                return
+            self.publisher.add(generation)
         if generation.done is None:
             self.engine.submit(intake.engine_request(generation))
             pickup_s = round(time.time() - slot.job.submitted_at, 5)
             log.debug("job.submitted", extra={"job_id": slot.job.id, "pickup_s": pickup_s})
 
-    def _commit(self, generation: Generation) -> Disposition:
-        committed = self._patiently(lambda: self._sink.commit(generation.result()))
+    def _let_go(self, generation: Generation, how: Disposition) -> None:
+        """Write nothing more of this attempt, and say so if the job goes back to the queue."""
+        self.publisher.discard(generation)
+        if how is Disposition.REQUEUE and self.publisher.healthy:
+            with suppress(Transient):  # then the state says running until the next claim
+                self._state.release(generation.job.id, generation.attempt)
+
+    def _abandon(self, slot: Slot) -> None:
+        if (generation := slot.generation) is not None:
+            self.publisher.discard(generation)
+            self.engine.abort(generation.request_id)
+
+    def _commit(self, ours: Result, attempt: int) -> Disposition:
+        committed = self._patiently(lambda: self._sink.commit(ours))
         if committed is None:
             return Disposition.REQUEUE
         result, fresh = committed
@@ -173,7 +215,7 @@ class JobHandler:
             "job.finished",
             extra={
                 "job_id": result.job_id,
-                "attempt": generation.attempt,
+                "attempt": attempt,
                 "state": result.state.value,
                 "prompt_tokens": result.usage.prompt_tokens,
                 "completion_tokens": result.usage.completion_tokens,
@@ -216,7 +258,7 @@ class JobHandler:
                 if generation is None:  # aborted meanwhile
                     continue
                 first = generation.first_token_at is None
-                if generation.push(output, now):
+                if self._push(generation, output, now):
                     aborts.append(output.id)
                 if first and generation.first_token_at is not None:
                     self._metrics.on_first_token(now - generation.job.submitted_at)
@@ -225,6 +267,14 @@ class JobHandler:
             self.engine.abort(request_id)
         self._metrics.on_step(stats)
         self._on_capacity()
+
+    def _push(self, generation: Generation, output: Output, now: float) -> bool:
+        """Its tokens into one Generation. True: it ended by them, and the engine must be told."""
+        try:
+            return generation.push(output, now)
+        except Exception as exc:  # noqa: BLE001 - see _crashed
+            self._crashed(generation, exc, now)
+            return True
 
     def resume(self, request_ids: set[str]) -> list[Request]:
         """The engine died: the requests its successor continues, tokens so far included."""
@@ -239,20 +289,24 @@ class JobHandler:
         return generation if generation is not None and generation.request_id == request_id else None
 
     def on_engine_gone(self, reason: str) -> None:
-        """No engine any more: hand everything back, and let the worker end."""
-        self.hand_back(flush_s=5.0)
+        """No engine any more: let the worker end, which hands everything back."""
         self._on_gone(reason)
 
     def _on_complete(self, generation: Generation) -> None:
-        if slot := self._slots.get(generation.job.id):
+        if slot := self._slot_of(generation):
             slot.ended.set()
 
     def _on_fenced(self, generation: Generation) -> None:
         log.warning("job.fenced", extra={"job_id": generation.job.id, "attempt": generation.attempt})
         self._metrics.on_fenced()
         self.engine.abort(generation.request_id)
-        if slot := self._slots.get(generation.job.id):
+        if slot := self._slot_of(generation):
             self._end(slot, Disposition.DROP)
+
+    def _slot_of(self, generation: Generation) -> Slot | None:
+        """None: that attempt was let go of, and the job may be here again by another."""
+        slot = self._slots.get(generation.job.id)
+        return slot if slot is not None and slot.generation is generation else None
 
     def _end(self, slot: Slot, how: Disposition) -> None:
         if not slot.ended.is_set():
@@ -284,20 +338,17 @@ class JobHandler:
         log.info("job.ended_early", extra={"job_id": job_id, "reason": reason.value})
 
     def hand_back(self, flush_s: float) -> int:
-        """Journal every running job's tokens, then give the deliveries back to the queue. How many."""
-        self._closing.set()
+        """Journal every running job's tokens, then give the deliveries back to the queue. How many.
+
+        Returns within ``flush_s``. The engine is not asked to stop: it may hang, and its end is near.
+        """
+        with self.publisher.lock:
+            self._closing.set()
         with self._slots_lock:
             slots = list(self._slots.values())
-        for slot in slots:
-            if slot.generation is not None:
-                self.engine.abort(slot.generation.request_id)
         self.publisher.flush(flush_s)
         returned = [slot for slot in slots if not slot.ended.is_set()]
         for slot in returned:
-            if (generation := slot.generation) is not None:
-                self.publisher.discard(generation)
-                with suppress(Transient):  # then the state says running until the next claim
-                    self._state.release(slot.job.id, generation.attempt)
             self._end(slot, Disposition.REQUEUE)
         return len(returned)
 
@@ -333,3 +384,7 @@ class JobHandler:
         ]
         tokens = sum(len(g.prompt_ids) for g in unstarted if g is not None)
         return tokens < 4 * info.step_tokens and len(unstarted) < 64
+
+
+def _error_info(exc: BadInput) -> ErrorInfo:
+    return ErrorInfo(code=exc.code, message=exc.message, param=getattr(exc, "param", None))

@@ -1,0 +1,252 @@
+"""A delivery, whatever happens to it: a real Valkey, a result directory, an engine that the test plays."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gristmill.backends.state import State
+from gristmill.backends.store import FileStore
+from gristmill.engine.detokenizer import Detokenizer
+from gristmill.engine.messages import EngineInfo, Output, Request, Stats
+from gristmill.engine.tokenizer import Tokenizer
+from gristmill.schemas import keys
+from gristmill.schemas.job import Job, JobState
+from gristmill.schemas.result import Result
+from gristmill.worker.disposition import Disposition
+from gristmill.worker.handler import JobHandler
+from gristmill.worker.metrics import Metrics
+from gristmill.worker.settings import WorkerSettings
+from gristmill.worker.sink import ResultSink
+
+from ..support.journal import make_job
+from ..support.valkey import Valkey
+from ..support.waiting import wait_until
+
+STATS = Stats(running=1, waiting=0, free_blocks=9, total_blocks=10, preemptions=0, step_s=0.01, tokens=1)
+
+
+class PlayedEngine:
+    """What the handler needs of an EngineClient. Makes no token by itself."""
+
+    ready = True
+    stats = None
+    info = EngineInfo(
+        vocab_size=49_152,
+        max_model_len=2048,
+        num_blocks=100,
+        block_size=16,
+        max_num_seqs=16,
+        step_tokens=512,
+        dtype="float32",
+        attention="torch",
+        eos_token_ids=[0],
+        load_s={},
+    )
+
+    def __init__(self) -> None:
+        self.submitted: dict[str, Request] = {}
+        self.aborted: list[str] = []
+
+    def submit(self, request: Request) -> None:
+        self.submitted[request.id.partition("@")[0]] = request
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+
+class Played:
+    """A handler whose deliveries run on threads, as Celery's would."""
+
+    def __init__(self, state: State, root: Path, tokenizer: Tokenizer) -> None:
+        self.store = FileStore(root)
+        self.engine = PlayedEngine()
+        self.handler = JobHandler(
+            WorkerSettings(model="m"),
+            "w1",
+            state=state,
+            sink=ResultSink(state, self.store, inline_bytes=65_536),
+            tokenizer=tokenizer,
+            metrics=Metrics("m"),
+            on_capacity=lambda: None,
+            on_gone=lambda _reason: None,
+        )
+        self.handler.engine = self.engine  # type: ignore[assignment]
+        self.threads = ThreadPoolExecutor(16)
+
+    def deliver(self, job: Job) -> Future[Disposition]:
+        return self.threads.submit(self.handler.handle, job.id, job.to_json())
+
+    def running(self, job: Job) -> Request:
+        return wait_until(lambda: self.engine.submitted.get(job.id), 5, "the engine has the job")
+
+    def step(self, job: Job, token: int, **more: Any) -> None:
+        request = self.engine.submitted[job.id]
+        self.handler.on_step([Output(id=request.id, token_ids=[token], **more)], STATS, time.time())
+
+    def result(self, job_id: str) -> Result:
+        body = self.store.get(keys.result_object(job_id))
+        assert body is not None
+        return Result.from_json(body)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Tokenizer:
+    return Tokenizer(smollm2)
+
+
+@pytest.fixture
+def played(state: State, tmp_path: Path, tokenizer: Tokenizer) -> Iterator[Played]:
+    played = Played(state, tmp_path, tokenizer)
+    played.handler.publisher.start()
+    yield played
+    played.handler.hand_back(flush_s=0.1)
+    played.threads.shutdown()
+    played.handler.publisher.stop()
+
+
+def test_a_delivery_ends_in_a_result_before_it_is_acknowledged(played: Played, state: State) -> None:
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    played.step(job, 28)
+    assert not delivery.done()
+    played.step(job, 29, finish="length")
+    assert delivery.result(5) is Disposition.ACK
+    assert played.result(job.id).usage.completion_tokens == 2
+    status = state.status(job.id)
+    assert status is not None
+    assert status.state is JobState.SUCCEEDED
+
+
+def test_a_second_delivery_of_a_running_job_ends_as_the_first(played: Played) -> None:
+    job = make_job()
+    first = played.deliver(job)
+    played.running(job)
+    second = played.deliver(job)
+    played.step(job, 28, finish="length")
+    assert {first.result(5), second.result(5)} == {Disposition.ACK}
+
+
+def test_a_message_that_no_worker_can_read_is_answered(played: Played, state: State) -> None:
+    """It was acknowledged and forgotten: its submitter waited for two weeks."""
+    job = make_job()
+    body = json.dumps({**json.loads(job.to_json()), "from_the_future": 1})
+    assert played.handler.handle(job.id, body) is Disposition.ACK
+    result = played.result(job.id)
+    assert (result.state, result.error and result.error.code) == (JobState.FAILED, "invalid_request")
+    status = state.status(job.id)
+    assert status is not None
+    assert status.state is JobState.FAILED
+    assert played.handler.handle("no job's id!", body) is Disposition.ACK
+
+
+def test_a_prompt_that_breaks_the_tokenizer_fails_its_job_alone(
+    played: Played, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delivery crashed, its lease brought it back a minute later, and so on for ever."""
+
+    def encode(text: str, add_special_tokens: bool = True) -> list[int]:
+        if text == "the evil one":
+            raise RuntimeError("not thought of")
+        return Tokenizer.encode(tokenizer, text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    evil, good = make_job(prompt="the evil one"), make_job()
+    deliveries = [played.deliver(evil), played.deliver(good)]
+    played.running(good)
+    played.step(good, 28, finish="length")
+    assert [d.result(5) for d in deliveries] == [Disposition.ACK] * 2
+    error = played.result(evil.id).error
+    assert error is not None
+    assert error.code == "internal_error"
+    assert played.result(good.id).state is JobState.SUCCEEDED
+
+
+def test_a_token_that_breaks_the_detokeniser_fails_its_job_alone(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that reads the engine's steps died, and every job of the worker stood still."""
+    push = Detokenizer.push
+
+    def breaks(self: Detokenizer, ids: list[int]) -> str:
+        if ids == [666]:
+            raise RuntimeError("not thought of")
+        return push(self, ids)
+
+    def broken(_: Detokenizer) -> str:
+        raise AssertionError("asked a broken detokeniser for more")
+
+    monkeypatch.setattr(Detokenizer, "push", breaks)
+    evil, good = make_job(), make_job()
+    deliveries = [played.deliver(evil), played.deliver(good)]
+    played.running(evil), played.running(good)
+    with monkeypatch.context() as patch:
+        patch.setattr(Detokenizer, "finish", broken)
+        played.step(evil, 666)
+    played.step(good, 28, finish="length")
+    assert [d.result(5) for d in deliveries] == [Disposition.ACK] * 2
+    assert played.result(evil.id).state is JobState.FAILED
+    assert played.engine.aborted == [played.engine.submitted[evil.id].id]
+    assert played.result(good.id).state is JobState.SUCCEEDED
+
+
+def test_a_crash_in_our_own_code_leaves_the_message_to_its_lease(
+    played: Played, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is no Exception, such as the panic of a Rust library."""
+
+    def claim(*_: object) -> object:
+        raise BaseException("panic")
+
+    monkeypatch.setattr(state, "claim", claim)
+    assert played.deliver(make_job()).result(5) is Disposition.DROP
+    assert played.handler.in_hand == 0
+
+
+def test_handing_back_does_not_wait_for_a_state_server_that_is_frozen(played: Played, valkey: Valkey) -> None:
+    """Each job in hand was one more timeout: 128 of them outlasted any patience, and were killed instead."""
+    jobs = [make_job() for _ in range(8)]
+    deliveries = [played.deliver(job) for job in jobs]
+    for job in jobs:
+        played.running(job)
+    valkey.freeze()
+    try:
+        began = time.monotonic()
+        assert played.handler.hand_back(flush_s=0.1) == 8
+        assert {d.result(10) for d in deliveries} == {Disposition.REQUEUE}
+        assert time.monotonic() - began < 6, "two command timeouts of 2 s, side by side"
+    finally:
+        valkey.thaw()
+
+
+def test_jobs_handed_back_are_queued_again_with_their_tokens(played: Played, state: State) -> None:
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    played.step(job, 28)
+    assert played.handler.hand_back(flush_s=5) == 1
+    assert delivery.result(5) is Disposition.REQUEUE
+    status = state.status(job.id)
+    assert status is not None
+    assert (status.state, status.tokens) == (JobState.QUEUED, 1)
+    late = make_job()
+    assert played.deliver(late).result(5) is Disposition.REQUEUE
+    assert played.engine.submitted.keys() == {job.id}
+
+
+def test_a_fenced_attempt_stops_and_touches_nothing(played: Played, state: State) -> None:
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    state.claim(job.id, "another", job.expires_at)
+    played.step(job, 28, finish="length")
+    assert delivery.result(5) is Disposition.DROP
+    assert played.engine.aborted == [played.engine.submitted[job.id].id]
+    assert not played.store.exists(keys.result_object(job.id))
+    assert played.handler.in_hand == 0
