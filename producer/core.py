@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,6 +36,7 @@ from ..schemas.result import ErrorInfo, Result
 from ..schemas.sampling import SamplingParams
 from ..schemas.settings import Settings, load_settings
 from ..schemas.status import JobStatus
+from ..schemas.wire import shown
 
 if TYPE_CHECKING:
     from ..schemas.batch_lines import Row
@@ -176,7 +178,7 @@ def pick_model(wanted: str | None, known: Collection[str], settings: Settings) -
             f"known models: {', '.join(sorted(known))}" if known else "no worker has announced any model"
         )
         raise ModelNotFound(
-            f"model {name!r} is not served here ({serving}); start it: {start_command(name, settings)}"
+            f"model '{shown(name)}' is not served here ({serving}); start it: {start_command(name, settings)}"
         )
     if len(known) == 1:
         return next(iter(known))
@@ -197,6 +199,7 @@ def nobody_alive(model: str, settings: Settings) -> str:
 
 def start_command(model: str, settings: Settings) -> str:
     """What to type so that somebody serves ``model``. A broker URL may hold a password: it is not shown."""
+    model = shlex.quote(shown(model))
     if settings.broker.startswith(EMBEDDED):
         return f"gristmill up --model {model}"
     return f'gristmill-worker run --model {model} --broker "$GRISTMILL_BROKER_URL"'

@@ -16,7 +16,7 @@ from .errors import InvalidRequest, Unsupported
 from .job import Endpoint, Message
 from .result import Choice, FinishReason, Result, Usage
 from .sampling import SamplingParams
-from .wire import MAX_COUNT, Bool, Float, Int, Record
+from .wire import MAX_COUNT, Bool, Float, Int, Record, shown
 
 COMPLETIONS_DEFAULT_MAX_TOKENS = 16
 """OpenAI's own default for /v1/completions; the chat endpoint has none."""
@@ -251,7 +251,8 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
         if key in _MESSAGE_NEUTRAL:
             _check_neutral(f"{where}.{key}", value, _MESSAGE_NEUTRAL[key])
         elif key not in ("role", "content", "name"):
-            raise InvalidRequest(f"unknown field '{where}.{key}'; remove it", param=f"{where}.{key}")
+            name = f"{where}.{shown(str(key))}"
+            raise InvalidRequest(f"unknown field '{name}'; remove it", param=name)
     if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"{where}.role is none of {', '.join(_ROLES)}", param=f"{where}.role")
     if name is not None and not isinstance(name, str):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import InvalidJson, InvalidRequest, MissingParameter
 
 WIRE_VERSION = 1
+MAX_SHOWN_CHARS = 80
 
 # JSON has one number type and pydantic is lenient: without these, true would pass as 1 and "5" as 5.
 Int = Annotated[int, Field(strict=True)]
@@ -78,7 +79,8 @@ def loads(data: str | bytes) -> Any:
     except UnicodeEncodeError as exc:
         raise InvalidJson("not Unicode: an escape \\ud800 to \\udfff without its other half") from exc
     except json.JSONDecodeError as exc:
-        raise InvalidJson(f"not JSON: {exc.msg} at column {exc.colno:,}") from exc
+        where = f" at column {exc.colno:,}" if exc.doc else ""
+        raise InvalidJson(f"not JSON: {exc.msg}{where}") from exc
     except RecursionError as exc:
         raise InvalidJson("not accepted: JSON nested too deep") from exc
     except ValueError as exc:  # Python reads no integer that long: its digits would take quadratic time
@@ -87,7 +89,7 @@ def loads(data: str | bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> float:
-    raise json.JSONDecodeError(f"{name} is not a JSON number", name, 0)
+    raise json.JSONDecodeError(f"{name} is not a JSON number", "", 0)  # the parser does not say where
 
 
 def _in_json_words(message: str) -> str:
@@ -96,13 +98,20 @@ def _in_json_words(message: str) -> str:
     return message
 
 
+def shown(name: str) -> str:
+    """A name of the caller's choosing as part of a message: one short line, and nothing a terminal obeys."""
+    if len(name) > MAX_SHOWN_CHARS:
+        name = name[:MAX_SHOWN_CHARS] + "…"
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
 def invalid_request(exc: ValidationError) -> InvalidRequest:
     """The first problem in one line, and how many more there are. Never quotes the prompt."""
     errors = exc.errors(include_input=False, include_url=False)
     first = errors[0]
-    where = ".".join(str(part) for part in first["loc"]) or "request"
+    where = ".".join(shown(str(part)) for part in first["loc"]) or "request"
     if first["type"] == "extra_forbidden":
-        text = f"unknown field {where!r}; remove it"
+        text = f"unknown field '{where}'; remove it"
     else:
         text = f"{where}: {_in_json_words(first['msg'].removeprefix('Value error, '))}"
     if len(errors) > 1:

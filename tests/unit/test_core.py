@@ -91,6 +91,16 @@ def test_the_next_step_for_an_embedded_broker_is_up() -> None:
     assert core.start_command("m", load_settings(broker_url="embedded:/x")) == "gristmill up --model m"
 
 
+@pytest.mark.parametrize("model", ["a\nb\x1b[31m", "x" * 5000, "my model; rm -rf"])
+def test_a_strange_model_name_stays_in_its_line_and_in_its_quotes(model: str) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        core.pick_model(model, {"m"}, SETTINGS)
+    message = caught.value.message
+    assert message.isprintable()
+    assert len(message) < 500
+    assert f"--model {model}" not in message
+
+
 def test_a_result_that_did_not_succeed_is_raised_with_its_own_code() -> None:
     timings = Timings(submitted_at=1.0, finished_at=2.0)
     error = ErrorInfo(code="context_length_exceeded", message="too long")

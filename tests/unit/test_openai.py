@@ -226,6 +226,21 @@ def test_a_line_that_is_no_request_says_why(data: bytes, error: type[BadInput]) 
     assert type(caught.value) is error
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "x" * 10_000])
+def test_an_error_about_a_strange_name_is_one_short_line(name: str) -> None:
+    turn = {"role": "user", "content": "hi", name: 1}
+    for fields in (
+        {"prompt": "x", name: 1},
+        {"prompt": "x", "metadata": {name: 1}},
+        {"messages": [turn]},
+        {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", name: 1}},
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            parse_line(json.dumps(fields).encode(), 1)
+        assert caught.value.message.isprintable()
+        assert len(caught.value.message) < 200
+
+
 def test_a_chat_result_has_openais_shape() -> None:
     body = response_body(make_result())
     assert body["object"] == "chat.completion"
