@@ -146,16 +146,27 @@ class EngineProcess:
             return
         try:
             if self._process.poll() is None:
-                # Whoever is stuck in a send to a hung engine holds the lock; then the kill below frees it.
-                if self._sending.acquire(timeout=timeout_s):
-                    try:
-                        self._send(Stop())
-                    finally:
-                        self._sending.release()
-                self._process.wait(timeout_s)
+                deadline = time.monotonic() + timeout_s
+                self._send_stop(timeout_s)
+                self._process.wait(max(0.0, deadline - time.monotonic()))
         except (EngineUnavailable, subprocess.TimeoutExpired):
             self._process.kill()
         self._process.wait()
+
+    def _send_stop(self, timeout_s: float) -> None:
+        """Say Stop, unless the engine takes nothing: whoever is stuck in a send to it holds the lock.
+
+        Killing the engine frees that one. A socket with room takes a frame this small whole.
+        """
+        if not self._sending.acquire(timeout=timeout_s):
+            return
+        try:
+            room = select.poll()
+            room.register(self._sock, select.POLLOUT)
+            if room.poll(timeout_s * 1000):
+                self._send(Stop())
+        finally:
+            self._sending.release()
 
     def _send(self, message: Command) -> None:
         if self._process is None or self._failed:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -158,6 +161,22 @@ def test_a_killed_engine_is_the_last_word(tiny: EngineSettings) -> None:
     with pytest.raises(EngineUnavailable):
         engine.abort(["a"])
     engine.stop()
+
+
+def test_an_engine_that_takes_no_more_commands_is_stopped_all_the_same(tiny: EngineSettings) -> None:
+    """Frozen, and its socket full to the brim: a send of Stop would have waited for ever."""
+    engine = EngineProcess(tiny)
+    engine.start()
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGSTOP)
+    with suppress(BlockingIOError):
+        while True:
+            engine._sock.send(bytes(4096), socket.MSG_DONTWAIT)  # no public call fills it that exactly
+    stopping = threading.Thread(target=engine.stop, args=(0.2,), daemon=True)
+    stopping.start()
+    stopping.join(10)
+    assert not stopping.is_alive()
+    assert not engine.alive
 
 
 def test_a_model_that_is_not_there_is_told_as_such(tiny: EngineSettings, tmp_path: Path) -> None:
