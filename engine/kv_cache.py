@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import resource
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -61,14 +60,21 @@ def spare_bytes(device: torch.device, fraction: float) -> int:
         reserved, peak = stats["reserved_bytes.all.current"], stats["allocated_bytes.all.peak"]
         others = total - free - reserved
         return int(total * fraction) - others - peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    set_aside = max(0, peak - _resident_bytes())
-    return min(CPU_LIMIT_BYTES, int(CPU_FRACTION * max(0, available_bytes() - set_aside)))
+    return min(CPU_LIMIT_BYTES, int(CPU_FRACTION * max(0, available_bytes() - step_peak_bytes())))
+
+
+def step_peak_bytes() -> int:
+    """What this process once used above what it uses now, and will use again. 0 where /proc does not say.
+
+    Not getrusage's ru_maxrss: a new program inherits it from whoever started it.
+    """
+    peak, now = _kernel_says("/proc/self/status", "VmHWM"), _kernel_says("/proc/self/status", "VmRSS")
+    return 0 if peak is None or now is None else max(0, peak - now)
 
 
 def available_bytes() -> int:
     """Memory this process could still take: the machine's, or its container's if that is less."""
-    free = _meminfo("MemAvailable") or torch.iinfo(torch.int64).max
+    free = _kernel_says("/proc/meminfo", "MemAvailable") or torch.iinfo(torch.int64).max
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -96,16 +102,10 @@ def _reserve(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Ten
     ]
 
 
-def _resident_bytes() -> int:
+def _kernel_says(path: str, field: str) -> int | None:
+    """Bytes, from a file whose lines read ``VmRSS:   1234 kB``."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return 0
-
-
-def _meminfo(field: str) -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
