@@ -108,6 +108,7 @@ def test_a_zombie_can_neither_log_nor_commit_nor_ack(stack: Stack) -> None:
     zombie.freeze()
     stack.worker()
     wait_until(lambda: all(stack.result(i) for i in ids), 90, "the second worker ends every job")
+    wait_until(lambda: all(isinstance(logged(stack, i)[-1], End) for i in ids), 10, "every log ends")
     before = {i: (stack.state.read_log(i), stack.result(i)) for i in ids}
 
     zombie.thaw()
