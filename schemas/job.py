@@ -18,6 +18,10 @@ TENANT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 DEFAULT_TENANT = "default"
 DEFAULT_JOB_TTL_S = 14 * 86_400.0
 
+YEAR_10000 = 253_402_300_800.0
+
+UnixTime = Annotated[Float, Field(ge=0.0, lt=YEAR_10000)]
+"""Seconds. Beyond the bound neither a date nor a key's expiry could be made of it."""
 JobId = Annotated[str, StringConstraints(pattern=JOB_ID_PATTERN)]
 Tenant = Annotated[str, StringConstraints(pattern=TENANT_PATTERN)]
 
@@ -96,8 +100,8 @@ class Job(Record):
     tenant: Tenant = DEFAULT_TENANT
     stream: Bool = False
     """Somebody reads along: tokens are published at once instead of every 16."""
-    submitted_at: Float
-    expires_at: Float
+    submitted_at: UnixTime
+    expires_at: UnixTime
     custom_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     idempotency_key: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     retry_of: JobId | None = None

@@ -104,6 +104,8 @@ def test_classes_are_ordered_by_urgency() -> None:
         ({"priority": "urgent"}, "priority"),
         ({"stream": 1}, "stream"),
         ({"submitted_at": "1"}, "submitted_at"),
+        ({"submitted_at": -1.0}, "submitted_at"),
+        ({"expires_at": 1e300}, "expires_at"),
         ({"v": 2}, "v"),
         ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens"),
         ({"sampling": {"max_tokens": True}}, "sampling.max_tokens"),
