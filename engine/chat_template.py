@@ -64,20 +64,25 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        now: datetime | None = None,
         **extra: Any,
     ) -> str:
         """The prompt. ``extra`` variables reach the template (``enable_thinking`` and the like).
+
+        ``now`` is what ``strftime_now`` tells; None: this moment, local time.
 
         Raises InvalidRequest when the template refuses the conversation or cannot cope with it or takes too
         much, ModelInvalid when it does not compile.
         """
         template = self._template
+        moment = now or datetime.now()  # noqa: DTZ005  # local time, as templates expect
         variables = {
             **self._variables,
             **_plain(extra),
             "messages": [_message(each) for each in messages],
             "tools": None if tools is None else _plain(list(tools)),
             "documents": None,
+            "strftime_now": moment.strftime,
             "add_generation_prompt": add_generation_prompt,
         }
         token = _steps_left.set(MAX_STEPS)
@@ -127,7 +132,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         filters[_COUNTED] = _counted
         names = cast("dict[str, Any]", self.globals)
         names["raise_exception"] = _raise_exception
-        names["strftime_now"] = _strftime_now
         names["dict"] = _make_dict
         names["namespace"] = _Namespace
 
@@ -224,10 +228,6 @@ def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)  # noqa: DTZ005  # local time, as templates expect
 
 
 def _to_json(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,10 +75,12 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        now: datetime | None = None,
         **extra: Any,
     ) -> str:
         """The prompt for a conversation; encode it without adding special tokens: it holds its own.
 
+        ``now`` is what a template that asks for the date is told; None: this moment, local time.
         Raises InvalidRequest when the model has no template or the template refuses, ModelInvalid when it
         is broken.
         """
@@ -90,7 +93,9 @@ class Tokenizer:
                 "send a plain prompt, or use an instruction-tuned model",
                 param="messages",
             )
-        return template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **extra)
+        return template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, now=now, **extra
+        )
 
     def _id_of(self, name: str) -> int | None:
         written = self._named.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from ..engine.messages import EngineInfo, Request
@@ -24,7 +25,9 @@ def encode(job: Job, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
         return list(job.prompt_ids)
     if job.messages is not None:
         messages: list[dict[str, Any]] = [m.model_dump(exclude_none=True) for m in job.messages]
-        return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        submitted = datetime.fromtimestamp(job.submitted_at, UTC)  # the same prompt on every attempt
+        prompt = tokenizer.apply_chat_template(messages, now=submitted)
+        return tokenizer.encode(prompt, add_special_tokens=False)
     assert job.prompt is not None, f"job {job.id}: validated without a prompt"
     return tokenizer.encode(job.prompt, add_special_tokens=True)
 
