@@ -63,6 +63,7 @@ class WorkerApp:
             self.settings.engine(model_dir),
             handler,
             start_timeout_s=self.settings.engine_start_s,
+            stall_s=self.settings.engine_stall_s,
             restarts=self.settings.engine_restarts,
         )
         handler.engine.launch()  # torch loads in the child while Celery and the rest load here

@@ -16,6 +16,8 @@ from ..schemas.errors import EngineUnavailable, GristmillError
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+HUNG_S = 0.5
+"""How long an engine that is given up may take to leave by itself."""
 
 
 class Listener(Protocol):
@@ -45,11 +47,12 @@ class EngineClient:
         listener: Listener,
         *,
         start_timeout_s: float,
+        stall_s: float,
         restarts: int,
     ) -> None:
         self._settings, self._listener = settings, listener
-        self._start_timeout_s, self._restarts_left = start_timeout_s, restarts
-        self._restarts = restarts
+        self._start_timeout_s, self._stall_s = start_timeout_s, stall_s
+        self._restarts = self._restarts_left = restarts
         self._process: EngineProcess | None = None
         self._lock = threading.Lock()
         self._submitted: set[str] = set()
@@ -57,7 +60,7 @@ class EngineClient:
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
         self._info: EngineInfo | None = None
         self.stats: Stats | None = None
-        self.last_step_at = 0.0
+        self._heard_at = time.monotonic()  # the last step, or when there began to be work
 
     @property
     def info(self) -> EngineInfo:
@@ -92,11 +95,11 @@ class EngineClient:
     def submit(self, request: Request) -> None:
         """Hand a request to the engine. Should that die, the next one gets it through ``Listener.resume``."""
         with self._lock:
+            if not self._submitted:
+                self._heard_at = time.monotonic()
             self._submitted.add(request.id)
             if self._process is not None:
-                with suppress(
-                    EngineUnavailable
-                ):  # the reader is about to see it, and will resume this request
+                with suppress(EngineUnavailable):  # the reader is about to see it, and resumes this request
                     self._process.add([request])
 
     def abort(self, request_id: str) -> None:
@@ -123,13 +126,20 @@ class EngineClient:
             assert process is not None
             message = process.recv(POLL_S)
             if isinstance(message, Step):
-                self.stats, self.last_step_at = message.stats, time.time()
-                if message.outputs:
-                    self._restarts_left = self._restarts
-                    self._forget({o.id for o in message.outputs if o.finish is not None})
-                self._listener.on_step(message.outputs, message.stats, self.last_step_at)
-            elif isinstance(message, Failed) and not self._stopping.is_set():
+                self._take(message)
+            elif self._stopping.is_set():
+                return
+            elif isinstance(message, Failed):
                 self._recover(f"{message.code}: {message.message}")
+            elif self._submitted and (silent_s := time.monotonic() - self._heard_at) > self._stall_s:
+                self._recover(f"engine_stalled: no step for {silent_s:.0f} s with work in hand")
+
+    def _take(self, step: Step) -> None:
+        self.stats, self._heard_at = step.stats, time.monotonic()
+        if any(output.token_ids for output in step.outputs):
+            self._restarts_left = self._restarts
+        self._forget({output.id for output in step.outputs if output.finish is not None})
+        self._listener.on_step(step.outputs, step.stats, time.time())
 
     def _forget(self, finished: set[str]) -> None:
         if finished:
@@ -139,25 +149,31 @@ class EngineClient:
     def _recover(self, reason: str) -> None:
         """Start another engine and give it everything that was running, tokens so far included."""
         log.error("engine.lost", extra={"reason": reason, "restarts_left": self._restarts_left})
+        if self._process is not None:
+            self._process.stop(HUNG_S)  # without our lock: whoever waits for a hung engine to listen holds it
         with self._lock:
-            dead, self._process = self._process, None
-        if dead is not None:
-            dead.stop()
+            self._process = None
         while self._restarts_left > 0 and not self._stopping.is_set():
             self._restarts_left -= 1
             process = EngineProcess(self._settings)
             try:
                 process.start()
                 self._info = process.wait_ready(self._start_timeout_s)
+                self._hand_over(process)
             except GristmillError as exc:
                 reason = exc.message
                 log.warning("engine.restart_failed", extra={"reason": reason})
                 process.stop()
                 continue
-            with self._lock:
-                process.add(self._listener.resume(set(self._submitted)))
-                self._process = process
             log.warning("engine.restarted", extra={"restarts_left": self._restarts_left})
             return
         self._stopping.set()
         self._listener.on_engine_gone(reason)
+
+    def _hand_over(self, process: EngineProcess) -> None:
+        """Make ``process`` the engine. Raises EngineUnavailable if it died already; nothing is lost then."""
+        with self._lock:
+            requests = self._listener.resume(set(self._submitted))
+            self._submitted = {request.id for request in requests}
+            process.add(requests)
+            self._process, self._heard_at = process, time.monotonic()

@@ -58,6 +58,8 @@ class WorkerSettings(Settings):
     """0: any free port."""
     heartbeat_every_s: PositiveFloat = 5.0
     engine_start_s: PositiveFloat = 600.0
+    engine_stall_s: PositiveFloat = 300.0
+    """How long one step may take before the engine counts as hung, and is replaced."""
     engine_restarts: Annotated[int, Field(ge=0)] = 3
     """Restarts without a token in between before the worker gives up."""
     drain_s: NonNegativeFloat = 25.0

@@ -1,0 +1,106 @@
+"""The worker's side of the engine process: whatever happens to that, every request goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from gristmill.engine.messages import Output, Request, Stats
+from gristmill.engine.models.tiny import write_tiny
+from gristmill.engine.settings import EngineSettings
+from gristmill.worker.engine_client import EngineClient
+
+from ..support.waiting import wait_until
+
+READY_S = 60.0
+
+
+class Jobs:
+    """A listener that knows every request, and collects its tokens."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Request] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+        self.resumed: list[set[str]] = []
+        self.gone = ""
+
+    def on_step(self, outputs: list[Output], _stats: Stats, _now: float) -> None:
+        for output in outputs:
+            self.tokens.setdefault(output.id, []).extend(output.token_ids)
+            if output.finish is not None:
+                self.ended[output.id] = output.finish
+
+    def resume(self, request_ids: set[str]) -> list[Request]:
+        self.resumed.append(request_ids)
+        return [self.request(i, self.tokens.get(i, [])) for i in sorted(request_ids) if i != "giant"]
+
+    def on_engine_gone(self, reason: str) -> None:
+        self.gone = reason
+
+    def request(self, name: str, so_far: list[int]) -> Request:
+        return Request(
+            id=name, prompt_ids=[1, 2, 3], output_ids=so_far, max_tokens=400, ignore_eos=True, seed=5
+        )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
+    model: Path = write_tiny(tmp_path_factory.mktemp("tiny"))
+    return EngineSettings(
+        model=str(model), dtype="float32", attention="torch", num_threads=1, max_batch_total_tokens=2048
+    )
+
+
+@pytest.fixture
+def jobs() -> Jobs:
+    return Jobs()
+
+
+@contextmanager
+def client_of(tiny: EngineSettings, jobs: Jobs, **knobs: float) -> Generator[EngineClient]:
+    client = EngineClient(tiny, jobs, start_timeout_s=READY_S, **{"stall_s": 60.0, "restarts": 0} | knobs)  # type: ignore[arg-type]
+    client.launch()
+    client.wait_ready()
+    try:
+        yield client
+    finally:
+        client.stop()
+
+
+def engine_pid(client: EngineClient) -> int:
+    process = client._process
+    assert process is not None
+    assert process.pid is not None
+    return process.pid
+
+
+def test_a_hung_engine_is_replaced_and_frees_who_waits_for_it(tiny: EngineSettings, jobs: Jobs) -> None:
+    """Its socket fills up, and whoever sends into it holds the lock that everybody else needs."""
+    with client_of(tiny, jobs, stall_s=2.0, restarts=1) as client:
+        client.submit(jobs.request("a", []))
+        wait_until(lambda: jobs.tokens.get("a"), 20, "the first token")
+        os.kill(engine_pid(client), signal.SIGSTOP)
+        giant = Request(id="giant", prompt_ids=[1] * 500_000, max_tokens=1)
+        stuck = threading.Thread(target=client.submit, args=[giant], daemon=True)
+        stuck.start()
+        wait_until(lambda: jobs.ended.get("a") == "length", READY_S, "the next engine ends the job")
+        stuck.join(5)
+        assert not stuck.is_alive()
+        assert len(jobs.tokens["a"]) == 400, "none is repeated or missing"
+        assert jobs.resumed == [{"a", "giant"}]
+        assert not jobs.gone
+
+
+def test_an_engine_that_may_not_be_started_again_is_given_up(tiny: EngineSettings, jobs: Jobs) -> None:
+    with client_of(tiny, jobs, restarts=0) as client:
+        os.kill(engine_pid(client), signal.SIGKILL)
+        wait_until(lambda: jobs.gone, 10, "it is given up")
+        assert not client.alive
+        client.submit(jobs.request("late", []))  # nobody takes it, and nobody is blocked
+        client.abort("late")
