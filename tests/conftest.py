@@ -10,11 +10,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from .support.journal import settings, state
 from .support.model import smollm2
+from .support.played import played, tokenizer
 from .support.s3 import moto_client, s3, s3_proxy
 from .support.stack import stack
 from .support.valkey import valkey
 
-__all__ = ["moto_client", "s3", "s3_proxy", "settings", "smollm2", "stack", "state", "valkey"]
+__all__ = [
+    "moto_client",
+    "played",
+    "s3",
+    "s3_proxy",
+    "settings",
+    "smollm2",
+    "stack",
+    "state",
+    "tokenizer",
+    "valkey",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

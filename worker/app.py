@@ -29,7 +29,7 @@ from ..backends.store import ResultStore, open_store
 from ..engine.messages import EngineInfo
 from ..engine.tokenizer import Tokenizer
 from ..schemas import queues
-from ..schemas.errors import ModelNotFound, Transient
+from ..schemas.errors import GristmillError, ModelNotFound
 from .engine_client import EngineClient
 from .handler import JobHandler
 from .health import HealthServer
@@ -154,6 +154,7 @@ class WorkerApp:
         )
         health.start()
         lifecycle.install_signal_handlers()
+        threading.excepthook = lifecycle.on_thread_died
         lifecycle.start()
         log.info(
             "worker.ready",
@@ -166,9 +167,11 @@ class WorkerApp:
         try:
             controller.start()
         finally:
+            lifecycle.join()
             health.stop()
             handler.publisher.stop()
-        return lifecycle.exit_code
+        # Celery ends by itself only after an error of its own, which it has logged.
+        return lifecycle.exit_code or int(controller.exitcode or 0)
 
     def _waiting(self, app: Celery) -> int:
         """Messages that nobody has claimed, in all our queues."""
@@ -185,9 +188,9 @@ class WorkerApp:
             return "the engine is starting"
         try:
             state.ping()
-        except Transient as exc:
+        except GristmillError as exc:
             return exc.message
-        return None
+        return handler.trouble
 
     def _exit_loop(self) -> None:
         """Make Celery's loop end by itself: it looks at this flag on each turn."""

@@ -364,13 +364,22 @@ class JobHandler:
         with self._slots_lock:
             return list(self._slots)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why no jobs are taken although the engine could run them, in words; or None."""
+        if not self.publisher.healthy:
+            return "the journal cannot be written; running jobs wait for the state server"
+        if waiting := self._troubled:
+            return f"{waiting} deliveries wait for the state server or the result store; see the log"
+        return None
+
     def has_room(self) -> bool:
         """Whether the engine could start another job soon.
 
         It can while it has places, and while the prompts claimed and not yet started are a few steps' work:
         beyond that an idle neighbour should have the next one.
         """
-        if self._closing.is_set() or self._troubled or not (self.publisher.healthy and self.engine.ready):
+        if self._closing.is_set() or self.trouble is not None or not self.engine.ready:
             return False
         info, stats = self.engine.info, self.engine.stats
         if len(self._slots) >= info.max_num_seqs + max(1, info.max_num_seqs // 16):

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from ..backends.state import State, WorkerInfo
-from ..schemas.errors import Transient
+from ..schemas.errors import GristmillError, Misconfigured, Transient
 from .handler import JobHandler
 from .settings import WorkerSettings
 
@@ -27,8 +27,9 @@ RECONCILE_EVERY_S = 5.0
 class Lifecycle:
     """One thread that ticks, one that listens for cancellations, and the signal handlers.
 
-    The worker ends by ``stop`` (asked to, or out of work) or by ``give_up`` (the engine is gone). Ending
-    means: take nothing more, finish what fits in ``drain_s``, hand the rest back with its journal, exit.
+    The worker ends by ``stop`` (asked to, or out of work) or by ``give_up`` (the engine, or a thread of ours,
+    is gone). Ending means: take nothing more, finish what fits in ``drain_s``, hand the rest back with its
+    journal, exit.
     """
 
     def __init__(
@@ -45,11 +46,16 @@ class Lifecycle:
         self._settings, self._worker_id = settings, worker_id
         self._state, self._handler, self._queues = state, handler, queues
         self._waiting, self._exit_loop = waiting, exit_loop
+        self._begin = threading.Lock()  # whoever takes it drains; it is never given back
         self._stopping = threading.Event()
         self._hurry = threading.Event()
         self._ended = threading.Event()
         self._started_at = time.monotonic()
         self._beat_at = self._reconciled_at = 0.0
+        self._threads = (
+            threading.Thread(target=self._tick_forever, name="lifecycle", daemon=True),
+            threading.Thread(target=self._listen_forever, name="control", daemon=True),
+        )
         self.exit_code = 0
 
     @property
@@ -60,8 +66,14 @@ class Lifecycle:
     def start(self) -> None:
         """Announce the worker, then begin ticking and listening. Call once the engine is ready."""
         self._beat(time.monotonic())
-        threading.Thread(target=self._tick_forever, name="lifecycle", daemon=True).start()
-        threading.Thread(target=self._listen_forever, name="control", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, timeout_s: float = 2.0) -> None:
+        """Wait for both threads once the worker has ended: they use the state server's connections."""
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout_s)
 
     def install_signal_handlers(self) -> None:
         """SIGTERM and SIGINT drain; a second one hands back at once."""
@@ -75,19 +87,39 @@ class Lifecycle:
 
     def stop(self, reason: str) -> None:
         """Begin the drain."""
-        if not self._stopping.is_set():
+        if self._begin.acquire(blocking=False):
             self._stopping.set()
             # A new thread: this one may be a signal handler, which must not wait.
             threading.Thread(target=self._drain, args=(reason,), name="drain", daemon=True).start()
 
-    def give_up(self, reason: str) -> None:
-        """The engine is gone for good. The jobs were handed back already."""
+    def give_up(self, reason: str, exit_code: int = Transient.exit_code) -> None:
+        """Something without which no job can end is gone for good: hand all of them back, and leave."""
         log.error("worker.gives_up", extra={"reason": reason})
-        self.exit_code = 75
+        self.exit_code = exit_code
         self._hurry.set()
-        self.stop("engine gone")
+        self.stop("gives up")
+
+    def on_thread_died(self, death: threading.ExceptHookArgs) -> None:
+        """For ``threading.excepthook``. A thread ended by a mistake of ours, and nobody does its work now.
+
+        Whichever it was, jobs would stand still here while their leases are renewed: leave them to others.
+        """
+        if self._ended.is_set() or issubclass(death.exc_type, SystemExit):
+            return
+        name = death.thread.name if death.thread else "?"
+        trace = death.exc_value and (death.exc_type, death.exc_value, death.exc_traceback)
+        log.critical("thread.died", exc_info=trace, extra={"who": name})
+        self.give_up(f"the thread {name} died", GristmillError.exit_code)
 
     def _drain(self, reason: str) -> None:
+        try:
+            self._empty(reason)
+        finally:
+            self._ended.set()
+            self._exit_loop()
+
+    def _empty(self, reason: str) -> None:
+        """Finish what fits in ``drain_s``, hand the rest back. Bounded, whatever does not answer."""
         log.info("worker.draining", extra={"reason": reason, "in_hand": self._handler.in_hand})
         deadline = time.monotonic() + self._settings.drain_s
         while self._handler.in_hand and time.monotonic() < deadline and not self._hurry.is_set():
@@ -96,11 +128,9 @@ class Lifecycle:
         deadline = time.monotonic() + 10.0
         while self._handler.in_hand and time.monotonic() < deadline:
             time.sleep(0.02)
-        with suppress(Transient):  # the registration also expires by itself
+        with suppress(Transient, Misconfigured):  # the registration also expires by itself
             self._state.unregister(self._worker_id)
         log.info("worker.drained", extra={"handed_back": returned})
-        self._ended.set()
-        self._exit_loop()
 
     # ---- ticking
 
@@ -108,7 +138,7 @@ class Lifecycle:
         while not self._ended.wait(TICK_S):
             try:
                 self._tick(time.monotonic())
-            except Transient as exc:
+            except (Transient, Misconfigured) as exc:  # a password that was revoked may come back
                 log.warning("state.unavailable", extra={"code": exc.code, "reason": exc.message})
 
     def _tick(self, now: float) -> None:
@@ -155,5 +185,5 @@ class Lifecycle:
             try:
                 for job_id in self._state.cancellations(self._settings.model_name, self._ended):
                     self._handler.cancel(job_id)
-            except Transient:
+            except (Transient, Misconfigured):  # ``_tick`` says so
                 self._ended.wait(1.0)

@@ -32,10 +32,20 @@ class EngineRequest(Request):
     ours would then lose jobs. Here it costs a redelivery when the lease runs out.
     """
 
+    def revoked(self) -> bool:
+        """Remote ``revoke`` would acknowledge a job that has no result: see ``terminate``."""
+        return False
+
     def on_success(self, failed__retval__runtime: tuple[bool, Any, float], **_: Any) -> None:
         """Carry out what the task returned."""
-        failed, value, _runtime = failed__retval__runtime
         task_ready(self)
+        try:
+            self._carry_out(*failed__retval__runtime)
+        except Exception:  # the pool would swallow it, and the claim be renewed for ever
+            log.critical("delivery.crashed", exc_info=True, extra={"job_id": self.id})
+            self._leave()
+
+    def _carry_out(self, failed: bool, value: Any, _runtime: float) -> None:
         if failed:
             log.error("task.crashed", extra={"job_id": self.id, "reason": repr(value)})
             self._leave()

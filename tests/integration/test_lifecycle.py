@@ -1,0 +1,102 @@
+"""How a worker leaves, and what it takes to stop its heart: a real Valkey, an engine that the test plays."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from gristmill.backends.state import State
+from gristmill.worker.disposition import Disposition
+from gristmill.worker.lifecycle import Lifecycle
+from gristmill.worker.settings import WorkerSettings
+
+from ..support.journal import make_job
+from ..support.played import Played
+from ..support.valkey import Valkey
+from ..support.waiting import wait_until
+
+Start = Callable[..., Lifecycle]
+
+
+@pytest.fixture
+def left() -> threading.Event:
+    """Set when Celery's loop would be told to end."""
+    return threading.Event()
+
+
+@pytest.fixture
+def start(played: Played, state: State, left: threading.Event) -> Iterator[Start]:
+    started: list[Lifecycle] = []
+
+    def start(**settings: float) -> Lifecycle:
+        lifecycle = Lifecycle(
+            WorkerSettings(model="m", heartbeat_every_s=0.3, **settings),  # type: ignore[arg-type]
+            "w1",
+            state=state,
+            handler=played.handler,
+            queues=["q"],
+            waiting=lambda: 0,
+            exit_loop=left.set,
+        )
+        lifecycle.start()
+        started.append(lifecycle)
+        return lifecycle
+
+    yield start
+    for lifecycle in started:
+        lifecycle.stop("the test is over")
+        assert left.wait(10)
+        lifecycle.join()
+
+
+def test_a_worker_whose_rights_are_revoked_and_restored_goes_on(
+    start: Start, state: State, valkey: Valkey, left: threading.Event
+) -> None:
+    """An error of settings, not of the network: it ended the thread that beats, expires and cancels."""
+    admin = valkey.client()
+    admin.execute_command("ACL", "SETUSER", "admin", "on", ">admin", "~*", "&*", "+@all")
+    admin.execute_command("AUTH", "admin", "admin")
+    lifecycle = start(drain_s=0.1)
+    wait_until(state.workers, 5, "it is announced")
+    admin.execute_command("ACL", "SETUSER", "default", "-@write", "-@scripting")
+    wait_until(lambda: not admin.execute_command("KEYS", "gm:worker:*"), 5, "its heartbeats fail and expire")
+    admin.execute_command("ACL", "SETUSER", "default", "+@all")
+    wait_until(state.workers, 5, "it is announced again")
+
+    admin.execute_command("ACL", "SETUSER", "default", "-@write", "-@scripting")
+    lifecycle.stop("asked to")
+    assert left.wait(5), "it leaves, whatever it is not allowed to say"
+
+
+def test_when_a_thread_dies_the_jobs_go_back_and_the_worker_leaves(
+    start: Start, played: Played, left: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their leases would be renewed for ever, and nobody would work on them."""
+    lifecycle = start()
+    monkeypatch.setattr(threading, "excepthook", lifecycle.on_thread_died)
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+
+    def mistake() -> None:
+        raise RuntimeError("of ours")
+
+    threading.Thread(target=mistake, name="publisher").start()
+    assert delivery.result(5) is Disposition.REQUEUE
+    assert left.wait(5)
+    assert lifecycle.exit_code == 1
+
+
+def test_jobs_that_end_within_the_drain_are_not_handed_back(
+    start: Start, played: Played, left: threading.Event
+) -> None:
+    lifecycle = start(drain_s=20.0)
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    lifecycle.stop("SIGTERM")
+    played.step(job, 28, finish="length")
+    assert delivery.result(5) is Disposition.ACK
+    assert left.wait(5)
+    assert lifecycle.exit_code == 0
