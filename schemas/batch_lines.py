@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
-from .errors import InvalidMethod, InvalidRequest, UrlMismatch
+from . import errors
+from .errors import (
+    BadInput,
+    GristmillError,
+    InvalidMethod,
+    InvalidRequest,
+    ModelNotFound,
+    PayloadTooLarge,
+    Transient,
+    UrlMismatch,
+)
 from .job import Endpoint, JobState
 from .openai import PARSERS, Request, parse_messages, response_body
 from .result import ErrorInfo, Result
@@ -20,16 +30,13 @@ from .wire import Record, loads
 MAX_CUSTOM_ID_CHARS = 512
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 _URLS = {endpoint.value: endpoint for endpoint in PARSERS}
-_STATUS = {
-    "model_not_found": 404,
-    "payload_too_large": 413,
-    "internal_error": 500,
-    "engine_crash": 500,
-    "engine_unavailable": 503,
-    "store_unavailable": 503,
-    "broker_unavailable": 503,
+_ERRORS = {
+    cls.code: cls
+    for cls in vars(errors).values()
+    if isinstance(cls, type) and issubclass(cls, GristmillError)
 }
-"""HTTP status of an error code; the others are the request's own fault: 400."""
+_STATUS = {ModelNotFound.code: 404, PayloadTooLarge.code: 413}
+"""HTTP status of an error code where its branch of the tree does not say it all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +185,17 @@ def output_line(result: Result, custom_id: str) -> OutputLine:
 
 def error_line(row_id: str, custom_id: str, error: ErrorInfo) -> OutputLine:
     """A row that failed, or never ran because it was not valid."""
-    status = _STATUS.get(error.code, 400)
+    status = _status(error.code)
     kind: Literal["invalid_request_error", "server_error"] = (
         "invalid_request_error" if status < 500 else "server_error"
     )
     body = {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
     response = Response(status_code=status, request_id=f"req_{row_id}", body=body)
     return OutputLine(id=f"batch_req_{row_id}", custom_id=custom_id, response=response)
+
+
+def _status(code: str) -> int:
+    """Codes that no class of errors has (the engine's) are no fault of the request."""
+    branch = _ERRORS.get(code, GristmillError)
+    usual = 400 if issubclass(branch, BadInput) else 503 if issubclass(branch, Transient) else 500
+    return _STATUS.get(code, usual)
