@@ -167,11 +167,10 @@ class WorkerApp:
         try:
             controller.start()
         finally:
-            lifecycle.join()
+            lifecycle.finish(int(controller.exitcode or 0))
             health.stop()
             handler.publisher.stop()
-        # Celery ends by itself only after an error of its own, which it has logged.
-        return lifecycle.exit_code or int(controller.exitcode or 0)
+        return lifecycle.exit_code
 
     def _waiting(self, app: Celery) -> int:
         """Messages that nobody has claimed, in all our queues."""

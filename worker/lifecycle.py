@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 RECONCILE_EVERY_S = 5.0
+LEAVE_S, THREAD_END_S = 30.0, 2.0
 
 
 class Lifecycle:
@@ -69,11 +70,20 @@ class Lifecycle:
         for thread in self._threads:
             thread.start()
 
-    def join(self, timeout_s: float = 2.0) -> None:
-        """Wait for both threads once the worker has ended: they use the state server's connections."""
+    def finish(self, exit_code: int) -> None:
+        """The consumer's loop has ended. If nobody here told it to, hand everything back now.
+
+        Celery ends it on a remote ``shutdown`` or an error of its own; then jobs in hand would hold the
+        process for ever. Returns when no thread of ours uses the state server any more.
+        """
+        if not self.draining:
+            self.exit_code = exit_code
+            self._hurry.set()
+            self.stop("the consumer ended by itself")
+        self._ended.wait(LEAVE_S)
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(timeout_s)
+                thread.join(THREAD_END_S)
 
     def install_signal_handlers(self) -> None:
         """SIGTERM and SIGINT drain; a second one hands back at once."""

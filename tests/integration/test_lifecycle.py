@@ -47,7 +47,7 @@ def start(played: Played, state: State, left: threading.Event) -> Iterator[Start
     for lifecycle in started:
         lifecycle.stop("the test is over")
         assert left.wait(10)
-        lifecycle.join()
+        lifecycle.finish(0)
 
 
 def test_a_worker_whose_rights_are_revoked_and_restored_goes_on(
@@ -100,3 +100,17 @@ def test_jobs_that_end_within_the_drain_are_not_handed_back(
     assert delivery.result(5) is Disposition.ACK
     assert left.wait(5)
     assert lifecycle.exit_code == 0
+
+
+def test_when_celery_ends_by_itself_jobs_are_handed_back_and_threads_freed(
+    start: Start, played: Played, left: threading.Event
+) -> None:
+    """Their threads waited for the engine's tokens, and Python waits for such threads before it exits."""
+    lifecycle = start()
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    lifecycle.finish(1)
+    assert delivery.result(5) is Disposition.REQUEUE
+    assert left.is_set()
+    assert lifecycle.exit_code == 1
