@@ -255,7 +255,9 @@ class JobHandler:
         with self.publisher.lock:
             for output in outputs:
                 generation = self._generation(output.id)
-                if generation is None:  # aborted meanwhile
+                if generation is None or generation.done is not None:  # nobody waits for it any more
+                    if output.finish is None:  # it was submitted just as it was cancelled, say
+                        aborts.append(output.id)
                     continue
                 first = generation.first_token_at is None
                 if self._push(generation, output, now):
@@ -382,14 +384,17 @@ class JobHandler:
         if self._closing.is_set() or self.trouble is not None or not self.engine.ready:
             return False
         info, stats = self.engine.info, self.engine.stats
-        if len(self._slots) >= info.max_num_seqs + max(1, info.max_num_seqs // 16):
+        with self._slots_lock:
+            slots = list(self._slots.values())
+        running = [slot for slot in slots if not slot.ended.is_set()]  # the others are being committed
+        if len(running) >= info.max_num_seqs + max(1, info.max_num_seqs // 16):
+            return False
+        if len(slots) >= 2 * info.max_num_seqs:
             return False
         if stats is not None and stats.waiting and stats.free_blocks * 20 < stats.total_blocks:
             return False
-        with self._slots_lock:
-            slots = list(self._slots.values())
         unstarted = [
-            s.generation for s in slots if s.generation is None or s.generation.first_token_at is None
+            s.generation for s in running if s.generation is None or s.generation.first_token_at is None
         ]
         tokens = sum(len(g.prompt_ids) for g in unstarted if g is not None)
         return tokens < 4 * info.step_tokens and len(unstarted) < 64

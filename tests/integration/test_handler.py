@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from gristmill.worker.disposition import Disposition
 from ..support.journal import make_job
 from ..support.played import Played
 from ..support.valkey import Valkey
+from ..support.waiting import wait_until
 
 
 def test_a_delivery_ends_in_a_result_before_it_is_acknowledged(played: Played, state: State) -> None:
@@ -158,3 +160,41 @@ def test_a_fenced_attempt_stops_and_touches_nothing(played: Played, state: State
     assert played.engine.aborted == [played.engine.submitted[job.id].id]
     assert not played.store.exists(keys.result_object(job.id))
     assert played.handler.in_hand == 0
+
+
+def test_an_engine_that_works_for_nobody_is_told_to_stop(played: Played) -> None:
+    """Cancelled between the last look and the hand-over, a job took its place to its last token."""
+    job = make_job()
+    delivery = played.deliver(job)
+    request = played.running(job)
+    played.handler.cancel(job.id)
+    assert delivery.result(5) is Disposition.ACK
+    played.engine.aborted.clear()
+    played.step(job, 28)
+    assert played.engine.aborted == [request.id]
+    assert played.result(job.id).usage.completion_tokens == 0
+
+
+def test_a_slow_store_leaves_the_engines_places_to_other_jobs(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results on their way counted as running: the engine idled while S3 took its time."""
+    go_on = threading.Event()
+    put_new = played.store.put_new
+
+    def slow(name: str, body: bytes) -> bool:
+        return go_on.wait(10) and put_new(name, body)
+
+    monkeypatch.setattr(played.store, "put_new", slow)
+    jobs = [make_job() for _ in range(17)]  # 16 places, and one that waits
+    deliveries = [played.deliver(job) for job in jobs]
+    for job in jobs:
+        played.running(job)
+        played.step(job, 28)
+    assert not played.handler.has_room()
+    played.step(jobs[0], 29, finish="length")
+    wait_until(played.handler.has_room, 5, "a place is free")
+    for job in jobs[1:]:
+        played.step(job, 29, finish="length")
+    go_on.set()
+    assert {delivery.result(10) for delivery in deliveries} == {Disposition.ACK}

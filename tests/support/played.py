@@ -73,7 +73,7 @@ class Played:
             on_gone=lambda _reason: None,
         )
         self.handler.engine = self.engine  # type: ignore[assignment]
-        self.threads = ThreadPoolExecutor(16)
+        self.threads = ThreadPoolExecutor(48)
 
     def deliver(self, job: Job) -> Future[Disposition]:
         return self.threads.submit(self.handler.handle, job.id, job.to_json())
