@@ -23,7 +23,6 @@ class EngineSettings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: DType = "auto"
     """auto: bfloat16 where the hardware multiplies it, otherwise float16 (CUDA) or float32 (CPU)."""
-    quantize: None = None
     attention: Literal["auto", "cpu", "torch"] = "auto"
     """auto: the native kernel on a CPU with a C++ compiler, or one built earlier; otherwise torch."""
 

@@ -100,7 +100,6 @@ def _spec(
         qk_norm=qk_norm,
         windows=windows or (None,) * layers,
         eos_token_ids=config.token_ids("eos_token_id"),
-        checkpoint_dtype=config.text("dtype", config.values.get("torch_dtype") or "float32"),
     )
 
 

@@ -47,7 +47,6 @@ class ModelSpec:
     windows: tuple[int | None, ...]
     """Per layer: how many positions back, itself included, a token sees. None: all of them."""
     eos_token_ids: tuple[int, ...]
-    checkpoint_dtype: str
 
     @property
     def q_size(self) -> int:

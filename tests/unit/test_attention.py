@@ -63,7 +63,6 @@ def spec_of(
         qk_norm=qk_norm,
         windows=(window,),
         eos_token_ids=(),
-        checkpoint_dtype="float32",
     )
 
 
