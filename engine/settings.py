@@ -52,3 +52,10 @@ class EngineSettings(BaseModel):
                 "a step could not feed one token to each running sequence"
             )
         return self
+
+    @model_validator(mode="after")
+    def _the_cache_holds_a_block(self) -> Self:
+        tokens, block = self.max_batch_total_tokens, self.kv_block_size
+        if tokens is not None and tokens < block:
+            raise ValueError(f"max_batch_total_tokens ({tokens}) must be at least kv_block_size ({block})")
+        return self
