@@ -97,9 +97,9 @@ def _save(directory: Path, tensors: dict[str, torch.Tensor], shards: int) -> Non
 def _write_tokenizer(directory: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    order = {letter: _byte_of(letter) for letter in alphabet}
-    tokenizer = Tokenizer(models.BPE(vocab=order, merges=[]))
+    from ..token_pieces import ALPHABET
+
+    tokenizer = Tokenizer(models.BPE(vocab=ALPHABET, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
@@ -114,11 +114,3 @@ def _write_tokenizer(directory: Path) -> None:
         "model_max_length": 512,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
-
-
-def _byte_of(letter: str) -> int:
-    """The byte that the byte-level alphabet shows as ``letter``: itself, or one of the 68 moved above 255."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    code = ord(letter)
-    return moved[code - 256] if code >= 256 else code
