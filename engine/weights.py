@@ -61,17 +61,17 @@ class Checkpoint:
         single = directory / "model.safetensors"
         index = directory / "model.safetensors.index.json"
         if single.exists():
-            handle = self._open(single)
-            self._where = dict.fromkeys(cast("list[str]", list(handle.keys())), single.name)
+            self._where = dict.fromkeys(self._open(single), single.name)
         elif index.exists():
             self._where = _read_index(index)
             for file in sorted(set(self._where.values())):
-                self._open(directory / file)
+                placed = {name for name, where in self._where.items() if where == file}
+                if lost := sorted(placed - self._open(directory / file)):
+                    raise ModelInvalid(
+                        f"{directory / file} lacks tensor {lost[0]!r}, which the index places there"
+                    )
         else:
             raise ModelInvalid(f"{directory} holds neither {single.name} nor {index.name}")
-        for name, file in self._where.items():
-            if name not in self._files[file].keys():  # noqa: SIM118  (not a dict)
-                raise ModelInvalid(f"{directory / file} lacks tensor {name!r}, which the index places there")
 
     def verify(self, expected: Shapes, *, tied: bool) -> None:
         """Raise ModelInvalid unless the checkpoint holds exactly ``expected``, by name and shape.
@@ -105,15 +105,16 @@ class Checkpoint:
             raise ModelInvalid(f"{self.directory}: tensor {name!r} cannot be read: {exc}") from exc
         return mapped.to(device=device, dtype=dtype, copy=True)
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path) -> set[str]:
+        """Keep the file open; the names it holds."""
         try:
-            handle = safe_open(path, framework="pt")
+            handle: Any = safe_open(path, framework="pt")
         except FileNotFoundError as exc:
             raise ModelInvalid(f"{path} is missing: a half-written model?") from exc
         except (SafetensorError, OSError) as exc:
             raise ModelInvalid(f"{path} is not a whole safetensors file: {exc}") from exc
         self._files[path.name] = handle
-        return handle
+        return set(cast("list[str]", handle.keys()))
 
     def _invalid(self, verb: str, names: list[str]) -> ModelInvalid:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
