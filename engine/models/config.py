@@ -125,8 +125,9 @@ class Config:
 
 def _yarn(rope: Config, theta: float, original: int, max_positions: int) -> RopeSpec:
     factor = rope.number("factor", max_positions / original)
-    attention = rope.values.get("attention_factor")
-    if attention is None:
+    if rope.values.get("attention_factor") is not None:
+        attention = rope.number("attention_factor")
+    else:
         mscale, all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
         if mscale and all_dim:
             attention = _mscale(factor, mscale) / _mscale(factor, all_dim)
@@ -140,7 +141,7 @@ def _yarn(rope: Config, theta: float, original: int, max_positions: int) -> Rope
         beta_fast=rope.number("beta_fast", 32.0) or 32.0,
         beta_slow=rope.number("beta_slow", 1.0) or 1.0,
         truncate=rope.boolean("truncate", True),
-        attention_factor=float(attention),
+        attention_factor=attention,
     )
 
 
