@@ -63,10 +63,7 @@ def load(cache: Path, dtype: torch.dtype, threads: int) -> Library | None:
         return None
     try:
         return Library(build(cache), dtype, threads)
-    except (
-        BuildFailed,
-        OSError,
-        AttributeError,
-    ) as exc:  # OSError: dlopen refused it; AttributeError: not our library
+    # OSError: dlopen refused it; AttributeError: not our library
+    except (BuildFailed, OSError, AttributeError) as exc:
         log.warning("kernel.unavailable", extra={"reason": str(exc)})
         return None
