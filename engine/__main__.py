@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -38,6 +39,8 @@ Commands = queue.Queue[Add | Abort | Stop]
 
 def main() -> None:
     """Load, say Ready, serve until Stop. Exit status 0, or that of the error tree after a Failed."""
+    # Service managers send it to all processes of a service; the consumer then drains, and needs us for it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(format="engine[%(process)d] %(levelname)s %(name)s: %(message)s")
     sock = socket.socket(fileno=int(sys.argv[1]))
     settings = EngineSettings.model_validate_json(sys.stdin.buffer.read())

@@ -75,6 +75,14 @@ def tokens(outputs: list[Output]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
+def test_sigterm_is_for_the_consumer_which_drains_with_it(engine: EngineProcess) -> None:
+    """systemd sends it to all processes of a service: the engine was gone before the drain began."""
+    assert engine.pid
+    os.kill(engine.pid, signal.SIGTERM)
+    engine.add([request("after", max_tokens=4)])
+    assert len(tokens(collect(engine, {"after"})["after"])) == 4
+
+
 def test_many_requests_come_out_as_the_synchronous_engine_would_have_them(
     engine: EngineProcess, tiny: EngineSettings
 ) -> None:
