@@ -64,7 +64,7 @@ class Delta(Answer):
 
 
 class Done(Answer):
-    """Generation ended and the log is complete: the result can be built from it alone."""
+    """A choice has ended. With the last one the log is complete: the result can be built from it alone."""
 
     kind: Literal["done"] = "done"
     reason: FinishReason
@@ -74,6 +74,7 @@ class Done(Answer):
     stop_reason: str | Int | None = None
     error: ErrorInfo | None = None
     usage: Usage = Usage()
+    """Of the whole job so far; the last choice's is the job's."""
     at: Float
 
 
