@@ -58,7 +58,7 @@ def check_stops(job: Job, info: EngineInfo) -> None:
 
 def engine_request(generation: Generation) -> Request:
     """What the engine must know to continue ``generation`` from the tokens it has."""
-    job, sampling = generation.job, generation.job.sampling
+    job, sampling, tokenizer = generation.job, generation.job.sampling, generation.tokenizer
     return Request(
         id=generation.request_id,
         prompt_ids=generation.prompt_ids,
@@ -70,7 +70,8 @@ def engine_request(generation: Generation) -> Request:
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         seed=job.seed,
-        stop_token_ids=list(sampling.stop_token_ids),
+        # The tokenizer knows end tokens of chats that a model's own config may not name.
+        stop_token_ids=[*sampling.stop_token_ids, *(() if sampling.ignore_eos else tokenizer.eos_token_ids)],
         ignore_eos=sampling.ignore_eos,
         priority=job.priority.rank,
         arrival=job.submitted_at,

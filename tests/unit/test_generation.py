@@ -165,3 +165,12 @@ def test_a_failure_says_why(tokenizer: Tokenizer) -> None:
     made.push(Output(id="job_1", token_ids=[], finish="error", error_code="kv_full", error="no"), now=11.0)
     assert made.result().state is JobState.FAILED
     assert made.result().error == ErrorInfo(code="kv_full", message="no")
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_the_engine_is_told_every_end_token_the_tokenizer_knows(
+    tokenizer: Tokenizer, ignore_eos: bool
+) -> None:
+    """A chat model whose end token stood in tokenizer_config.json alone never stopped."""
+    request = engine_request(generation(tokenizer, stop_token_ids=[7], ignore_eos=ignore_eos))
+    assert set(request.stop_token_ids) == ({7} if ignore_eos else {7, *tokenizer.eos_token_ids})
