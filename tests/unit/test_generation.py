@@ -12,6 +12,7 @@ from gristmill.schemas.job import Job, JobState
 from gristmill.schemas.result import ErrorInfo, FinishReason
 from gristmill.schemas.sampling import SamplingParams
 from gristmill.worker.generation import Generation
+from gristmill.worker.intake import engine_request
 
 TEXT = "Zürich, 東京 and 🙂 are in the text; STOP here is a stop string."
 
