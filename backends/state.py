@@ -163,6 +163,14 @@ class State:
         """Raises BrokerUnavailable unless the server answers."""
         self._run(Call(("PING",), bool))
 
+    def revive(self) -> None:
+        """Start the embedded server again if its supervisor was killed; does nothing to any other server.
+
+        Raises BrokerUnavailable, Misconfigured.
+        """
+        if self._embedded is not None:
+            self._embedded.start()
+
     def close(self) -> None:
         """Close the connections, and leave the embedded server if it was opened here."""
         with redis_errors(_WHERE):

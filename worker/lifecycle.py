@@ -150,6 +150,8 @@ class Lifecycle:
                 self._tick(time.monotonic())
             except (Transient, Misconfigured) as exc:  # a password that was revoked may come back
                 log.warning("state.unavailable", extra={"code": exc.code, "reason": exc.message})
+                with suppress(GristmillError):  # then the next tick tries again
+                    self._state.revive()
 
     def _tick(self, now: float) -> None:
         self._handler.expire(time.time())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.backends.embedded import read_endpoint
 from gristmill.schemas.settings import default_home
 
 from ..support.waiting import wait_until
@@ -241,6 +242,25 @@ def test_up_starts_a_killed_worker_again(up: Shell) -> None:
     ended = json.loads(up.run("result", job_id, "--wait", "--json", timeout_s=170).stdout)
     assert (ended["state"], ended["usage"]["completion_tokens"]) == ("succeeded", 200)
     assert ended["attempts"] == 2
+
+
+def test_a_job_outlives_the_embedded_broker(up: Shell) -> None:
+    """Kill -9 of the supervisor takes Valkey with it. The worker starts both again and writes what it kept."""
+    job_id = up.run("submit", "Once", "--max-tokens", "200", "--ignore-eos").stdout.strip()
+    wait_until(
+        lambda: json.loads(up.run("status", job_id, "--json").stdout).get("tokens"), 60, "it has tokens"
+    )
+    endpoint = read_endpoint(up.home / "embedded")
+    assert endpoint is not None
+    os.kill(endpoint.supervisor_pid, signal.SIGKILL)
+    wait_until(
+        lambda: (now := read_endpoint(up.home / "embedded")) and now != endpoint and now.answers(),
+        30,
+        "the embedded broker is up again, and this test did not start it",
+    )
+    ended = json.loads(up.run("result", job_id, "--wait", "--json", timeout_s=60).stdout)
+    assert (ended["state"], ended["usage"]["completion_tokens"]) == ("succeeded", 200)
+    assert ended.get("attempts", 1) == 1, "the worker was there all along"
 
 
 def test_a_stopped_run_goes_on_and_pays_for_no_finished_row(smollm2: Path, tmp_path: Path) -> None:
