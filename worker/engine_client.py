@@ -153,6 +153,7 @@ class EngineClient:
             self._process.stop(HUNG_S)  # without our lock: whoever waits for a hung engine to listen holds it
         with self._lock:
             self._process = None
+        self.stats = None  # the next one's cache is empty: room must not be judged by these
         while self._restarts_left > 0 and not self._stopping.is_set():
             self._restarts_left -= 1
             process = EngineProcess(self._settings)
@@ -167,8 +168,9 @@ class EngineClient:
                 continue
             log.warning("engine.restarted", extra={"restarts_left": self._restarts_left})
             return
-        self._stopping.set()
-        self._listener.on_engine_gone(reason)
+        if not self._stopping.is_set():
+            self._stopping.set()
+            self._listener.on_engine_gone(reason)
 
     def _hand_over(self, process: EngineProcess) -> None:
         """Make ``process`` the engine. Raises EngineUnavailable if it died already; nothing is lost then."""
