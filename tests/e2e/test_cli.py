@@ -245,7 +245,7 @@ def test_up_starts_a_killed_worker_again(up: Shell) -> None:
 
 
 def test_a_job_outlives_the_embedded_broker(up: Shell) -> None:
-    """Kill -9 of the supervisor takes Valkey with it. The worker starts both again and writes what it kept."""
+    """Kill -9 of the supervisor takes Valkey with it; the worker starts both and writes what it kept."""
     job_id = up.run("submit", "Once", "--max-tokens", "200", "--ignore-eos").stdout.strip()
     wait_until(
         lambda: json.loads(up.run("status", job_id, "--json").stdout).get("tokens"), 60, "it has tokens"
