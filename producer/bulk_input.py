@@ -129,7 +129,7 @@ def check(file: BinaryIO, rules: Rules) -> Checked:
 def line_error(number: int, line: bytes | int, exc: BadInput) -> LineError:
     """The error with what its line says of itself."""
     custom_id = claimed_custom_id(line) if isinstance(line, bytes) else None
-    return LineError(number, custom_id or default_custom_id(number), core.error_info(exc))
+    return LineError(number, custom_id or default_custom_id(number), ErrorInfo.of(exc))
 
 
 def duplicate_error(number: int, row: Row) -> LineError:

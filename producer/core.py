@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..schemas import keys
 from ..schemas.errors import (
-    BadInput,
     InvalidRequest,
     JobFailed,
     JobNotFound,
@@ -228,11 +227,6 @@ def failure_of(result: Result) -> ErrorInfo:
 def ended_early(state: JobState) -> ErrorInfo:
     """What is said of a job that was cancelled or expired."""
     return ErrorInfo(code=state.value, message=f"the job was {state.value} before it was finished")
-
-
-def error_info(exc: BadInput) -> ErrorInfo:
-    """An error of ours as a record."""
-    return ErrorInfo(code=exc.code, message=exc.message, param=getattr(exc, "param", None))
 
 
 def unknown_job(job_id: str) -> JobNotFound:

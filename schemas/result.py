@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from .errors import GristmillError
 from .job import Endpoint, JobId, JobState
 from .wire import WIRE_VERSION, Answer, Float, Int
 
@@ -41,6 +42,11 @@ class ErrorInfo(Answer):
     code: str
     message: str
     param: str | None = None
+
+    @classmethod
+    def of(cls, exc: GristmillError) -> Self:
+        """An error of ours as a record."""
+        return cls(code=exc.code, message=exc.message, param=getattr(exc, "param", None))
 
 
 class Usage(Answer):

@@ -84,14 +84,14 @@ class JobHandler:
         except BadInput as exc:
             log.error("job.unreadable", extra={"job_id": job_id, "code": exc.code, "reason": exc.message})
             return self._refuse(job_id, exc)
+        return self._run_once(job)
+
+    def _run_once(self, job: Job) -> Disposition:
+        slot = Slot(job)
         with self._slots_lock:
-            slot = self._slots.get(job.id)
-            if slot is None:
-                slot, twin = self._slots.setdefault(job.id, Slot(job)), False
-            else:
-                twin = True
-        if twin:  # redelivered to the worker that still runs it: both deliveries end alike
-            return slot.disposition.result()
+            first = self._slots.setdefault(job.id, slot)
+        if first is not slot:  # redelivered to the worker that still runs it: both deliveries end alike
+            return first.disposition.result()
         disposition = Disposition.DROP
         try:
             disposition = self._attempt(slot)
@@ -142,7 +142,7 @@ class JobHandler:
             model=self._settings.model_name,
             state=JobState.FAILED,
             timings=Timings(submitted_at=claim.now, started_at=claim.now, finished_at=claim.now),
-            error=_error_info(exc),
+            error=ErrorInfo.of(exc),
             attempts=claim.attempts,
         )
         return self._commit(refusal, claim.attempt)
@@ -161,7 +161,7 @@ class JobHandler:
             try:
                 self._admit(generation, claim.now)
             except BadInput as exc:
-                generation.fail(_error_info(exc), claim.now)
+                generation.fail(ErrorInfo.of(exc), claim.now)
             except Exception as exc:  # noqa: BLE001 - see _crashed
                 self._crashed(generation, exc, claim.now)
         return generation
@@ -398,7 +398,3 @@ class JobHandler:
         ]
         tokens = sum(len(g.prompt_ids) for g in unstarted if g is not None)
         return tokens < 4 * info.step_tokens and len(unstarted) < 64
-
-
-def _error_info(exc: BadInput) -> ErrorInfo:
-    return ErrorInfo(code=exc.code, message=exc.message, param=getattr(exc, "param", None))
