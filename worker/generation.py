@@ -76,19 +76,24 @@ class Generation:
         Ids rebuild the detokeniser and the stop matcher; text that was shown is taken as it was shown.
         If the log ends in ``Done``, or in a stop string, ``done`` is set and nothing need run.
         """
-        for _, event in log:
-            self._entries += 1
-            match event:
-                case Delta():
-                    self._replay_delta(event)
-                case Done():
-                    self.done, self._done_written = event, True
-                    self.parts.append(event.text)
-                case Started():
-                    self.started_at = min(self.started_at, event.at)
-                case End() | Unknown():
-                    pass
-        self._journalled = len(self.ids)
+        try:
+            for _, event in log:
+                self._take_over(event)
+        finally:
+            self._journalled = len(self.ids)
+
+    def _take_over(self, event: Event) -> None:
+        self._entries += 1
+        match event:
+            case Delta():
+                self._replay_delta(event)
+            case Done():
+                self.done, self._done_written = event, True
+                self.parts.append(event.text)
+            case Started():
+                self.started_at = min(self.started_at, event.at)
+            case End() | Unknown():
+                pass
 
     def admit(self, prompt_ids: list[int], max_tokens: int, now: float) -> None:
         """Say what runs. Tokens of earlier attempts may have used up ``max_tokens`` already."""

@@ -150,34 +150,36 @@ class JobHandler:
     def _prepare(self, job: Job, claim: Claim) -> Generation:
         """A Generation that stands where the journal stands. Bad input, too, becomes one: with its error."""
         generation = Generation(job, claim.attempt, claim.attempts, claim.now, self._tokenizer)
-        generation.replay(claim.entries)
-        if generation.complete:
-            return generation
-        if claim.cancelled:
-            generation.end_early(FinishReason.CANCELLED, claim.now)
-        elif claim.now >= job.expires_at:
-            generation.end_early(FinishReason.EXPIRED, claim.now)
-        else:
-            try:
-                self._admit(generation, claim.now)
-            except BadInput as exc:
-                generation.fail(ErrorInfo.of(exc), claim.now)
-            except Exception as exc:  # noqa: BLE001 - see _crashed
-                self._crashed(generation, exc, claim.now)
+        try:
+            generation.replay(claim.entries)
+            if not generation.complete:
+                self._admit(generation, claim)
+        except BadInput as exc:
+            generation.fail(ErrorInfo.of(exc), claim.now)
+        except BaseException as exc:  # noqa: BLE001 - the panic of a Rust library is no Exception
+            self._crashed(generation, exc, claim.now)
         return generation
 
-    def _crashed(self, generation: Generation, exc: Exception, now: float) -> None:
+    def _crashed(self, generation: Generation, exc: BaseException, now: float) -> None:
         """A mistake of ours that one job's text brought out: it would do so again, so this job has failed."""
         log.critical("job.crashed", exc_info=exc, extra={"job_id": generation.job.id})
         text = f"the worker made a mistake with this job ({type(exc).__name__}); its log has the details"
         generation.fail(ErrorInfo(code=GristmillError.code, message=text), now)
 
-    def _admit(self, generation: Generation, now: float) -> None:
+    def _admit(self, generation: Generation, claim: Claim) -> None:
+        """Make it ready to run, or end it if that is over. Raises BadInput."""
         info, job = self.engine.info, generation.job
-        prompt_ids = intake.encode(job, self._tokenizer, info.vocab_size)
-        allowed = intake.budget(job, len(prompt_ids), info.max_model_len, self._settings.default_max_tokens)
-        intake.check_stops(job, info)
-        generation.admit(prompt_ids, allowed, now)
+        if claim.cancelled:
+            generation.end_early(FinishReason.CANCELLED, claim.now)
+        elif claim.now >= job.expires_at:
+            generation.end_early(FinishReason.EXPIRED, claim.now)
+        else:
+            prompt_ids = intake.encode(job, self._tokenizer, info.vocab_size)
+            allowed = intake.budget(
+                job, len(prompt_ids), info.max_model_len, self._settings.default_max_tokens
+            )
+            intake.check_stops(job, info)
+            generation.admit(prompt_ids, allowed, claim.now)
 
     def _run(self, slot: Slot, generation: Generation) -> None:
         with self.publisher.lock:  # so that hand_back's flush finds it, or it finds that we are closing
@@ -274,7 +276,7 @@ class JobHandler:
         """Its tokens into one Generation. True: it ended by them, and the engine must be told."""
         try:
             return generation.push(output, now)
-        except Exception as exc:  # noqa: BLE001 - see _crashed
+        except BaseException as exc:  # noqa: BLE001 - as in _prepare
             self._crashed(generation, exc, now)
             return True
 

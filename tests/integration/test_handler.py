@@ -7,14 +7,15 @@ import threading
 import time
 
 import pytest
-from gristmill.backends.state import State
+from gristmill.backends.state import State, Write
 from gristmill.engine.detokenizer import Detokenizer
 from gristmill.engine.tokenizer import Tokenizer
 from gristmill.schemas import keys
+from gristmill.schemas.events import Delta
 from gristmill.schemas.job import JobState
 from gristmill.worker.disposition import Disposition
 
-from ..support.journal import make_job
+from ..support.journal import Attempt, make_job
 from ..support.played import Played
 from ..support.valkey import Valkey
 from ..support.waiting import wait_until
@@ -56,14 +57,15 @@ def test_a_message_that_no_worker_can_read_is_answered(played: Played, state: St
     assert played.handler.handle("no job's id!", body) is Disposition.ACK
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, BaseException])  # a panic in Rust is no Exception
 def test_a_prompt_that_breaks_the_tokenizer_fails_its_job_alone(
-    played: Played, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    played: Played, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
     """The delivery crashed, its lease brought it back a minute later, and so on for ever."""
 
     def encode(text: str, add_special_tokens: bool = True) -> list[int]:
         if text == "the evil one":
-            raise RuntimeError("not thought of")
+            raise kind("not thought of")
         return Tokenizer.encode(tokenizer, text, add_special_tokens)
 
     monkeypatch.setattr(tokenizer, "encode", encode)
@@ -76,6 +78,16 @@ def test_a_prompt_that_breaks_the_tokenizer_fails_its_job_alone(
     assert error is not None
     assert error.code == "internal_error"
     assert played.result(good.id).state is JobState.SUCCEEDED
+
+
+def test_a_log_that_cannot_be_continued_fails_its_job(played: Played, state: State) -> None:
+    earlier = Attempt.begin(state, make_job())
+    event = Delta(offset=5, ids=(28,), text="text of a token whose predecessors are lost")
+    assert not state.publish([Write(earlier.job.id, earlier.id, 1, event.to_json())])
+    assert played.deliver(earlier.job).result(5) is Disposition.ACK
+    error = played.result(earlier.job.id).error
+    assert error is not None
+    assert error.code == "internal_error"
 
 
 def test_a_token_that_breaks_the_detokeniser_fails_its_job_alone(
