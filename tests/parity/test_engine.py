@@ -20,7 +20,10 @@ import torch
 from gristmill.engine.engine import Engine
 from gristmill.engine.messages import Output, Request
 from gristmill.engine.settings import EngineSettings
+from gristmill.schemas.events import Delta
 from tokenizers import Tokenizer
+
+from ..support.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -224,6 +227,22 @@ def test_an_end_token_ends_the_sequence_and_is_not_among_its_tokens(
     for one, i in zip(said, ending, strict=True):
         expected = answers[i].tokens[: answers[i].tokens.index(eos)]
         assert one == Said(expected, finish="stop", stop_token_id=eos)
+
+
+def test_through_the_queue_equals_transformers(
+    stack: Stack, prompts: list[list[int]], answers: list[Answer], model: Any
+) -> None:
+    """Client, broker, worker, engine process and journal in between; the tokens are the log's."""
+    stack.worker()
+    jobs = [
+        stack.client.submit(prompt_ids=ids, max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
+        for ids in prompts
+    ]
+    results = [job.result(timeout_s=500) for job in jobs]
+    logs = [stack.state.read_log(job.id) for job in jobs]
+    tokens = [[t for _, e in log if isinstance(e, Delta) for t in e.ids] for log in logs]
+    compare([Said(ids, finish="length") for ids in tokens], answers, model)
+    assert [r.usage.completion_tokens for r in results] == [MAX_TOKENS] * len(prompts)
 
 
 # ---- sampled
