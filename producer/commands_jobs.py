@@ -49,7 +49,9 @@ Examples:
 @click.option("--idempotency-key", metavar="KEY", help="Sent twice with the same key, the job exists once.")
 @click.option("--stream", is_flag=True, help="Print text as it is made.")
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
-@click.option("--timeout-s", type=float, help="With --wait: how long. The job goes on afterwards.")
+@click.option(
+    "--timeout-s", type=click.FloatRange(0), help="With --wait: how long. The job goes on afterwards."
+)
 @connection
 @common
 def submit(
@@ -127,7 +129,7 @@ def status(job_id: str, as_json: bool, **urls: str | None) -> int:
 @click.command()
 @click.argument("job_id", metavar="JOB")
 @click.option("--wait", is_flag=True, help="Wait for the end; otherwise a job that runs is exit code 75.")
-@click.option("--timeout-s", type=float, help="With --wait: how long.")
+@click.option("--timeout-s", type=click.FloatRange(0), help="With --wait: how long.")
 @connection
 @common
 def result(job_id: str, wait: bool, timeout_s: float | None, as_json: bool, **urls: str | None) -> int:

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 import click
 
-from ..schemas.errors import BadInput, GristmillError, JobFailed
+from ..schemas.errors import BadInput, GristmillError, JobFailed, Misconfigured
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
+STDOUT_FD = 1
 HINTS = {
     "broker_unavailable": "`gristmill doctor` checks the broker, the state server and the store",
     "store_unavailable": "`gristmill doctor` checks the result store",
@@ -91,6 +92,7 @@ def read_stdin() -> str:
 def run_guarded(command: click.Command, args: Sequence[str] | None = None) -> int:
     """Run a command line and turn however it ends into an exit code and, for an error, one line on stderr."""
     root: dict[str, bool] = {}
+    _open_streams()
     try:
         code = command.main(args=args, standalone_mode=False, obj=root, prog_name="gristmill")
         return code if isinstance(code, int) else 0
@@ -99,16 +101,32 @@ def run_guarded(command: click.Command, args: Sequence[str] | None = None) -> in
         return 2
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
-    except BrokenPipeError:
+    except (SystemExit, BrokenPipeError):  # the former is how click ends when it meets the latter
         # The reader has seen enough (`| head`). Python would complain once more while it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT_FD)
         return 0
     except GristmillError as exc:
         _show(exc, root.get("debug", False))
         return exc.exit_code
+    except OSError as exc:  # a full disk, a file that may not be written: not ours, and nothing is harmed
+        what = f"{exc.filename}: " if exc.filename else ""
+        _show(
+            Misconfigured(f"{what}{exc.strerror or exc}; mend that and try again"), root.get("debug", False)
+        )
+        return Misconfigured.exit_code
     except Exception as exc:  # noqa: BLE001 - the edge: whatever went wrong is ours, and a user sees one line
         _show(GristmillError(f"{type(exc).__name__}: {exc}"), root.get("debug", False))
         return GristmillError.exit_code
+
+
+def _open_streams() -> None:
+    """A shell's ``>&-`` leaves a stream closed: give it the null device, before a socket gets its number."""
+    for fd, mode in ((0, "r"), (STDOUT_FD, "w"), (2, "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            setattr(sys, ("stdin", "stdout", "stderr")[fd], open(fd, mode))  # noqa: SIM115 - till the end
 
 
 def _show(exc: GristmillError, debug: bool) -> None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,3 +177,27 @@ def test_a_line_for_another_model_is_an_invalid_line(run: Run, tmp_path: Path) -
     assert code == 2
     assert "line 2: " in err
     assert "[model_not_found]" in err
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "words"),
+    [
+        (">/dev/full", 2, "error: No space left on device; mend that and try again [misconfigured]\n"),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+    ],
+)
+def test_a_stdout_that_takes_nothing_is_no_bug_of_ours(redirection: str, code: int, words: str) -> None:
+    command = f"{sys.executable} -P -m gristmill.producer.cli --version {redirection}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stderr) == (code, words)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "gristmill.producer.cli", "--version"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=30)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, "")
