@@ -126,7 +126,7 @@ def _open_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-            setattr(sys, ("stdin", "stdout", "stderr")[fd], open(fd, mode))  # noqa: SIM115 - till the end
+            setattr(sys, ("stdin", "stdout", "stderr")[fd], os.fdopen(fd, mode))
 
 
 def _show(exc: GristmillError, debug: bool) -> None:
