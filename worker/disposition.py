@@ -13,4 +13,4 @@ class Disposition(StrEnum):
     REQUEUE = "requeue"
     """Hand it back at the head of its queue: another worker continues from the journal."""
     DROP = "drop"
-    """Touch nothing: someone else owns the job, or the lease will bring it back."""
+    """Touch nothing: the lease brings it back."""

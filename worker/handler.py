@@ -124,8 +124,7 @@ class JobHandler:
             self._run(slot, generation)
             slot.ended.wait()
             if slot.how is not None:
-                self._let_go(generation, slot.how)
-                return slot.how
+                return self._let_go(generation, slot.how)
         return self._commit(generation.result(), generation.attempt)
 
     def _refuse(self, job_id: str, exc: BadInput) -> Disposition:
@@ -193,12 +192,22 @@ class JobHandler:
             pickup_s = round(time.time() - slot.job.submitted_at, 5)
             log.debug("job.submitted", extra={"job_id": slot.job.id, "pickup_s": pickup_s})
 
-    def _let_go(self, generation: Generation, how: Disposition) -> None:
-        """Write nothing more of this attempt, and say so if the job goes back to the queue."""
+    def _let_go(self, generation: Generation, how: Disposition) -> Disposition:
+        """Write nothing more of this attempt. Returns what becomes of its delivery."""
         self.publisher.discard(generation)
-        if how is Disposition.REQUEUE and self.publisher.healthy:
+        if how is Disposition.DROP:
+            return Disposition.ACK if self._superseded(generation) else how
+        if self.publisher.healthy:
             with suppress(Transient):  # then the state says running until the next claim
                 self._state.release(generation.job.id, generation.attempt)
+        return how
+
+    def _superseded(self, generation: Generation) -> bool:
+        """Whether a newer attempt owns the job, or ended it. That one has a delivery of its own: ours is a
+        duplicate, which would fence it in turn once our lease ran out, or its tag is spent already.
+        """
+        status = self._patiently(lambda: self._state.status(generation.job.id))
+        return status is not None and (status.state.final or status.attempt > generation.attempt)
 
     def _abandon(self, slot: Slot) -> None:
         if (generation := slot.generation) is not None:

@@ -162,13 +162,14 @@ def test_jobs_handed_back_are_queued_again_with_their_tokens(played: Played, sta
     assert played.engine.submitted.keys() == {job.id}
 
 
-def test_a_fenced_attempt_stops_and_touches_nothing(played: Played, state: State) -> None:
+def test_a_fenced_attempt_writes_nothing_and_gives_its_delivery_up(played: Played, state: State) -> None:
+    """Two messages of one job fenced each other, lease after lease, until one of them ended it."""
     job = make_job()
     delivery = played.deliver(job)
     played.running(job)
     state.claim(job.id, "another", job.expires_at)
     played.step(job, 28, finish="length")
-    assert delivery.result(5) is Disposition.DROP
+    assert delivery.result(5) is Disposition.ACK
     assert played.engine.aborted == [played.engine.submitted[job.id].id]
     assert not played.store.exists(keys.result_object(job.id))
     assert played.handler.in_hand == 0
@@ -210,3 +211,14 @@ def test_a_slow_store_leaves_the_engines_places_to_other_jobs(
         played.step(job, 29, finish="length")
     go_on.set()
     assert {delivery.result(10) for delivery in deliveries} == {Disposition.ACK}
+
+
+def test_a_delivery_whose_state_was_lost_is_left_to_its_lease(
+    played: Played, state: State, valkey: Valkey
+) -> None:
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    valkey.client().delete(keys.state(job.id), keys.log(job.id))
+    played.step(job, 28, finish="length")
+    assert delivery.result(5) is Disposition.DROP
