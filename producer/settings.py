@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
-from ..schemas.settings import Settings, misconfigured
+from ..schemas.settings import Seconds, Settings, misconfigured
 
 
 class ProducerSettings(Settings):
@@ -15,13 +15,13 @@ class ProducerSettings(Settings):
 
     bulk_window: PositiveInt = 512
     """Rows of a bulk run that are in the queue or running at once: what its memory depends on."""
-    bulk_poll_s: PositiveFloat = 0.1
+    bulk_poll_s: Seconds = 0.1
     """How often a bulk run asks which of them have ended."""
     worker_restarts: Annotated[int, Field(ge=0)] = 3
     """How often `gristmill run` starts a worker again that died, without a finished row in between."""
-    worker_start_s: PositiveFloat = 900.0
+    worker_start_s: Seconds = 900.0
     """How long a worker may load its model."""
-    worker_stop_s: PositiveFloat = 30.0
+    worker_stop_s: Seconds = 30.0
     """How long a worker may take to hand its jobs back before it is killed."""
 
 

@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, model_validator
+from pydantic import Field, PositiveInt, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import Misconfigured
 from .job import DEFAULT_JOB_TTL_S, DEFAULT_TENANT, Tenant
+
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+"""A time span: 30 years are for ever, and infinity fits no server's clock."""
 
 SCHEMES = ("redis", "rediss", "unix", "redis+socket", "sqs", "embedded")
 
@@ -43,15 +46,15 @@ class Settings(BaseSettings):
     model: str | None = None
     tenant: Tenant = DEFAULT_TENANT
 
-    visibility_timeout_s: PositiveFloat = 60.0
-    lease_renew_every_s: PositiveFloat = 20.0
-    job_ttl_s: PositiveFloat = DEFAULT_JOB_TTL_S
-    result_ttl_s: PositiveFloat = 86_400.0
+    visibility_timeout_s: Seconds = 60.0
+    lease_renew_every_s: Seconds = 20.0
+    job_ttl_s: Seconds = DEFAULT_JOB_TTL_S
+    result_ttl_s: Seconds = 86_400.0
     max_payload_bytes: PositiveInt = 4 * 1024 * 1024
     inline_result_bytes: Annotated[int, Field(ge=0)] = 64 * 1024
     """Results up to this size also stay in Redis for ``result_ttl_s``."""
-    connect_timeout_s: PositiveFloat = 5.0
-    command_timeout_s: PositiveFloat = 10.0
+    connect_timeout_s: Seconds = 5.0
+    command_timeout_s: Seconds = 10.0
 
     s3_endpoint_url: str | None = None
     s3_region: str | None = None
@@ -71,8 +74,13 @@ class Settings(BaseSettings):
     def _known_scheme(self) -> Self:
         for name in ("broker_url", "state_url"):
             url: str = getattr(self, name)
-            if url and url.split(":", 1)[0] not in SCHEMES:
-                raise ValueError(f"{name} starts with none of {', '.join(s + ':' for s in SCHEMES)}")
+            scheme, _, rest = url.partition(":")
+            if url and scheme not in SCHEMES:
+                raise ValueError(
+                    f"GRISTMILL_{name.upper()} starts with none of {', '.join(s + ':' for s in SCHEMES)}"
+                )
+            if scheme == "embedded" and not rest:
+                raise ValueError(f"GRISTMILL_{name.upper()} names no directory: embedded:DIR")
         return self
 
     @property

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AliasChoices, Field, PositiveInt, ValidationError
 
 from ..engine.settings import DType, EngineSettings
 from ..schemas.errors import Misconfigured
-from ..schemas.settings import Settings, misconfigured
+from ..schemas.settings import Seconds, Settings, misconfigured
 
 
 def _tgi(name: str) -> AliasChoices:
@@ -56,16 +56,16 @@ class WorkerSettings(Settings):
     health_host: str = "127.0.0.1"
     health_port: Annotated[int, Field(ge=0, le=65_535)] = 8077
     """0: any free port."""
-    heartbeat_every_s: PositiveFloat = 5.0
-    engine_start_s: PositiveFloat = 600.0
-    engine_stall_s: PositiveFloat = 300.0
+    heartbeat_every_s: Seconds = 5.0
+    engine_start_s: Seconds = 600.0
+    engine_stall_s: Seconds = 300.0
     """How long one step may take before the engine counts as hung, and is replaced."""
     engine_restarts: Annotated[int, Field(ge=0)] = 3
     """Restarts without a token in between before the worker gives up."""
-    drain_s: NonNegativeFloat = 25.0
+    drain_s: Annotated[float, Field(ge=0, le=1e9)] = 25.0
     burst: bool = False
     """Exit once the queues are empty and nothing runs."""
-    idle_exit_s: NonNegativeFloat | None = None
+    idle_exit_s: Annotated[float, Field(ge=0, le=1e9)] | None = None
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -80,13 +80,19 @@ class WorkerSettings(Settings):
         return path.resolve().name if path.is_dir() else self.model
 
     def engine(self, model_dir: Path) -> EngineSettings:
-        """The part the engine needs, for a model that lies in ``model_dir``."""
+        """The part the engine needs, for a model that lies in ``model_dir``.
+
+        Raises Misconfigured for knobs that contradict each other.
+        """
         names = EngineSettings.model_fields.keys() & type(self).model_fields.keys() - {"model"}
-        return EngineSettings(
-            model=str(model_dir),
-            kernel_cache=self.home / "kernels",
-            **{name: getattr(self, name) for name in names},
-        )
+        try:
+            return EngineSettings(
+                model=str(model_dir),
+                kernel_cache=self.home / "kernels",
+                **{name: getattr(self, name) for name in names},
+            )
+        except ValidationError as exc:
+            raise misconfigured(exc) from exc
 
 
 def load_worker_settings(**overrides: object) -> WorkerSettings:

@@ -267,6 +267,9 @@ def test_rows_of_a_batch_lie_together_in_the_store() -> None:
         ("state_url", "http://x"),
         ("visibility_timeout_s", 10),
         ("result_ttl_s", 0),
+        ("result_ttl_s", float("inf")),
+        ("job_ttl_s", 1e300),
+        ("broker_url", "embedded:"),
         ("tenant", "a b"),
     ],
 )
