@@ -175,6 +175,16 @@ def test_an_urgent_sequence_evicts_the_newest_of_the_lowest_class() -> None:
     assert it.preemptions == 1
 
 
+def test_a_sequence_evicted_half_way_through_its_prompt_gets_nothing_in_that_step() -> None:
+    it = scheduler(max_num_seqs=1)
+    it.add(make(1, prompt=60, max_tokens=10, priority=2))
+    assert run(it) == {"s1": 16}
+    it.add(make(2, prompt=4, max_tokens=10, priority=0))
+    assert run(it) == {"s2": 4}
+    assert [seq.id for seq in it.waiting] == ["s1"]
+    it.check()
+
+
 def test_a_sequence_never_evicts_its_own_class_to_be_admitted() -> None:
     it = scheduler(max_num_seqs=1)
     it.add(make(1, prompt=2, max_tokens=10))
