@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
@@ -28,18 +29,19 @@ HINTS = {
 
 
 def say(text: str) -> None:
-    """Words for a person: stderr."""
-    click.echo(text, err=True)
+    """Words for a person: stderr. That nobody can read them any more is no reason to stop."""
+    with suppress(OSError):
+        click.echo(text, err=True)
 
 
 def warn(text: str) -> None:
     """Something that needs attention and stops nothing."""
-    click.echo(click.style("warning: ", fg="yellow") + text, err=True)
+    say(click.style("warning: ", fg="yellow") + text)
 
 
 def say_error(text: str) -> None:
     """What is wrong: stderr, marked."""
-    click.echo(click.style("error: ", fg="red") + text, err=True)
+    say(click.style("error: ", fg="red") + text)
 
 
 def put(text: str) -> None:
@@ -147,7 +149,8 @@ def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool)
 class Interrupts:
     """Ctrl-C, SIGTERM and SIGHUP as a flag, for commands that must put things in order first.
 
-    The second one ends at once: after ``at_once``, which may not wait.
+    The second one ends at once: after ``at_once``, which may not wait. But not a second SIGHUP: a terminal
+    that closes sends one by itself and one through its shell. Under ``nohup`` there is none at all.
     """
 
     def __init__(self, at_once: Callable[[], None]) -> None:
@@ -159,6 +162,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._old[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -167,6 +172,8 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: object) -> None:
+        if self.stopping and number == signal.SIGHUP:
+            return
         if self.stopping:
             self._at_once()
             os._exit(INTERRUPTED)

@@ -86,12 +86,16 @@ class Lifecycle:
                 thread.join(THREAD_END_S)
 
     def install_signal_handlers(self) -> None:
-        """SIGTERM and SIGINT drain; a second one hands back at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        """SIGTERM, SIGINT and SIGHUP drain; a second one hands back at once.
+
+        Not a second SIGHUP: a terminal that closes may send two. Under ``nohup`` it stays ignored.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._stopping.is_set():
+        if self._stopping.is_set() and number != signal.SIGHUP:
             self._hurry.set()
         self.stop(signal.Signals(number).name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import urllib.request
 from urllib.error import HTTPError
 
@@ -54,8 +55,9 @@ def test_a_worker_tells_probes_how_it_is_and_prometheus_what_it_did(stack: Stack
     wait_until(
         lambda: metric(worker, "queue_depth", queue=queue, state="ready"), 20, "the queue's depth is told"
     )
-    worker.process.terminate()  # with work in hand it drains, and says so
+    worker.process.send_signal(signal.SIGHUP)  # with work in hand it drains, and says so
     wait_until(lambda: worker.said("worker.draining"), 10, "the drain")
+    worker.process.send_signal(signal.SIGHUP)  # a terminal that closes sends two: the second adds no hurry
     status, body = get(worker, "/health/ready")
     assert (status, json.loads(body)["reason"]) == (503, "draining")
     for job in jobs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 from gristmill.backends.state import State, WorkerInfo
 from gristmill.producer.cli import cli
-from gristmill.producer.console import run_guarded
+from gristmill.producer.console import Interrupts, run_guarded
 from gristmill.schemas.settings import Settings
 
 from ..support.valkey import Valkey
@@ -201,3 +202,28 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=30)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("before", "stops"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_closing_terminal_stops_a_command_once_and_not_under_nohup(
+    before: signal.Handlers, stops: bool
+) -> None:
+    """It sends SIGHUP by itself and through its shell; the second one must not cut the first one short."""
+    killed: list[bool] = []
+    old = signal.signal(signal.SIGHUP, before)
+    try:
+        with Interrupts(lambda: killed.append(True)) as interrupts:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGHUP)
+                assert interrupts.stopping is stops
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    assert not killed
+
+
+def test_words_that_nobody_can_read_stop_nothing() -> None:
+    command = (
+        f"{sys.executable} -P -m gristmill.producer.cli submit x --broker redis://127.0.0.1:1 2>/dev/full"
+    )
+    assert subprocess.run(["bash", "-c", command], timeout=30).returncode == 75
