@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 
@@ -42,6 +43,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+def _without_body(record: logging.LogRecord) -> bool:
+    """Celery quotes in full what it cannot use: a prompt, maybe. The queue's dead letters have it."""
+    text = str(record.msg)
+    if "body" in text:
+        what = re.split(r"( of type|:)? %", text.splitlines()[0])[0]
+        record.msg, record.args, record.exc_info = (
+            f"{what.rstrip('?!.')}; it is kept as a dead letter",
+            (),
+            None,
+        )
+    return True
+
+
 def install(log_format: str, level: str) -> None:
     """Send our events to stderr, and only warnings of the libraries below us."""
     handler = logging.StreamHandler(sys.stderr)
@@ -49,3 +63,4 @@ def install(log_format: str, level: str) -> None:
     logging.root.handlers[:] = [handler]
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("gristmill").setLevel(level.upper())
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(_without_body)
