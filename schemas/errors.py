@@ -123,7 +123,9 @@ class PromptTooLong(BadInput):
 
     code = "context_length_exceeded"
 
-    def __init__(self, *, prompt_tokens: int, max_tokens: int | None, limit: int) -> None:
+    def __init__(
+        self, *, prompt_tokens: int, max_tokens: int | None, limit: int, asked_by: str = "max_tokens"
+    ) -> None:
         if max_tokens is None or prompt_tokens >= limit:
             text = (
                 f"prompt is {prompt_tokens:,} tokens and this worker takes {limit:,} in all; "
@@ -131,9 +133,9 @@ class PromptTooLong(BadInput):
             )
         else:
             text = (
-                f"prompt ({prompt_tokens:,} tokens) + max_tokens ({max_tokens:,}) is "
+                f"prompt ({prompt_tokens:,} tokens) + {asked_by} ({max_tokens:,}) is "
                 f"{prompt_tokens + max_tokens:,} and this worker takes {limit:,} in all; "
-                f"lower max_tokens to {limit - prompt_tokens:,}"
+                f"lower {asked_by} to {limit - prompt_tokens:,}"
             )
         super().__init__(text)
         self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit

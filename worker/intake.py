@@ -42,7 +42,12 @@ def budget(job: Job, prompt_tokens: int, limit: int, default_max_tokens: int) ->
     if room < 1 or (asked is not None and asked > room):
         raise PromptTooLong(prompt_tokens=prompt_tokens, max_tokens=asked, limit=limit)
     if job.sampling.min_tokens > room:
-        raise PromptTooLong(prompt_tokens=prompt_tokens, max_tokens=job.sampling.min_tokens, limit=limit)
+        raise PromptTooLong(
+            prompt_tokens=prompt_tokens,
+            max_tokens=job.sampling.min_tokens,
+            limit=limit,
+            asked_by="min_tokens",
+        )
     return asked if asked is not None else max(job.sampling.min_tokens, min(default_max_tokens, room))
 
 
