@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 from datetime import UTC, datetime
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "data"}
@@ -13,6 +14,13 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     return {k: v for k, v in record.__dict__.items() if k not in _STANDARD and v is not None}
+
+
+def _frames(record: logging.LogRecord) -> str:
+    """The traceback, and the exception's type without its text: that may quote a prompt."""
+    assert record.exc_info
+    kind, _, trace = record.exc_info
+    return "".join(traceback.format_tb(trace)) + (kind.__qualname__ if kind else "")
 
 
 class TextFormatter(logging.Formatter):
@@ -23,7 +31,7 @@ class TextFormatter(logging.Formatter):
         at = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S")
         fields = " ".join(f"{k}={v}" for k, v in _fields(record).items())
         line = f"{at} {record.levelname:<7} {record.getMessage()} {fields}".rstrip()
-        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        return f"{line}\n{_frames(record)}" if record.exc_info else line
 
 
 class JsonFormatter(logging.Formatter):
@@ -39,7 +47,7 @@ class JsonFormatter(logging.Formatter):
             **_fields(record),
         }
         if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
+            entry["traceback"] = _frames(record)
         return json.dumps(entry, default=str)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 
 import pytest
 from celery.worker.consumer import consumer
@@ -43,3 +44,15 @@ def test_a_message_that_celery_cannot_use_is_told_and_not_quoted(
     assert SECRET not in text
     assert text.count("\n") == 1
     assert "it is kept as a dead letter" in text
+
+
+@pytest.mark.parametrize("formatter", [logs.TextFormatter(), logs.JsonFormatter()])
+def test_a_traceback_tells_where_and_not_what_was_read(formatter: logging.Formatter) -> None:
+    try:
+        raise ValueError(SECRET)
+    except ValueError:
+        record = logging.LogRecord("w", logging.CRITICAL, __file__, 1, "job.crashed", (), sys.exc_info())
+    line = formatter.format(record)
+    assert "test_worker_logs.py" in line
+    assert "ValueError" in line
+    assert SECRET not in line
