@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,21 +153,26 @@ def test_a_file_in_the_place_of_the_directory_is_named(tmp_path: Path) -> None:
         FileStore(tmp_path / "f").put_new(NAME, b"")
 
 
-def test_a_full_disk_is_worth_another_attempt(tmp_path: Path, full_disk: None) -> None:
+def test_a_full_disk_is_worth_another_attempt(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
-    with pytest.raises(StoreUnavailable, match="large"):
+    with full_disk(), pytest.raises(StoreUnavailable, match="large"):
         store.put_new(NAME, b"x" * 100_000)
     assert not store.exists(NAME)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 10 kB: the nearest to a full disk that needs no privileges."""
+    """No file may grow beyond 10 kB: the nearest to a full disk that needs no privileges.
+
+    It holds for the whole process, so for the call alone: pytest's own report may be going to a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
