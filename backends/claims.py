@@ -86,12 +86,19 @@ class Claims:
         return self._finish(tags, _Debt.REQUEUE)
 
     def bury(self, tag: str, reason: str) -> None:
-        """It can never be delivered. Unheard, its lease runs out, and whoever gets it next buries it."""
+        """Not to be delivered again: a dead letter. Unheard, its lease runs out, and who gets it next buries
+        it."""
         with self._lock:
             self._held.pop(tag, None)
-        log.error("message.buried", extra={"tag": tag, "reason": reason})
-        if self.queue is not None:
-            self.queue.bury(tag, reason)
+        self._wake()
+        assert self.queue is not None, "a claim without a queue"
+        try:
+            ours = self.queue.bury(tag, reason)
+        except REDIS_ERRORS as exc:
+            self._outage = True
+            log.warning("message.not_buried", extra={"tag": tag, "reason": repr(exc)})
+            return
+        log.error("message.buried", extra={"tag": tag, "reason": reason, "ours": ours})
 
     def settle(self) -> None:
         """Say what is owed. Raises redis-py's exceptions."""

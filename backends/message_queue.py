@@ -23,13 +23,16 @@ from ..schemas import keys
 SWEEP_LIMIT = 500
 """Claims handed back by one sweep, so that a sweep never blocks the server for long."""
 DEAD_LIMIT = 10_000
-"""Undeliverable messages a queue keeps; older ones go."""
+"""Dead letters a queue keeps; older ones go."""
+DEAD_TTL_S = 30 * 86_400
+"""How long a queue's dead letters stay after the last one came."""
 
 _NAMES = {
     "queue_tenants": keys.queue_tenants("%s"),
     "queue_past": keys.queue_past("%s"),
     "queue_messages": keys.queue_messages("%s", "%s"),
     "queue_dead": keys.queue_dead("%s"),
+    "queue_dead_at": keys.queue_dead_at("%s"),
     "queue": keys.queue("%s"),
     "bell": keys.BELL,
     "claims": keys.CLAIMS,
@@ -77,7 +80,7 @@ class MessageQueue:
         whether it arrived, two messages may be accepted.
         """
         assert not {"#", "\n"} & {*base, *tenant, *queue}, (queue, tenant, base)
-        return int(_run(self.client, PUT, queue, tenant, base, payload, expires_ms or ""))
+        return int(run_script(self.client, PUT, queue, tenant, base, payload, expires_ms or ""))
 
     def claim(self, queues: Sequence[str], unacknowledged: Iterable[str] = ()) -> ClaimedMessage | str:
         """The next message of the first queue that has one, or the bell's last id if none has.
@@ -86,7 +89,7 @@ class MessageQueue:
         """
         flags = frozenset(unacknowledged)
         pairs = [part for queue in queues for part in (queue, "1" if queue in flags else "0")]
-        reply: list[Any] = _run(self.client, CLAIM, self._now, self.lease_ms, *pairs)
+        reply: list[Any] = run_script(self.client, CLAIM, self._now, self.lease_ms, *pairs)
         if len(reply) == 1:
             return reply[0].decode()
         queue, tag, deliveries, tenant, payload = reply
@@ -94,20 +97,21 @@ class MessageQueue:
 
     def ack(self, *tags: str) -> list[bool]:
         """The messages are done with. False: the tag was spent, and somebody else has the message."""
-        return [bool(done) for done in _run(self.client, ACK, *tags)] if tags else []
+        return [bool(done) for done in run_script(self.client, ACK, *tags)] if tags else []
 
     def requeue(self, *tags: str) -> list[bool]:
         """Back to the heads of their lists, the first tag foremost. False: the tag was spent."""
-        return [bool(done) for done in _run(self.client, REQUEUE, *tags)] if tags else []
+        return [bool(done) for done in run_script(self.client, REQUEUE, *tags)] if tags else []
 
     def bury(self, tag: str, reason: str) -> bool:
-        """Put aside what can never be delivered. False: the tag was spent."""
-        return bool(_run(self.client, BURY, tag, reason.replace("\n", " "), DEAD_LIMIT))
+        """Put aside what is not to be delivered again: see dead.py. False: the tag was spent."""
+        args = (self._now, tag, reason, DEAD_LIMIT, DEAD_TTL_S * 1000)
+        return bool(run_script(self.client, BURY, *args))
 
     def renew(self, tags: Sequence[str]) -> list[str]:
         """A full lease from now for each tag. Returns the spent ones."""
         return (
-            [tag.decode() for tag in _run(self.client, RENEW, self._now, self.lease_ms, *tags)]
+            [tag.decode() for tag in run_script(self.client, RENEW, self._now, self.lease_ms, *tags)]
             if tags
             else []
         )
@@ -119,16 +123,16 @@ class MessageQueue:
         tests.
         """
         args = (self._now, self.lease_ms, int(period_s * 1000), int(outage), SWEEP_LIMIT, *server)
-        returned, hold_ms = _run(self.client, SWEEP, *args)
+        returned, hold_ms = run_script(self.client, SWEEP, *args)
         return Sweep(int(returned), int(hold_ms) / 1000)
 
     def release_orphans(self) -> int:
         """Hand every claim back at once. Only for who knows that no owner lives."""
-        return int(_run(self.client, ORPHANS))
+        return int(run_script(self.client, ORPHANS))
 
     def depth(self, queue: str) -> int:
         """Messages that wait, claimed ones not included."""
-        return int(_run(self.client, DEPTH, queue))
+        return int(run_script(self.client, DEPTH, queue))
 
     def claimed(self) -> int:
         """Claimed messages of all queues of this server."""
@@ -136,11 +140,11 @@ class MessageQueue:
 
     def purge(self, queue: str) -> int:
         """Throw away what waits. Returns how many messages that were."""
-        return int(_run(self.client, PURGE, queue))
+        return int(run_script(self.client, PURGE, queue))
 
     def pause(self, queue: str, *, paused: bool) -> None:
         """Stop all claims from a queue, or let them go on."""
-        _run(self.client, PAUSE, queue, int(paused))
+        run_script(self.client, PAUSE, queue, int(paused))
 
     @property
     def _now(self) -> str | int:
@@ -148,22 +152,22 @@ class MessageQueue:
 
 
 @dataclass(frozen=True, slots=True)
-class _Script:
+class Script:
     text: str
     sha: str
 
 
-def _load(name: str) -> _Script:
+def load_script(name: str) -> Script:
     """A Lua file behind ``queue_common.lua``, with the key names of ``schemas/keys.py`` filled in."""
     folder = Path(__file__).parent / "lua"
     common = (folder / "queue_common.lua").read_text(encoding="utf-8")
     for placeholder, key in _NAMES.items():
         common = common.replace(f"'{{{placeholder}}}'", f"'{key}'")
     text = common + (folder / f"queue_{name}.lua").read_text(encoding="utf-8")
-    return _Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-def _run(client: redis.Redis, script: _Script, *args: str | bytes | int) -> Any:
+def run_script(client: redis.Redis, script: Script, *args: str | bytes | int) -> Any:
     """EVALSHA; the text only to a server that does not know it yet."""
     try:
         return client.evalsha(script.sha, 0, *args)
@@ -171,5 +175,5 @@ def _run(client: redis.Redis, script: _Script, *args: str | bytes | int) -> Any:
         return client.eval(script.text, 0, *args)
 
 
-PUT, CLAIM, ACK, REQUEUE, BURY, RENEW = map(_load, ("put", "claim", "ack", "requeue", "bury", "renew"))
-SWEEP, ORPHANS, DEPTH, PURGE, PAUSE = map(_load, ("sweep", "orphans", "depth", "purge", "pause"))
+PUT, CLAIM, ACK, REQUEUE, BURY, RENEW = map(load_script, ("put", "claim", "ack", "requeue", "bury", "renew"))
+SWEEP, ORPHANS, DEPTH, PURGE, PAUSE = map(load_script, ("sweep", "orphans", "depth", "purge", "pause"))

@@ -90,6 +90,10 @@ class QoS(virtual.QoS):
         else:
             self.claims.bury(delivery_tag, "rejected")
 
+    def bury(self, delivery_tag: str, reason: str) -> None:
+        """Among the dead letters, with ``reason`` for the person who looks: it is not delivered again."""
+        self.claims.bury(delivery_tag, reason)
+
     def leave(self, delivery_tag: str) -> None:
         """Stop renewing and say nothing: the message comes back when its lease runs out."""
         self.claims.leave(delivery_tag)

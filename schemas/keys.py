@@ -47,8 +47,13 @@ def queue_messages(name: str, tenant: str) -> str:
 
 
 def queue_dead(name: str) -> str:
-    """List of messages that can never be delivered, each with the reason; the newest is first."""
+    """Hash: id -> the record of a message that will not be delivered again, and why (schemas/dead.py)."""
     return f"gm:queue:{name}:dead"
+
+
+def queue_dead_at(name: str) -> str:
+    """Sorted set: ids of the dead letters -> ms by the server's clock when they were put aside."""
+    return f"gm:queue:{name}:dead:at"
 
 
 def worker(worker_id: str) -> str:

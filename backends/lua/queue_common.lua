@@ -7,7 +7,8 @@
 -- Tenants take turns by start-time fair queueing: the one served least is next, each message counts 1, and who
 -- joins starts level with the least served, or where it left off if that is further on.
 local TENANTS, PAST = '{queue_tenants}', '{queue_past}'
-local MESSAGES, DEAD, FLAGS = '{queue_messages}', '{queue_dead}', '{queue}'
+local MESSAGES, FLAGS = '{queue_messages}', '{queue}'
+local DEAD, DEAD_AT = '{queue_dead}', '{queue_dead_at}'
 local BELL, CLAIMS, EXPIRY, SWEEP = '{bell}', '{claims}', '{claim_expiry}', '{sweep}'
 
 local function clock(override)
@@ -68,4 +69,24 @@ local function give_back(tag)
   join(queue, tenant, 1)
   redis.call('RPUSH', string.format(MESSAGES, queue, tenant), tag .. '\n' .. payload)
   return queue
+end
+
+-- Writes a dead letter; once, however often it is said. The oldest go beyond `limit`, all of them `ttl` ms after the
+-- last one came. `job` may be ''.
+local function lay_out(queue, id, job, tenant, reason, payload, now, limit, ttl)
+  local dead, order = string.format(DEAD, queue), string.format(DEAD_AT, queue)
+  local record = string.format('{"v":1,"id":%s,%s"queue":%s,"tenant":%s,"reason":%s,"at":%.3f,"payload":%s}',
+    cjson.encode(id), job ~= '' and '"job_id":' .. cjson.encode(job) .. ',' or '', cjson.encode(queue),
+    cjson.encode(tenant), cjson.encode(reason), now / 1000, cjson.encode(payload))
+  local fresh = redis.call('HSETNX', dead, id, record)
+  if fresh == 1 then
+    redis.call('ZADD', order, now, id)
+    for _, old in ipairs(redis.call('ZRANGE', order, 0, -1 - limit)) do
+      redis.call('ZREM', order, old)
+      redis.call('HDEL', dead, old)
+    end
+    redis.call('PEXPIRE', dead, ttl)
+    redis.call('PEXPIRE', order, ttl)
+  end
+  return fresh
 end

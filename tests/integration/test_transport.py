@@ -14,6 +14,7 @@ import redis
 from celery import Celery
 from gristmill.backends import broker
 from gristmill.backends.claims import Claims
+from gristmill.backends.dead import DeadLetters
 from gristmill.backends.gate import Gate
 from gristmill.backends.message_queue import ClaimedMessage, MessageQueue
 from gristmill.schemas import keys
@@ -211,10 +212,9 @@ def test_a_rejected_message_is_kept_among_the_dead(put, inbox, queue, valkey) ->
     box.read(1)
     box.messages[0].reject()
     assert queue.claimed() == queue.depth("q") == 0
-    (dead,) = valkey.client().lrange(keys.queue_dead("q"), 0, -1)
-    tag, reason, tenant, payload = dead.decode().split("\n", 3)
-    assert (tag, reason, tenant) == (box.tags[0], "rejected", "default")
-    assert json.loads(payload)["body"]
+    (dead,) = DeadLetters(valkey.client()).letters("q")
+    assert (dead.id, dead.reason, dead.tenant) == (box.tags[0], "rejected", "default")
+    assert json.loads(dead.payload)["body"]
 
 
 def test_what_is_no_message_is_buried_and_the_next_one_delivered(put, inbox, queue, valkey) -> None:
@@ -223,7 +223,7 @@ def test_what_is_no_message_is_buried_and_the_next_one_delivered(put, inbox, que
     valkey.client().rpush(keys.queue_messages("q", "default"), "pushed by hand")
     put("hello")
     assert inbox().read(1) == ["hello"]
-    assert valkey.client().llen(keys.queue_dead("q")) == 3
+    assert DeadLetters(valkey.client()).count("q") == 3
     assert queue.claimed() == 1
 
 

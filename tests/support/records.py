@@ -8,6 +8,7 @@ from typing import Any
 
 from gristmill import schemas
 from gristmill.schemas.batch_lines import OutputLine, Response
+from gristmill.schemas.dead import DeadLetter
 from gristmill.schemas.events import Delta, Done, End, Started, Unknown
 from gristmill.schemas.job import Endpoint, Job, JobState, Message, Priority
 from gristmill.schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
@@ -178,6 +179,16 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
         usage=maybe(usages),
         error=maybe(error_infos),
         result=maybe(NAME),
+    ),
+    DeadLetter: st.builds(
+        DeadLetter,
+        id=NAME,
+        job_id=maybe(NAME),
+        queue=NAME,
+        tenant=TENANT,
+        reason=TEXT,
+        at=TIME,
+        payload=TEXT,
     ),
     WorkerInfo: st.builds(
         WorkerInfo,
