@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -96,13 +96,19 @@ class Stack:
             self._client = Client(self.settings)
         return self._client
 
-    def worker(self, *flags: str, dtype: str = "float32", wait: bool = True) -> Worker:
-        """Start a worker that serves the model as ``m``, and wait until it takes jobs."""
+    def worker(
+        self, *flags: str, dtype: str = "float32", wait: bool = True, env: Mapping[str, str] | None = None
+    ) -> Worker:
+        """Start a worker that serves the model as ``m``, and wait until it takes jobs.
+
+        ``env`` is put on top of its environment: settings, or faults (see ``faults.py``).
+        """
         number = len(self.workers) + 1
         argv = [sys.executable, "-m", "gristmill.worker", "run", "--model", str(self.model)]
         argv += ["--served-model-name", "m", "--broker", self.settings.broker_url]
         argv += ["--results", self.settings.results_url, "--dtype", dtype, "--health-port", "0", *flags]
-        worker = Worker(number, argv, os.environ | LEASE, self.directory / f"worker-{number}.log")
+        environment = os.environ | LEASE | dict(env or {})
+        worker = Worker(number, argv, environment, self.directory / f"worker-{number}.log")
         self.workers.append(worker)
         return worker.wait_ready() if wait else worker
 
