@@ -2,6 +2,7 @@
 --
 -- Every worker calls this every second; at most one call per period does anything, and it writes down when. A gap
 -- of more than a third of a lease since then means that leases may have run out although their owners live:
+--   nothing is written down       the gap may be any: one lease from now
 --   the server was restarted      they get one lease, counted from its start
 --   the server stood still        one lease from now
 --   the caller was cut off too    one lease from now
@@ -42,7 +43,9 @@ if was[1] and now >= last and now - last < tonumber(ARGV[3]) then
 end
 local run, started, idle, hz = server()
 local hold, gap = tonumber(was[2] or 0), now - last
-if was[1] and run ~= was[3] then
+if not was[1] then
+  hold = now + lease
+elseif run ~= was[3] then
   -- After a failover the new server has long been up: what counts is that it is new to us.
   hold = math.max(hold, (started > last and started or now) + lease)
 elseif gap > lease / 3 or gap < 0 then

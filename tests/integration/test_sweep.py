@@ -115,6 +115,14 @@ def test_a_server_that_stood_still_gives_a_lease(fleet: Fleet) -> None:
     assert fleet.sweep_until_returned(70) == pytest.approx(LEASE_S, abs=1)
 
 
+def test_a_server_that_stood_still_before_anybody_swept_gives_a_lease(fleet: Fleet) -> None:
+    """Frozen right after the first claim of its life, it took every job from its owner when it went on."""
+    fleet.queue.client.delete(keys.SWEEP)
+    fleet.wait(90, frozen=True)
+    assert fleet.sweep().hold_s == pytest.approx(LEASE_S)
+    assert fleet.queue.renew(["m#1"]) == []
+
+
 def test_a_caller_that_was_cut_off_gives_everybody_a_lease(fleet: Fleet) -> None:
     fleet.wait(90)
     assert fleet.sweep(outage=True).hold_s == pytest.approx(LEASE_S)
@@ -169,6 +177,7 @@ def test_a_real_server_says_what_the_rule_needs(valkey: Valkey) -> None:
         for _ in range(200):  # a busy moment beforehand proves nothing
             queue.claim(["q"])
         queue.sweep()
+        queue.client.hset(keys.SWEEP, "hold", 0)  # the first sweep's own
         if frozen:
             valkey.freeze()
         gap_ends = time.monotonic() + 1.0
