@@ -24,6 +24,7 @@ from celery.worker import state as celery_state
 
 from ..backends import broker, models
 from ..backends.lease import LeaseRenewer
+from ..backends.sink import ResultSink
 from ..backends.state import State, open_state
 from ..backends.store import ResultStore, open_store
 from ..engine.messages import EngineInfo
@@ -37,7 +38,6 @@ from .lifecycle import Lifecycle
 from .metrics import Metrics
 from .pool import EnginePool, EngineRequest
 from .settings import WorkerSettings
-from .sink import ResultSink
 
 log = logging.getLogger(__name__)
 

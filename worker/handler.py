@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from ..backends.sink import ResultSink
 from ..backends.state import Claim, Final, State
 from ..engine.messages import Output, Request, Stats
 from ..engine.tokenizer import Tokenizer
@@ -25,7 +26,6 @@ from .generation import Generation
 from .metrics import Metrics
 from .publisher import Publisher
 from .settings import WorkerSettings
-from .sink import ResultSink
 
 log = logging.getLogger(__name__)
 

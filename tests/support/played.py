@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.backends.sink import ResultSink
 from gristmill.backends.state import State
 from gristmill.backends.store import FileStore
 from gristmill.engine.messages import EngineInfo, Output, Request, Stats
@@ -20,7 +21,6 @@ from gristmill.worker.disposition import Disposition
 from gristmill.worker.handler import JobHandler
 from gristmill.worker.metrics import Metrics
 from gristmill.worker.settings import WorkerSettings
-from gristmill.worker.sink import ResultSink
 
 from .waiting import wait_until
 

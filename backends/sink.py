@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from ..backends.state import State
-from ..backends.store import ResultStore
 from ..schemas import keys
 from ..schemas.events import End
 from ..schemas.result import Result
+from .state import State
+from .store import ResultStore
 
 log = logging.getLogger(__name__)
 
