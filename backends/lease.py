@@ -9,8 +9,7 @@ from typing import Any
 from celery import bootsteps
 
 from .broker import claims_of
-from .claims import Renewer
-from .redis import REDIS_ERRORS
+from .claim_book import Renewer
 
 
 class LeaseRenewer(bootsteps.StartStopStep):
@@ -42,5 +41,5 @@ class LeaseRenewer(bootsteps.StartStopStep):
         self.claims.requeue(*self.claims.held)
         try:
             self.claims.settle()
-        except REDIS_ERRORS:
+        except self.claims.errors:
             return  # the leases bring the messages back
