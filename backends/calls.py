@@ -4,10 +4,12 @@ Field names of the state hash ``gm:{job}:state``, all values text:
 
 ``state``                      queued, running, or a final state
 ``digest``                     of the body, for idempotency
-``model priority tenant submitted_at expires_at``   as submitted (unix seconds)
+``model priority tenant submitted_at``   as submitted (unix seconds, by the submitter's clock)
+``expires_at``                 unix seconds by the server's clock
 ``attempt attempts``           the number that may write; how many there were
 ``worker``                     who runs it
 ``started_at finished_at``     first claim and end, by the server's clock
+``echo``                       what a result repeats of the job, as JSON, if it said anything
 ``cancel``                     there if somebody asked for a stop
 ``end``                        the log's ``end`` event
 ``result``                     the result's JSON, if small
@@ -37,6 +39,7 @@ EXPIRY_GRACE_S = 86_400.0
 """How long a job's keys outlive its ``expires_at``: somebody must still find it, and end it as expired."""
 
 _TAIL_ENTRIES = 8
+_ECHOED = ("endpoint", "custom_id", "retry_of", "metadata")
 # Not part of what was asked for: when, under which id, and who reads along.
 _NOT_IN_DIGEST = {"id", "v", "submitted_at", "expires_at", "stream"}
 
@@ -47,16 +50,22 @@ class Script:
 
     text: str
     sha: str
+    timed: bool
+    """It tells the time: behind its arguments comes the unix time in ms, or "" for the server's clock."""
 
 
 def _script(name: str) -> Script:
-    text = (Path(__file__).parent / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    folder = Path(__file__).parent / "lua"
+    text = (folder / f"{name}.lua").read_text(encoding="utf-8")
+    timed = "clock()" in text
+    if timed:
+        text = (folder / "clock.lua").read_text(encoding="utf-8") + text
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), timed)
 
 
 SUBMIT, CLAIM, PUBLISH, FINISH, RELEASE = map(_script, ("submit", "claim", "publish", "finish", "release"))
 CANCEL, CANCELLED, STATUS = map(_script, ("cancel", "cancelled", "status"))
-STATES = _script("states")
+STATES, DUE = map(_script, ("states", "due"))
 REGISTER, UNREGISTER = map(_script, ("register", "unregister"))
 
 
@@ -83,10 +92,11 @@ class Write(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to run an attempt, and where the job stands. ``now``: unix seconds by the server."""
+    """The right to run an attempt, and where the job stands. Unix seconds by the server's clock."""
 
     attempt: int
     now: float
+    expires_at: float
     entries: list[Entry]
     """The log before this attempt."""
     cancelled: bool
@@ -122,11 +132,21 @@ def submit(job: Job) -> Call[bool]:
         "priority": job.priority.value,
         "tenant": job.tenant,
         "submitted_at": repr(job.submitted_at),
-        "expires_at": repr(job.expires_at),
     }
+    if echo := _echo(job):
+        fields["echo"] = echo
     pairs = [part for pair in fields.items() for part in pair]
-    until_ms = round((job.expires_at + EXPIRY_GRACE_S) * 1000)
-    return Call((body_digest(job), until_ms, *pairs), parse, SUBMIT, (keys.state(job.id),))
+    lives_s = repr(job.expires_at - job.submitted_at)
+    args = (body_digest(job), lives_s, round(EXPIRY_GRACE_S * 1000), job.id, *pairs)
+    return Call(args, parse, SUBMIT, (keys.state(job.id), keys.DUE))
+
+
+def _echo(job: Job) -> str:
+    """What a result repeats of its job, for who ends it without having read the message; "" if nothing."""
+    said = job.model_dump(mode="json", include=set(_ECHOED), exclude_defaults=True)
+    if job.sampling.seed is not None:
+        said["seed"] = job.sampling.seed
+    return json.dumps(said, separators=(",", ":")) if said else ""
 
 
 def body_digest(job: Job) -> str:
@@ -140,12 +160,19 @@ def claim(job_id: str, worker_id: str, expires_at: float) -> Call[Claim | Final]
         state = JobState(reply[0].decode())
         if state.final:
             return Final(state)
-        _, attempt, now, cancelled, attempts, entries = reply
-        return Claim(int(attempt), float(now), parse_entries(entries), bool(cancelled), attempts)
+        _, attempt, now, cancelled, attempts, entries, expires_at = reply
+        return Claim(
+            attempt=int(attempt),
+            now=float(now),
+            expires_at=float(expires_at),
+            entries=parse_entries(entries),
+            cancelled=bool(cancelled),
+            attempts=attempts,
+        )
 
     grace_ms = round(EXPIRY_GRACE_S * 1000)
-    args = (worker_id, json.dumps(worker_id), repr(expires_at), grace_ms)
-    return Call(args, parse, CLAIM, (keys.state(job_id), keys.log(job_id)))
+    args = (worker_id, json.dumps(worker_id), repr(expires_at), grace_ms, job_id)
+    return Call(args, parse, CLAIM, (keys.state(job_id), keys.log(job_id), keys.DUE))
 
 
 def publish(writes: Sequence[Write]) -> Call[set[str]]:
@@ -168,8 +195,8 @@ def publish(writes: Sequence[Write]) -> Call[set[str]]:
 
 def finish(job_id: str, end: End, inline_result: str | None, result_ttl_s: float) -> Call[bool]:
     assert end.state.final, f"job {job_id}: {end.state} is not a final state"
-    args = (end.state.value, end.to_json(), round(result_ttl_s * 1000), inline_result or "")
-    return Call(args, bool, FINISH, (keys.state(job_id), keys.log(job_id)), mid_job=True)
+    args = (end.state.value, end.to_json(), round(result_ttl_s * 1000), inline_result or "", job_id)
+    return Call(args, bool, FINISH, (keys.state(job_id), keys.log(job_id), keys.DUE), mid_job=True)
 
 
 def release(job_id: str, attempt: int) -> Call[bool]:
@@ -182,7 +209,8 @@ def cancel(job_id: str, model: str | None) -> Call[JobState]:
             raise JobNotFound(f"job {job_id} is unknown here: it expired, or its result's time is over")
         return JobState(reply.decode())
 
-    return Call((job_id, keys.control(""), model or ""), parse, CANCEL, (keys.state(job_id),))
+    args = (job_id, keys.control(""), model or "", keys.KEEPER)
+    return Call(args, parse, CANCEL, (keys.state(job_id), keys.DUE))
 
 
 def cancelled(job_ids: Sequence[str]) -> Call[set[str]]:
@@ -261,6 +289,66 @@ def _tokens(last_first: list[Entry]) -> int:
         if isinstance(event, Delta):
             ends.setdefault(event.choice, event.offset + len(event.ids))
     return sum(ends.values())
+
+
+# ---- jobs that nobody runs
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A job whose time has come, or that somebody asked to stop. Unix seconds."""
+
+    job_id: str
+    state: JobState | None
+    """None: the server knows nothing of it any more."""
+    owned: bool
+    """A live worker runs it, and will end it."""
+    cancelled: bool
+    expires_at: float
+    """By the server's clock."""
+    submitted_at: float
+    attempts: int
+    model: str
+    echo: dict[str, Any]
+    """Those of endpoint, custom_id, retry_of, metadata and seed that the job has."""
+
+
+_DUE_FIELDS = ("state", "cancel", "expires_at", "submitted_at", "attempts", "model", "echo")
+
+
+def due(limit: int) -> Call[tuple[float, list[Due]]]:
+    """Up to ``limit`` of them, the longest due first; and the server's time."""
+
+    def parse(reply: list[Any]) -> tuple[float, list[Due]]:
+        now_ms, *rows = reply
+        return now_ms / 1000, [_due(*row) for row in rows]
+
+    args = (limit, keys.state("%s"), keys.worker("%s"), *_DUE_FIELDS)
+    return Call(args, parse, DUE, (keys.DUE,))
+
+
+def _due(job_id: bytes, owned: int, values: list[bytes | None]) -> Due:
+    texts = {n: v.decode() for n, v in zip(_DUE_FIELDS, values, strict=True) if v is not None}
+    return Due(
+        job_id=job_id.decode(),
+        state=JobState(texts["state"]) if "state" in texts else None,
+        owned=bool(owned) and texts.get("state") == JobState.RUNNING,
+        cancelled="cancel" in texts,
+        expires_at=float(texts.get("expires_at", 0)),
+        submitted_at=float(texts.get("submitted_at", 0)),
+        attempts=int(texts.get("attempts", 0)),
+        model=texts.get("model", ""),
+        echo=json.loads(texts.get("echo", "{}")),
+    )
+
+
+def defer(job_id: str, until: float) -> Call[object]:
+    """Look at it again then (unix seconds by the server's clock), unless it has ended by now."""
+    return Call(("ZADD", keys.DUE, "XX", round(until * 1000), job_id), bool)
+
+
+def not_due(job_ids: Sequence[str]) -> Call[object]:
+    return Call(("ZREM", keys.DUE, *job_ids), bool)
 
 
 # ---- logs and results

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Self, TypeVar
 
@@ -29,7 +29,7 @@ from ..schemas.job import Job, JobState
 from ..schemas.settings import Settings
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
 from . import calls
-from .calls import Call, Claim, Entry, Final, Resubscribed, Write
+from .calls import Call, Claim, Due, Entry, Final, Resubscribed, Script, Write
 from .embedded import Embedded
 from .redis import connect, connect_async, redis_errors
 
@@ -37,6 +37,8 @@ __all__ = [
     "AsyncState",
     "AsyncSubscription",
     "Claim",
+    "Clock",
+    "Due",
     "Entry",
     "Final",
     "JobStatus",
@@ -52,14 +54,23 @@ __all__ = [
 
 T = TypeVar("T")
 LOG_PAGE = 1000
+Clock = Callable[[], float]
+"""Unix seconds."""
 _WHERE = "state server"
 
 
 class State:
-    """For threads: one object for the whole process."""
+    """For threads: one object for the whole process. ``clock`` replaces the server's in tests of time."""
 
-    def __init__(self, client: redis.Redis, settings: Settings, embedded: Embedded | None = None) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        settings: Settings,
+        embedded: Embedded | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         self._client, self._settings, self._embedded = client, settings, embedded
+        self._clock = clock
 
     # ---- a job's life
 
@@ -122,6 +133,21 @@ class State:
     def subscribe(self, job_id: str) -> Subscription:
         """Live entries of a job: a context manager; what is published after entering it is not missed."""
         return Subscription(self._client, keys.log(job_id), self._settings.connect_timeout_s)
+
+    # ---- jobs that nobody runs
+
+    def due(self, limit: int) -> tuple[float, list[Due]]:
+        """The server's time, and jobs that were to have ended by then, or were cancelled."""
+        return self._run(calls.due(limit))
+
+    def defer(self, job_id: str, until: float) -> None:
+        """See calls.defer."""
+        self._run(calls.defer(job_id, until))
+
+    def not_due(self, job_ids: Sequence[str]) -> None:
+        """Nobody need look at these: they have ended, or nothing is known of them."""
+        if job_ids:
+            self._run(calls.not_due(job_ids))
 
     # ---- workers and models
 
@@ -190,12 +216,17 @@ class State:
             if call.script is None:
                 reply = client.execute_command(*call.args)
             else:
-                rest = (len(call.keys), *call.keys, *call.args)
+                rest = (len(call.keys), *call.keys, *call.args, *self._time(call.script))
                 try:
                     reply = client.evalsha(call.script.sha, *rest)
                 except NoScriptError:  # a server that restarted or failed over
                     reply = client.eval(call.script.text, *rest)
         return call.parse(reply)
+
+    def _time(self, script: Script) -> tuple[str | int, ...]:
+        if not script.timed:
+            return ()
+        return ("",) if self._clock is None else (round(self._clock() * 1000),)
 
 
 class Subscription:
@@ -300,7 +331,7 @@ class AsyncState:
             if call.script is None:
                 reply = await client.execute_command(*call.args)
             else:
-                rest = (len(call.keys), *call.keys, *call.args)
+                rest = (len(call.keys), *call.keys, *call.args, *([""] if call.script.timed else ()))
                 try:
                     reply = await client.evalsha(call.script.sha, *rest)
                 except NoScriptError:

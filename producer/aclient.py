@@ -152,6 +152,7 @@ class AsyncClient:
         stream: bool = False,
         priority: Priority | str = Priority.NORMAL,
         tenant: str | None = None,
+        deadline_s: float | None = None,
         idempotency_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
         **sampling: Any,
@@ -164,6 +165,7 @@ class AsyncClient:
             stream=stream,
             priority=priority,
             tenant=tenant,
+            deadline_s=deadline_s,
             idempotency_key=idempotency_key,
             metadata=metadata,
         )

@@ -132,13 +132,15 @@ class Client:
         stream: bool = False,
         priority: Priority | str = Priority.NORMAL,
         tenant: str | None = None,
+        deadline_s: float | None = None,
         idempotency_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
         **sampling: Any,
     ) -> JobHandle:
         """Send one job; when this returns, the broker has it. ``sampling``: the fields of SamplingParams.
 
-        Give ``prompt``, ``messages`` (OpenAI's form) or ``prompt_ids``. With the same ``idempotency_key`` the
+        Give ``prompt``, ``messages`` (OpenAI's form) or ``prompt_ids``. After ``deadline_s`` the job ends as
+        expired, with what it has by then. With the same ``idempotency_key`` the
         job exists once, however often it is sent. Raises InvalidRequest, PayloadTooLarge, ModelNotFound,
         IdempotencyConflict, BrokerUnavailable.
         """
@@ -149,6 +151,7 @@ class Client:
             stream=stream,
             priority=priority,
             tenant=tenant,
+            deadline_s=deadline_s,
             idempotency_key=idempotency_key,
             metadata=metadata,
         )

@@ -46,6 +46,9 @@ Examples:
     "--priority", type=click.Choice(list(Priority)), help="Default: interactive with --stream, else normal."
 )
 @click.option("--tenant", help="Whose job it is.")
+@click.option(
+    "--deadline-s", type=click.FloatRange(0, min_open=True), help="End it after so long, with what it has."
+)
 @click.option("--idempotency-key", metavar="KEY", help="Sent twice with the same key, the job exists once.")
 @click.option("--stream", is_flag=True, help="Print text as it is made.")
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
@@ -61,6 +64,7 @@ def submit(
     model: str | None,
     priority: str | None,
     tenant: str | None,
+    deadline_s: float | None,
     idempotency_key: str | None,
     stream: bool,
     wait: bool,
@@ -82,6 +86,7 @@ def submit(
             stream=stream,
             priority=priority or (Priority.INTERACTIVE if stream else Priority.NORMAL),
             tenant=tenant,
+            deadline_s=deadline_s,
             idempotency_key=idempotency_key,
             **sampling,
         )

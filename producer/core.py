@@ -58,6 +58,7 @@ class Submission:
     stream: bool = False
     priority: Priority | str = Priority.NORMAL
     tenant: str | None = None
+    deadline_s: float | None = None
     idempotency_key: str | None = None
     custom_id: str | None = None
     metadata: Mapping[str, str] | None = None
@@ -71,7 +72,10 @@ def build_job(
 
     With an idempotency key the id follows from tenant and key; otherwise it is new.
     """
+    if given.deadline_s is not None and not given.deadline_s > 0:
+        raise InvalidRequest(f"deadline_s is {given.deadline_s:g} and must be above 0", param="deadline_s")
     tenant = given.tenant or settings.tenant or DEFAULT_TENANT
+    lives_s = min(settings.job_ttl_s, given.deadline_s or settings.job_ttl_s)
     key = given.idempotency_key
     fields: dict[str, Any] = {
         "id": idempotent_job_id(tenant, key) if key is not None else new_job_id(),
@@ -84,7 +88,7 @@ def build_job(
         "tenant": tenant,
         "stream": given.stream,
         "submitted_at": now,
-        "expires_at": now + settings.job_ttl_s,
+        "expires_at": now + lives_s,
         "custom_id": given.custom_id,
         "idempotency_key": key,
         "metadata": dict(given.metadata or {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import threading
 import time
@@ -39,6 +40,8 @@ class Slot:
 
     job: Job
     generation: Generation | None = None
+    expires_at: float = math.inf
+    """By this machine's monotonic clock: the server said how long it has."""
     ended: threading.Event = field(default_factory=threading.Event)
     how: Disposition | None = None
     """Set with ``ended``: DROP (fenced) or REQUEUE (handed back). None: the log is complete."""
@@ -119,6 +122,7 @@ class JobHandler:
         )
         if claim.attempts > 1:
             self._metrics.on_redelivered()
+        slot.expires_at = time.monotonic() + claim.expires_at - claim.now
         generation = self._prepare(job, claim)
         if not generation.complete:
             self._run(slot, generation)
@@ -170,7 +174,7 @@ class JobHandler:
         info, job = self.engine.info, generation.job
         if claim.cancelled:
             generation.end_early(FinishReason.CANCELLED, claim.now)
-        elif claim.now >= job.expires_at:
+        elif claim.now >= claim.expires_at:
             generation.end_early(FinishReason.EXPIRED, claim.now)
         else:
             prompt_ids = intake.encode(job, self._tokenizer, info.vocab_size)
@@ -333,9 +337,9 @@ class JobHandler:
         self._end_early(job_id, FinishReason.CANCELLED)
 
     def expire(self, now: float) -> None:
-        """Stop running jobs whose time is up."""
+        """Stop running jobs whose time is up. ``now``: by the monotonic clock."""
         with self._slots_lock:
-            over = [job_id for job_id, slot in self._slots.items() if slot.job.expires_at <= now]
+            over = [job_id for job_id, slot in self._slots.items() if slot.expires_at <= now]
         for job_id in over:
             self._end_early(job_id, FinishReason.EXPIRED)
 

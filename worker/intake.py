@@ -79,5 +79,5 @@ def engine_request(generation: Generation) -> Request:
         stop_token_ids=[*sampling.stop_token_ids, *(() if sampling.ignore_eos else tokenizer.eos_token_ids)],
         ignore_eos=sampling.ignore_eos,
         priority=job.priority.rank,
-        arrival=job.submitted_at,
+        arrival=generation.started_at,
     )

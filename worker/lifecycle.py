@@ -158,7 +158,7 @@ class Lifecycle:
                     self._state.revive()
 
     def _tick(self, now: float) -> None:
-        self._handler.expire(time.time())
+        self._handler.expire(now)
         if now - self._beat_at >= self._settings.heartbeat_every_s and not self.draining:
             self._beat(now)
             self._waiting()  # for /metrics

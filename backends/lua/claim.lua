@@ -1,15 +1,16 @@
 -- Begin an attempt: from here on nobody with a lower number can write.
--- KEYS    1 state hash   2 log
--- ARGV    1 worker id   2 the same as JSON   3 expires_at (unix s)   4 how long keys outlive it (ms)
+-- KEYS    1 state hash   2 log   3 due jobs (sorted set)
+-- ARGV    1 worker id   2 the same as JSON   3 expires_at (unix s) if the state was lost
+--         4 how long keys outlive it (ms)   5 job id
 -- returns {state} if the job is final, else
---         {'running', attempt, now (unix s), cancelled (0|1), attempts, log before this attempt}
+--         {'running', attempt, now (unix s), cancelled (0|1), attempts, log before this attempt, expires_at (unix s)}
 local FINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
 local was = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'cancel', 'expires_at')
 if FINAL[was[1]] then
   return {was[1]}
 end
 
-local time = redis.call('TIME')
+local time = clock()
 local now = string.format('%d.%06d', time[1], time[2])
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local entries = redis.call('XRANGE', KEYS[2], '-', '+')
@@ -26,8 +27,10 @@ redis.call('HSETNX', KEYS[1], 'expires_at', ARGV[3])
 redis.call('HSET', KEYS[1], 'state', 'running', 'attempt', attempt, 'worker', ARGV[1])
 local attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
 -- A job claimed after its time still has to be ended: its keys live on from now.
-local until_ms = math.max(tonumber(was[4] or ARGV[3]) * 1000, now_ms) + tonumber(ARGV[4])
+local expires_ms = (was[4] or ARGV[3]) * 1000
+redis.call('ZADD', KEYS[3], 'NX', string.format('%.0f', expires_ms), ARGV[5])
+local until_ms = math.max(expires_ms, now_ms) + tonumber(ARGV[4])
 redis.call('PEXPIREAT', KEYS[1], string.format('%.0f', until_ms))
 redis.call('PEXPIREAT', KEYS[2], string.format('%.0f', until_ms))
 redis.call('PUBLISH', KEYS[2], attempt .. '-0 ' .. event)
-return {'running', attempt, now, was[3] and 1 or 0, attempts, entries}
+return {'running', attempt, now, was[3] and 1 or 0, attempts, entries, was[4] or ARGV[3]}

@@ -1,14 +1,15 @@
 -- Make a job final: state, end event, expiry. The result object stands already; whoever finds it may call this.
--- KEYS    1 state hash   2 log
--- ARGV    1 final state   2 end event   3 keys live on (ms)   4 the result itself, or ''
+-- KEYS    1 state hash   2 log   3 due jobs (sorted set)
+-- ARGV    1 final state   2 end event   3 keys live on (ms)   4 the result itself, or ''   5 job id
 -- returns 1; 0 if the job was final already
 local FINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
+redis.call('ZREM', KEYS[3], ARGV[5])
 local was = redis.call('HMGET', KEYS[1], 'state', 'attempt')
 if FINAL[was[1]] then
   return 0
 end
 
-local time = redis.call('TIME')
+local time = clock()
 local attempt, seq = tonumber(was[2] or '0'), 1
 local top = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
 if top then

@@ -27,6 +27,14 @@ def test_a_prompt_becomes_a_job_with_the_settings_defaults() -> None:
     assert build(prompt="hello").id != build(prompt="hello").id
 
 
+def test_a_deadline_counts_from_submission_and_never_prolongs() -> None:
+    assert build(prompt="a", deadline_s=2.5).expires_at == 1002.5
+    assert build(prompt="a", deadline_s=1e12).expires_at == 1000.0 + SETTINGS.job_ttl_s
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(InvalidRequest, match="deadline_s"):
+            build(prompt="a", deadline_s=wrong)
+
+
 def test_an_idempotency_key_decides_the_id_within_a_tenant() -> None:
     first = build(prompt="a", idempotency_key="k")
     assert build(prompt="b", idempotency_key="k").id == first.id
