@@ -65,7 +65,7 @@ def _script(name: str) -> Script:
 
 SUBMIT, CLAIM, PUBLISH, FINISH, RELEASE = map(_script, ("submit", "claim", "publish", "finish", "release"))
 CANCEL, CANCELLED, STATUS = map(_script, ("cancel", "cancelled", "status"))
-STATES, DUE = map(_script, ("states", "due"))
+STATES, DUE, LEAD, TIDY = map(_script, ("states", "due", "lead", "tidy"))
 REGISTER, UNREGISTER = map(_script, ("register", "unregister"))
 
 
@@ -316,14 +316,14 @@ class Due:
 _DUE_FIELDS = ("state", "cancel", "expires_at", "submitted_at", "attempts", "model", "echo")
 
 
-def due(limit: int) -> Call[tuple[float, list[Due]]]:
-    """Up to ``limit`` of them, the longest due first; and the server's time."""
+def due(limit: int, job_ids: Sequence[str] = ()) -> Call[tuple[float, list[Due]]]:
+    """Up to ``limit`` of them, the longest due first, or those named; and the server's time."""
 
     def parse(reply: list[Any]) -> tuple[float, list[Due]]:
         now_ms, *rows = reply
         return now_ms / 1000, [_due(*row) for row in rows]
 
-    args = (limit, keys.state("%s"), keys.worker("%s"), *_DUE_FIELDS)
+    args = (limit, keys.state("%s"), keys.worker("%s"), len(_DUE_FIELDS), *_DUE_FIELDS, *job_ids)
     return Call(args, parse, DUE, (keys.DUE,))
 
 
@@ -349,6 +349,15 @@ def defer(job_id: str, until: float) -> Call[object]:
 
 def not_due(job_ids: Sequence[str]) -> Call[object]:
     return Call(("ZREM", keys.DUE, *job_ids), bool)
+
+
+def lead(token: str, ttl_s: float) -> Call[bool]:
+    """``ttl_s`` 0: lead no longer."""
+    return Call((token, round(ttl_s * 1000)), bool, LEAD, (keys.KEEPER,))
+
+
+def tidy() -> Call[int]:
+    return Call((), int, TIDY, (keys.WORKERS,))
 
 
 # ---- logs and results

@@ -37,6 +37,7 @@ class DeadLetters:
     def __init__(
         self, client: redis.Redis, embedded: Embedded | None = None, now_ms: int | None = None
     ) -> None:
+        self.client = client
         self._client: Any = client
         self._embedded, self.now_ms = embedded, now_ms
 
@@ -51,6 +52,24 @@ class DeadLetters:
         args = (now, queue, message_id, job_id or "", tenant, reason, payload, DEAD_LIMIT, DEAD_TTL_S * 1000)
         with redis_errors(_WHERE):
             return bool(run_script(self._client, LAY_OUT, *args))
+
+    def undrained(self, limit: int) -> list[DeadLetter]:
+        """Letters that nobody has drained yet, in no order: their jobs may still need an end."""
+        with redis_errors(_WHERE):
+            members: list[bytes] = self._client.srandmember(keys.DEAD_NEW, limit) or []
+        letters: list[DeadLetter] = []
+        for member in members:
+            queue, _, message_id = member.decode("utf-8", "replace").partition("\n")
+            if (letter := self.get(queue, message_id)) is not None:
+                letters.append(letter)
+            else:
+                self.drained(queue, message_id)
+        return letters
+
+    def drained(self, queue: str, message_id: str) -> None:
+        """Its job, if it has one, has ended."""
+        with redis_errors(_WHERE):
+            self._client.srem(keys.DEAD_NEW, f"{queue}\n{message_id}")
 
     def count(self, queue: str) -> int:
         """How many a queue has."""
@@ -84,6 +103,7 @@ class DeadLetters:
         with redis_errors(_WHERE), self._client.pipeline() as pipe:
             pipe.hdel(keys.queue_dead(queue), *message_ids)
             pipe.zrem(keys.queue_dead_at(queue), *message_ids)
+            pipe.srem(keys.DEAD_NEW, *(f"{queue}\n{message_id}" for message_id in message_ids))
             return int(pipe.execute()[0])
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ _NAMES = {
     "queue_dead": keys.queue_dead("%s"),
     "queue_dead_at": keys.queue_dead_at("%s"),
     "queue": keys.queue("%s"),
+    "dead_new": keys.DEAD_NEW,
     "bell": keys.BELL,
     "claims": keys.CLAIMS,
     "claim_expiry": keys.CLAIM_EXPIRY,
@@ -58,6 +59,15 @@ class Sweep:
 
     returned: int
     hold_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What a look at a queue's waiting messages did."""
+
+    gone: int
+    longest: int
+    """Messages of the tenant that has most."""
 
 
 class MessageQueue:
@@ -142,6 +152,18 @@ class MessageQueue:
         """Throw away what waits. Returns how many messages that were."""
         return int(run_script(self.client, PURGE, queue))
 
+    def prune(self, queue: str, start: int, count: int) -> Pruned:
+        """Throw away waiting messages whose jobs have ended, among ``count`` of each tenant's.
+
+        ``start``: how many of the oldest to pass over. Only where this server holds the states of jobs too.
+        """
+        reply = run_script(self.client, PRUNE, queue, start, count, keys.state("%s"))
+        return Pruned(*map(int, reply))
+
+    def paused(self, queue: str) -> bool:
+        """Whether claims from it are stopped."""
+        return bool(self.client.hexists(keys.queue(queue), "paused"))
+
     def pause(self, queue: str, *, paused: bool) -> None:
         """Stop all claims from a queue, or let them go on."""
         run_script(self.client, PAUSE, queue, int(paused))
@@ -176,4 +198,5 @@ def run_script(client: redis.Redis, script: Script, *args: str | bytes | int) ->
 
 
 PUT, CLAIM, ACK, REQUEUE, BURY, RENEW = map(load_script, ("put", "claim", "ack", "requeue", "bury", "renew"))
-SWEEP, ORPHANS, DEPTH, PURGE, PAUSE = map(load_script, ("sweep", "orphans", "depth", "purge", "pause"))
+SWEEP, ORPHANS, DEPTH, PURGE = map(load_script, ("sweep", "orphans", "depth", "purge"))
+PAUSE, PRUNE = map(load_script, ("pause", "prune"))

@@ -140,6 +140,10 @@ class State:
         """The server's time, and jobs that were to have ended by then, or were cancelled."""
         return self._run(calls.due(limit))
 
+    def look(self, job_ids: Sequence[str]) -> tuple[float, list[Due]]:
+        """The same of the jobs named, due or not."""
+        return self._run(calls.due(0, job_ids))
+
     def defer(self, job_id: str, until: float) -> None:
         """See calls.defer."""
         self._run(calls.defer(job_id, until))
@@ -148,6 +152,18 @@ class State:
         """Nobody need look at these: they have ended, or nothing is known of them."""
         if job_ids:
             self._run(calls.not_due(job_ids))
+
+    def lead(self, token: str, ttl_s: float) -> bool:
+        """Become or stay the leader of the keepers for ``ttl_s``; 0: no longer. False: another one leads."""
+        return self._run(calls.lead(token, ttl_s))
+
+    def tidy(self) -> int:
+        """Forget workers whose heartbeat ended. Returns how many."""
+        return self._run(calls.tidy())
+
+    def wakings(self) -> Subscription:
+        """What wakes the keepers: a job that was cancelled."""
+        return Subscription(self._client, keys.KEEPER, self._settings.connect_timeout_s)
 
     # ---- workers and models
 

@@ -11,6 +11,7 @@ PREFIX = "gm:"
 BELL = "gm:bell"  # stream: every put and every restore rings it; idle workers wait on it
 MODELS = "gm:models"  # hash: model name -> JSON of what its workers said of it
 WORKERS = "gm:workers"  # sorted set: worker id -> unix seconds until which it counts as alive
+DEAD_NEW = "gm:dead:new"  # set: "<queue>\n<id>" of dead letters whose jobs may have no final state yet
 DUE = "gm:due"  # sorted set: job id -> ms by the server's clock when somebody must see whether it has ended
 CLAIMS = "gm:claims"  # hash: tag -> the claimed message, with the queue and the tenant it goes back to
 CLAIM_EXPIRY = "gm:claims:expiry"  # sorted set: tag -> ms by the server's clock when the lease runs out

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("backends", "engine", "producer", "schemas", "worker")
+PACKAGES = ("backends", "engine", "keeper", "producer", "schemas", "worker")
 MODULES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -101,13 +101,18 @@ def test_the_list_of_environment_readers_is_not_stale() -> None:
 
 def test_console_scripts_point_at_functions_that_exist() -> None:
     scripts = {entry.name: entry for entry in distribution("gristmill").entry_points}
-    assert {"gristmill", "gristmill-worker"} <= set(scripts)
+    assert {"gristmill", "gristmill-keeper", "gristmill-worker"} <= set(scripts)
     for entry in scripts.values():
         assert callable(entry.load()), entry.value
 
 
 def test_importing_the_client_loads_neither_torch_nor_engine_nor_worker() -> None:
     loaded = imported_modules("import gristmill.producer, gristmill.producer.cli")
+    assert not loaded & HEAVY
+
+
+def test_importing_the_keeper_loads_neither_torch_nor_engine_nor_worker() -> None:
+    loaded = imported_modules("import gristmill.keeper.cli, gristmill.keeper.keeper")
     assert not loaded & HEAVY
 
 

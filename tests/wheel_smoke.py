@@ -12,7 +12,13 @@ import sys
 from pathlib import Path
 
 HEAVY = ("torch", "transformers", "numpy", "gristmill.worker", "gristmill.engine")
-LIGHT = ("gristmill.producer", "gristmill.producer.cli", "gristmill.backends", "gristmill.schemas")
+LIGHT = (
+    "gristmill.producer",
+    "gristmill.producer.cli",
+    "gristmill.keeper.cli",
+    "gristmill.backends",
+    "gristmill.schemas",
+)
 
 
 def main(site: Path, expected: list[str]) -> None:
@@ -21,7 +27,7 @@ def main(site: Path, expected: list[str]) -> None:
     assert not missing, f"not in the wheel: {', '.join(missing)}; see [tool.setuptools] in pyproject.toml"
 
     modules = sorted(path for path in package.rglob("*.py") if not path.name.startswith("__"))
-    for name in ("schemas", "backends", "engine", "producer", "worker"):
+    for name in ("schemas", "backends", "engine", "keeper", "producer", "worker"):
         module = importlib.import_module(f"gristmill.{name}")
         assert str(module.__file__).startswith(str(package)), f"{name} came from {module.__file__}"
         assert (package / name / "py.typed").is_file(), f"{name} has no py.typed"
@@ -33,7 +39,9 @@ def main(site: Path, expected: list[str]) -> None:
     assert not heavy.stdout.strip(), f"importing the client brings in {heavy.stdout.strip()}"
 
     scripts = {e.name: e for e in importlib.metadata.distribution("gristmill").entry_points}
-    assert {"gristmill", "gristmill-worker"} <= set(scripts), f"console scripts: {sorted(scripts)}"
+    assert {"gristmill", "gristmill-keeper", "gristmill-worker"} <= set(scripts), (
+        f"console scripts: {sorted(scripts)}"
+    )
     for entry in scripts.values():
         assert callable(entry.load()), f"{entry.name} does not load"
     version = importlib.metadata.version("gristmill")

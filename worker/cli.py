@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from ..backends import logs
 from ..schemas.errors import GristmillError
-from . import logs
 from .settings import load_worker_settings
 
 EXAMPLES = """\b

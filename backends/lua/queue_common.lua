@@ -8,7 +8,7 @@
 -- joins starts level with the least served, or where it left off if that is further on.
 local TENANTS, PAST = '{queue_tenants}', '{queue_past}'
 local MESSAGES, FLAGS = '{queue_messages}', '{queue}'
-local DEAD, DEAD_AT = '{queue_dead}', '{queue_dead_at}'
+local DEAD, DEAD_AT, DEAD_NEW = '{queue_dead}', '{queue_dead_at}', '{dead_new}'
 local BELL, CLAIMS, EXPIRY, SWEEP = '{bell}', '{claims}', '{claim_expiry}', '{sweep}'
 
 local function clock(override)
@@ -84,7 +84,10 @@ local function lay_out(queue, id, job, tenant, reason, payload, now, limit, ttl)
     for _, old in ipairs(redis.call('ZRANGE', order, 0, -1 - limit)) do
       redis.call('ZREM', order, old)
       redis.call('HDEL', dead, old)
+      redis.call('SREM', DEAD_NEW, queue .. '\n' .. old)
     end
+    redis.call('SADD', DEAD_NEW, queue .. '\n' .. id)
+    redis.call('PEXPIRE', DEAD_NEW, ttl)
     redis.call('PEXPIRE', dead, ttl)
     redis.call('PEXPIRE', order, ttl)
   end

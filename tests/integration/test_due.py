@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from gristmill.backends.redis import connect
 from gristmill.backends.state import Due, State
@@ -13,20 +11,11 @@ from gristmill.schemas.sampling import SamplingParams
 from gristmill.schemas.settings import Settings
 from gristmill.schemas.status import WorkerInfo
 
+from ..support.clock import Clock
 from ..support.journal import Attempt, make_job
 from ..support.valkey import Valkey
 
 WORKER = WorkerInfo(models=("tiny",), host="here", pid=1, version="0")
-
-
-class Clock:
-    """Unix seconds that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -48,11 +37,11 @@ def test_a_deadline_runs_by_the_servers_clock(state: State, clock: Clock, skew_s
     submitted_at = clock.now + skew_s
     job = make_job(submitted_at=submitted_at, expires_at=submitted_at + 10)
     state.submit(job)
-    clock.now += 9.9
+    clock.advance(9.9)
     assert due(state) == []
     claim = Attempt.begin(state, job).claim
     assert claim.expires_at - claim.now == pytest.approx(0.1, abs=0.01)
-    clock.now += 0.2
+    clock.advance(0.2)
     assert [d.job_id for d in due(state)] == [job.id]
     assert state.due(100)[0] == pytest.approx(clock.now, abs=0.001)
 
@@ -61,7 +50,7 @@ def test_the_longest_due_come_first_and_no_more_than_asked_for(state: State, clo
     jobs = [make_job(submitted_at=clock.now, expires_at=clock.now + life) for life in (30, 10, 20, 40)]
     for job in jobs:
         state.submit(job)
-    clock.now += 35
+    clock.advance(35)
     assert [d.job_id for d in due(state)] == [jobs[1].id, jobs[2].id, jobs[0].id]
     assert len(state.due(2)[1]) == 2
 
@@ -87,7 +76,7 @@ def test_what_a_live_worker_runs_is_its_own(state: State, clock: Clock, valkey: 
     assert [d.owned for d in due(state)] == [True]
     state.defer(job.id, clock.now + 5)
     assert due(state) == []
-    clock.now += 5
+    clock.advance(5)
     state.release(job.id, attempt.id)
     assert [d.owned for d in due(state)] == [False]
 
@@ -99,7 +88,7 @@ def test_a_job_whose_state_was_lost_is_due_again_after_its_claim(
     state.submit(job)
     valkey.client().flushall()
     Attempt.begin(state, job)
-    clock.now += 11
+    clock.advance(11)
     assert [d.job_id for d in due(state)] == [job.id]
     valkey.client().delete(keys.state(job.id))
     assert [d.state for d in due(state)] == [None]
@@ -120,7 +109,7 @@ def test_what_a_result_repeats_is_known_without_the_message(
     )
     plain = make_job()
     state.submit(job), state.submit(plain)
-    clock.now += 4000
+    clock.advance(4000)
     first, second = sorted(due(state), key=lambda d: not d.echo)
     assert first.echo == {
         "endpoint": "/v1/chat/completions",

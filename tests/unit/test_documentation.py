@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 import pytest
+from gristmill.keeper.cli import cli as gristmill_keeper
+from gristmill.keeper.settings import KeeperSettings
 from gristmill.producer.cli import cli as gristmill
 from gristmill.producer.settings import ProducerSettings
 from gristmill.worker.cli import cli as gristmill_worker
@@ -16,7 +18,11 @@ from gristmill.worker.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")] if ".venv" not in path.parts)
-PROGRAMS = {"gristmill": gristmill, "gristmill-worker": gristmill_worker}
+PROGRAMS = {
+    "gristmill": gristmill,
+    "gristmill-keeper": gristmill_keeper,
+    "gristmill-worker": gristmill_worker,
+}
 
 
 def name_of(path: Path) -> str:
@@ -26,7 +32,7 @@ def name_of(path: Path) -> str:
 def commands(text: str) -> Iterator[list[str]]:
     """Command lines of our programs in indented blocks, as words, up to a comment or a pipe."""
     for line in text.splitlines():
-        found = re.match(r"^\s*(?:\$ )?(?:.*\| )?(gristmill(?:-worker)? .*)$", line)
+        found = re.match(r"^\s*(?:\$ )?(?:.*\| )?(gristmill(?:-worker|-keeper)? .*)$", line)
         if found and line.startswith(("    ", "$ ")):
             words = shlex.split(found[1].replace("…", ""), comments=True)
             end = next((i for i, word in enumerate(words) if word in {"|", "&", ">", "&&"}), len(words))
@@ -58,7 +64,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_variables_are_settings(page: Path) -> None:
-    known = set(WorkerSettings.model_fields) | set(ProducerSettings.model_fields) | {"valkey_password"}
+    known = {"valkey_password"}.union(
+        *(s.model_fields for s in (WorkerSettings, ProducerSettings, KeeperSettings))
+    )
     named = {name.lower() for name in re.findall(r"\bGRISTMILL_([A-Z0-9_]+)\b", page.read_text())}
     assert not named - known
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from celery.worker.consumer import consumer
-from gristmill.worker import logs
+from gristmill.backends import logs
 
 SECRET = "a prompt nobody else may read"
 

@@ -1,0 +1,5 @@
+"""`python -m gristmill.keeper` is `gristmill-keeper`."""
+
+from .cli import main
+
+main()
