@@ -31,6 +31,7 @@ from ..engine.messages import EngineInfo
 from ..engine.tokenizer import Tokenizer
 from ..schemas import queues
 from ..schemas.errors import GristmillError, ModelNotFound
+from . import spool
 from .engine_client import EngineClient
 from .handler import JobHandler
 from .health import HealthServer
@@ -57,6 +58,7 @@ class WorkerApp:
         """Serve until told to stop. Returns the exit code. Raises GristmillError if it cannot start."""
         started = time.monotonic()
         model_dir = self._model_dir()
+        spool.remove_dead(self.settings.home)
         state, store = open_state(self.settings), open_store(self.settings.results, self.settings)
         handler = self._handler(state, store, model_dir)
         handler.engine = EngineClient(
@@ -76,6 +78,7 @@ class WorkerApp:
             return self._serve(app, state, handler)
         finally:
             handler.engine.stop()
+            handler.committer.spool.close()
             state.close()
 
     def _model_dir(self) -> Path:
@@ -136,7 +139,8 @@ class WorkerApp:
         self._gate.claimable = lambda: self.queues if not lifecycle.draining and handler.has_room() else ()
         controller = app.WorkController(
             pool_cls=EnginePool,
-            concurrency=2 * handler.engine.info.max_num_seqs + 16,
+            # A thread for each job that runs or waits to be stored: more than has_room() lets in.
+            concurrency=2 * handler.engine.info.max_num_seqs + 16 + self.settings.spool_max_results,
             queues=self.queues,
             hostname=self.worker_id,
             without_mingle=True,

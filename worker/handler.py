@@ -21,12 +21,14 @@ from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
 from ..schemas.job import JOB_ID_PATTERN, Job, JobState
 from ..schemas.result import ErrorInfo, FinishReason, Result, Timings
 from . import intake
+from .committer import Committer
 from .disposition import Disposition
 from .engine_client import EngineClient
 from .generation import Generation
 from .metrics import Metrics
 from .publisher import Publisher
 from .settings import WorkerSettings
+from .spool import Parcel
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +70,20 @@ class JobHandler:
         on_gone: Callable[[str], None],
     ) -> None:
         self._settings, self._worker_id = settings, worker_id
-        self._state, self._sink, self._tokenizer, self._metrics = state, sink, tokenizer, metrics
+        self._state, self._tokenizer, self._metrics = state, tokenizer, metrics
         self._on_capacity, self._on_gone = on_capacity, on_gone
         self._slots: dict[str, Slot] = {}
         self._slots_lock = threading.Lock()
         self._closing = threading.Event()
-        self._troubled = 0  # threads that wait for the state server or the store
+        self._troubled = 0  # threads that wait for the state server
+        self.committer = Committer(
+            sink,
+            metrics,
+            home=settings.home,
+            worker_id=worker_id,
+            max_results=settings.spool_max_results,
+            max_bytes=settings.spool_max_bytes,
+        )
         self.publisher = Publisher(state, on_complete=self._on_complete, on_fenced=self._on_fenced)
         self.engine: EngineClient  # set by the app, which builds both around each other
         self.last_busy_at = time.monotonic()
@@ -129,7 +139,9 @@ class JobHandler:
             slot.ended.wait()
             if slot.how is not None:
                 return self._let_go(generation, slot.how)
-        return self._commit(generation.result(), generation.attempt)
+        parcel, attempt = self.committer.take(generation.result()), generation.attempt
+        slot.generation = generation = None  # it may take long, and the journal has everything
+        return self._commit(parcel, attempt)
 
     def _refuse(self, job_id: str, exc: BadInput) -> Disposition:
         """Answer what cannot be read: its client is newer than this worker, or none of ours."""
@@ -148,7 +160,7 @@ class JobHandler:
             error=ErrorInfo.of(exc),
             attempts=claim.attempts,
         )
-        return self._commit(refusal, claim.attempt)
+        return self._commit(self.committer.take(refusal), claim.attempt)
 
     def _prepare(self, job: Job, claim: Claim) -> Generation:
         """A Generation that stands where the journal stands. Bad input, too, becomes one: with its error."""
@@ -218,8 +230,8 @@ class JobHandler:
             self.publisher.discard(generation)
             self.engine.abort(generation.request_id)
 
-    def _commit(self, ours: Result, attempt: int) -> Disposition:
-        committed = self._patiently(lambda: self._sink.commit(ours))
+    def _commit(self, parcel: Parcel, attempt: int) -> Disposition:
+        committed = self.committer.commit(parcel)
         if committed is None:
             return Disposition.REQUEUE
         result, fresh = committed
@@ -361,6 +373,7 @@ class JobHandler:
         """
         with self.publisher.lock:
             self._closing.set()
+        self.committer.close()
         with self._slots_lock:
             slots = list(self._slots.values())
         self.publisher.flush(flush_s)
@@ -387,8 +400,8 @@ class JobHandler:
         if not self.publisher.healthy:
             return "the journal cannot be written; running jobs wait for the state server"
         if waiting := self._troubled:
-            return f"{waiting} deliveries wait for the state server or the result store; see the log"
-        return None
+            return f"{waiting} deliveries wait for the state server; see the log"
+        return self.committer.trouble
 
     def has_room(self) -> bool:
         """Whether the engine could start another job soon.
@@ -403,8 +416,6 @@ class JobHandler:
             slots = list(self._slots.values())
         running = [slot for slot in slots if not slot.ended.is_set()]  # the others are being committed
         if len(running) >= info.max_num_seqs + max(1, info.max_num_seqs // 16):
-            return False
-        if len(slots) >= 2 * info.max_num_seqs:
             return False
         if stats is not None and stats.waiting and stats.free_blocks * 20 < stats.total_blocks:
             return False

@@ -108,6 +108,9 @@ class Metrics:
             "duplicate_commit_rejected", "Results not written because an earlier attempt's was there."
         )
 
+        self._spool_results = self._gauge("spool_results", "Finished requests whose result is not durable.")
+        self._spool_bytes = self._gauge("spool_bytes", "Size of those results.")
+
     # ---- the engine
 
     def on_ready(self, info: EngineInfo) -> None:
@@ -179,6 +182,11 @@ class Metrics:
     def on_duplicate_commit(self) -> None:
         """The result object was there already: the first writer's counts."""
         self._duplicates.inc()
+
+    def on_spool(self, results: int, size: int) -> None:
+        """A result began or ceased to wait: how many do now, and their bytes."""
+        self._spool_results.set(results)
+        self._spool_bytes.set(size)
 
     # ---- definitions
 

@@ -63,6 +63,10 @@ class WorkerSettings(Settings):
     engine_restarts: Annotated[int, Field(ge=0)] = 3
     """Restarts without a token in between before the worker gives up."""
     drain_s: Annotated[float, Field(ge=0, le=1e9)] = 25.0
+    spool_max_results: PositiveInt = 512
+    """Finished jobs whose results may wait for the store; then intake stops. Each holds a thread."""
+    spool_max_bytes: PositiveInt = 256 * 1024 * 1024
+    """The same, by the size of the results."""
     burst: bool = False
     """Exit once the queues are empty and nothing runs."""
     idle_exit_s: Annotated[float, Field(ge=0, le=1e9)] | None = None

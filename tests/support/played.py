@@ -63,7 +63,7 @@ class Played:
         self.store = FileStore(root)
         self.engine = PlayedEngine()
         self.handler = JobHandler(
-            WorkerSettings(model="m"),
+            WorkerSettings(model="m", home=root.parent / "home"),
             "w1",
             state=state,
             sink=ResultSink(state, self.store, inline_bytes=65_536),
