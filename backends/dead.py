@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import redis
@@ -65,6 +65,15 @@ class DeadLetters:
             else:
                 self.drained(queue, message_id)
         return letters
+
+    def awaiting(self, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
+        """Those that nobody has drained yet."""
+        if not letters:
+            return []
+        members = [f"{letter.queue}\n{letter.id}" for letter in letters]
+        with redis_errors(_WHERE):
+            flags: list[int] = self._client.smismember(keys.DEAD_NEW, members)
+        return [letter for letter, flag in zip(letters, flags, strict=True) if flag]
 
     def drained(self, queue: str, message_id: str) -> None:
         """Its job, if it has one, has ended."""

@@ -160,10 +160,6 @@ class MessageQueue:
         reply = run_script(self.client, PRUNE, queue, start, count, keys.state("%s"))
         return Pruned(*map(int, reply))
 
-    def paused(self, queue: str) -> bool:
-        """Whether claims from it are stopped."""
-        return bool(self.client.hexists(keys.queue(queue), "paused"))
-
     def pause(self, queue: str, *, paused: bool) -> None:
         """Stop all claims from a queue, or let them go on."""
         run_script(self.client, PAUSE, queue, int(paused))

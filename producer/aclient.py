@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ..schemas import keys
 from ..schemas.events import EntryId
@@ -20,7 +20,12 @@ from .link import Link
 
 if TYPE_CHECKING:
     from ..backends.state import AsyncState
+    from ..schemas.dead import DeadLetter
+    from .dead import Dead, DeadJob
     from .stream import Chunk
+
+
+T = TypeVar("T")
 
 
 class AsyncLink:
@@ -51,6 +56,12 @@ class AsyncLink:
     async def stored(self, job_id: str) -> bytes | None:
         """The result object's content."""
         return await asyncio.to_thread(lambda: self._link.store.get(keys.result_object(job_id)))
+
+    async def dead(self, do: Callable[[Dead], T]) -> T:
+        """Something done with the dead letters, in a thread."""
+        from .dead import Dead
+
+        return await asyncio.to_thread(lambda: do(Dead(self._link)))
 
     async def close(self) -> None:
         """Let go of what was opened."""
@@ -126,6 +137,33 @@ class AsyncJobHandle:
         return f"AsyncJobHandle({self.id!r})"
 
 
+class AsyncDead:
+    """See Dead. In threads: handling the dead is no hot path."""
+
+    def __init__(self, link: AsyncLink) -> None:
+        self._link = link
+
+    async def list(self, *, model: str | None = None, queue: str | None = None) -> Sequence[DeadLetter]:
+        """See Dead.list; all of them at once."""
+        return await self._link.dead(lambda dead: [*dead.list(model=model, queue=queue)])
+
+    async def find(self, name: str, *, model: str | None = None, queue: str | None = None) -> DeadLetter:
+        """See Dead.find."""
+        return await self._link.dead(lambda dead: dead.find(name, model=model, queue=queue))
+
+    async def show(self, name: str, *, model: str | None = None, queue: str | None = None) -> DeadJob:
+        """See Dead.show."""
+        return await self._link.dead(lambda dead: dead.show(name, model=model, queue=queue))
+
+    async def requeue(self, letter: DeadLetter) -> Job:
+        """See Dead.requeue."""
+        return await self._link.dead(lambda dead: dead.requeue(letter))
+
+    async def purge(self, letters: Sequence[DeadLetter]) -> int:
+        """See Dead.purge."""
+        return await self._link.dead(lambda dead: dead.purge(letters))
+
+
 class AsyncClient:
     """See Client. Belongs to one event loop."""
 
@@ -184,6 +222,11 @@ class AsyncClient:
     async def models(self) -> dict[str, ModelInfo]:
         """See Client.models."""
         return await (await self._link.state()).models()
+
+    @property
+    def dead(self) -> AsyncDead:
+        """See Client.dead."""
+        return AsyncDead(self._link)
 
     async def close(self) -> None:
         """Close the connections."""

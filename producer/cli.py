@@ -32,6 +32,7 @@ COMMANDS = {
     "status": ("commands_jobs", "Where a job stands."),
     "result": ("commands_jobs", "Print a job's result."),
     "cancel": ("commands_jobs", "Stop jobs."),
+    "dead": ("commands_dead", "Messages that are not delivered again: look, send again, throw away."),
     "models": ("commands_models", "Fetch, list and check models."),
     "doctor": ("commands_doctor", "What is installed, reachable and missing."),
 }

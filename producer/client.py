@@ -24,6 +24,7 @@ from .core import Submission
 from .link import Link
 
 if TYPE_CHECKING:
+    from .dead import Dead
     from .stream import Chunk
 
 
@@ -169,6 +170,13 @@ class Client:
     def models(self) -> dict[str, ModelInfo]:
         """Every model that a worker ever announced on this broker."""
         return self._link.state.models()
+
+    @property
+    def dead(self) -> Dead:
+        """Messages that are not delivered again: list, show, requeue, purge."""
+        from .dead import Dead
+
+        return Dead(self._link)
 
     def close(self) -> None:
         """Close the connections."""

@@ -16,6 +16,7 @@ EMBEDDED = "embedded:"
 if TYPE_CHECKING:
     from celery import Celery  # pyright: ignore[reportMissingTypeStubs]  # celery ships none
 
+    from ..backends.dead import DeadLetters
     from ..backends.embedded import Endpoint
     from ..backends.state import State
     from ..backends.store import ResultStore
@@ -29,6 +30,7 @@ class Link:
         self._lock = threading.RLock()
         self._state: State | None = None
         self._store: ResultStore | None = None
+        self._dead: DeadLetters | None = None
         self._app: Celery | None = None
 
     @property
@@ -48,6 +50,15 @@ class Link:
         with self._lock:
             self._store = self._store or open_store(self.settings.results, self.settings)
             return self._store
+
+    @property
+    def dead(self) -> DeadLetters:
+        """Raises BrokerUnavailable (an embedded one that does not start), Misconfigured."""
+        from ..backends.dead import open_dead
+
+        with self._lock:
+            self._dead = self._dead or open_dead(self.settings)
+            return self._dead
 
     @property
     def app(self) -> Celery:
@@ -86,11 +97,12 @@ class Link:
     def close(self) -> None:
         """Let go of what was opened. It opens again when it is used again."""
         with self._lock:
-            app, state = self._app, self._state
-            self._app = self._state = self._store = None
+            app, state, dead = self._app, self._state, self._dead
+            self._app = self._state = self._store = self._dead = None
         if app is not None:
             from ..backends import broker
 
             broker.close(app)
-        if state is not None:
-            state.close()
+        for opened in (state, dead):
+            if opened is not None:
+                opened.close()
