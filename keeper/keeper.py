@@ -26,6 +26,7 @@ from ..schemas.dead import DeadLetter
 from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
 from ..schemas.job import JOB_ID_PATTERN
 from ..schemas.result import ErrorInfo, FinishReason
+from ..schemas.settings import Settings
 from .endings import Ending, Endings
 from .pruner import Pruner
 from .settings import KeeperSettings
@@ -40,6 +41,7 @@ CRASHED_AGAIN_S = 300.0
 """A job that we cannot end for a mistake of ours stands in nobody's way for so long."""
 TIDY_EVERY_S = 60.0
 RETRY_S = 1.0
+EMBEDDED_RETRY_S = 15.0
 
 
 @dataclass(slots=True)
@@ -260,6 +262,19 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
             queue=None if sqs else MessageQueue(dead.client, lease_s=settings.visibility_timeout_s),
             prunes=state_url(settings) == settings.broker,
         )
+
+
+def keep(settings: Settings, keeper_id: str, stop: threading.Event) -> None:
+    """Be a keeper until ``stop`` is set, for who does something else besides. Raises nothing."""
+    told = KeeperSettings(**{name: getattr(settings, name) for name in Settings.model_fields})
+    while not stop.is_set():
+        try:
+            with open_keeper(told, keeper_id) as keeper:
+                keeper.run(stop)
+        except Exception as exc:  # noqa: BLE001 - whatever keeps it from starting, its host goes on
+            reason = exc.message if isinstance(exc, GristmillError) else type(exc).__name__
+            log.warning("keeper.not_started", extra={"reason": reason})
+            stop.wait(EMBEDDED_RETRY_S)
 
 
 def _all(threads: ThreadPoolExecutor, do: Callable[[T], bool], items: Iterable[T]) -> list[bool]:

@@ -29,6 +29,7 @@ from ..backends.state import State, open_state
 from ..backends.store import ResultStore, open_store
 from ..engine.messages import EngineInfo
 from ..engine.tokenizer import Tokenizer
+from ..keeper.keeper import keep
 from ..schemas import queues
 from ..schemas.errors import GristmillError, ModelNotFound
 from . import spool
@@ -148,6 +149,7 @@ class WorkerApp:
             without_heartbeat=True,
             loglevel="WARNING",
         )
+        leave = threading.Event()
         handler.publisher.start()
         health = HealthServer(
             self.settings.health_host,
@@ -160,6 +162,9 @@ class WorkerApp:
         lifecycle.install_signal_handlers()
         threading.excepthook = lifecycle.on_thread_died
         lifecycle.start()
+        if self.settings.keeper:
+            args = (self.settings, f"keeper-{self.worker_id}", leave)
+            threading.Thread(target=keep, args=args, name="keeper", daemon=True).start()
         log.info(
             "worker.ready",
             extra={
@@ -171,6 +176,7 @@ class WorkerApp:
         try:
             controller.start()
         finally:
+            leave.set()
             lifecycle.finish(int(controller.exitcode or 0))
             health.stop()
             handler.publisher.stop()

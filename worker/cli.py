@@ -46,6 +46,7 @@ def cli() -> None:
 @click.option("--health-host", help="Where /health and /metrics listen; default 127.0.0.1.")
 @click.option("--health-port", type=int, help="0: any free port.")
 @click.option("--drain-s", type=float, help="Seconds to finish running jobs after SIGTERM.")
+@click.option("--keeper/--no-keeper", default=None, help="End jobs that nobody runs, besides; default: yes.")
 @click.option("--burst", is_flag=True, default=None, help="Exit once the queues are empty and nothing runs.")
 @click.option("--idle-exit-s", type=float, help="Exit after so many idle seconds.")
 @click.option("--log-format", type=click.Choice(["text", "json"]))

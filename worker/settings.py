@@ -67,6 +67,8 @@ class WorkerSettings(Settings):
     """Finished jobs whose results may wait for the store; then intake stops. Each holds a thread."""
     spool_max_bytes: PositiveInt = 256 * 1024 * 1024
     """The same, by the size of the results."""
+    keeper: bool = True
+    """Bring a keeper along, which ends jobs that nobody runs."""
     burst: bool = False
     """Exit once the queues are empty and nothing runs."""
     idle_exit_s: Annotated[float, Field(ge=0, le=1e9)] | None = None
