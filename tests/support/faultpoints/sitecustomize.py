@@ -10,6 +10,8 @@ functions of ours as their modules are imported:
 ``GM_TEST_POISON_TIMES=2``     … this often at most, over all processes (default: always; needs the notes)
 ``GM_TEST_POISON_NOTES=FILE``  each time is a line of FILE, written before: ``PID HOW``
 
+``GM_TEST_LEDGER=DIR``         what this process did, as it did it, in ``DIR/PID.jsonl``; ``_keep_ledger``
+
 What is wrapped must exist: a name that does not ends the process at once, with a message.
 """
 
@@ -19,10 +21,12 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -142,6 +146,93 @@ def _append(file: Path, text: str) -> None:
         os.close(out)
 
 
+# ---- the ledger: what was done, also by those who died of it
+
+
+def _keep_ledger(directory: Path) -> None:
+    """Write down what cannot be seen from outside once a process is dead, a line each, with ``t`` (unix s).
+
+    An engine: ``{"add": [[id, base]]}``, base being the tokens given, prompt and output so far; and for each
+    step, before anybody hears of them, ``{"step": [[id, start, count, sampled]]}``: the tokens fed to the
+    model, from which place in the sequence, and how many came out. A worker: ``{"claim": job, "attempt": n}``
+    once it has claimed a job, ``{"put": name}`` once it was the one who created an object, ``{"final": job}``
+    once it was the one who made a job final, ``{"room": yes}`` when that has changed.
+    """
+    file = directory / f"{os.getpid()}.jsonl"
+    fed_now: list[list[Any]] = []
+
+    def note(**what: Any) -> None:
+        _append(file, json.dumps({"t": time.time(), **what}) + "\n")
+
+    def add(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(engine: Any, request: Any) -> Any:
+            inner(engine, request)
+            note(add=[[request.id, len(request.prompt_ids) + len(request.output_ids)]])
+
+        return noted
+
+    def forward(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(runner: Any, plan: Any) -> Any:
+            if type(plan).__name__ == "StepPlan":
+                fed_now[:] = [[work.seq.id, work.seq.computed, work.count, 0] for work in plan.work]
+            return inner(runner, plan)
+
+        return noted
+
+    def step(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(engine: Any) -> Any:
+            fed_now.clear()
+            outputs = inner(engine)
+            came = {o.id: len(o.token_ids) + (o.stop_token_id is not None) for o in outputs}
+            if fed_now:
+                note(step=[[i, start, count, came.get(i, 0)] for i, start, count, _ in fed_now])
+            return outputs
+
+        return noted
+
+    def when_true(key: str, subject: int) -> Wrapper:
+        """Note argument number ``subject`` of a call that returns True: it was this one that did it."""
+
+        def wrapper(inner: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                done = inner(*args, **kwargs)
+                if done is True:
+                    note(**{key: args[subject]})
+                return done
+
+            return noted
+
+        return wrapper
+
+    def claim(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(state: Any, job_id: str, *args: Any, **kwargs: Any) -> Any:
+            claimed = inner(state, job_id, *args, **kwargs)
+            note(claim=job_id, attempt=getattr(claimed, "attempt", None))
+            return claimed
+
+        return noted
+
+    said: list[bool] = []
+
+    def room(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(handler: Any) -> Any:
+            has = bool(inner(handler))
+            if said != [has]:
+                said[:] = [has]
+                note(room=has)
+            return has
+
+        return noted
+
+    wrap("gristmill.worker.handler:JobHandler.has_room", room)
+    wrap("gristmill.engine.engine:Engine.add", add)
+    wrap("gristmill.engine.engine:Engine.step", step)
+    wrap("gristmill.engine.runner:Runner.forward", forward)
+    wrap("gristmill.backends.state:State.claim", claim)
+    wrap("gristmill.backends.state:State.finish", when_true("final", 1))
+    wrap("gristmill.backends.store:FileStore.put_new", when_true("put", 1))
+
+
 # ---- start-up
 
 
@@ -151,6 +242,8 @@ def _install() -> None:
         times, notes = env.get("GM_TEST_POISON_TIMES"), env.get("GM_TEST_POISON_NOTES")
         how = env.get("GM_TEST_POISON_HOW", "kill")
         _poison(int(token), how, int(times) if times else None, Path(notes) if notes else None)
+    if ledger := env.get("GM_TEST_LEDGER"):
+        _keep_ledger(Path(ledger))
     if _wanted:
         sys.meta_path.insert(0, _Finder())
 
