@@ -124,12 +124,13 @@ class ClaimBook(ABC):
         with self._lock:
             for tag in tags:
                 self._held.pop(tag, None)
-                self._owed[tag] = debt
         self._wake()
         try:
             lost = self._tell(tags, debt)
         except self.errors as exc:
             self._outage = True
+            with self._lock:  # not before: a renewal that settles meanwhile would tell them a second time
+                self._owed.update(dict.fromkeys(tags, debt))
             log.warning("claims.owed", extra={"debt": debt.value, "count": len(tags), "reason": repr(exc)})
             return []
         self._lose(lost)

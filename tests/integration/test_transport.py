@@ -560,3 +560,21 @@ def test_a_claim_of_the_app_belongs_to_the_app(app) -> None:
     with broker.queues_of(app) as queues:
         assert isinstance(queues.claim(["q"]), ClaimedMessage)
     assert broker.claims_of(app) is broker.claims_of(app)
+
+
+def test_what_is_being_told_is_not_told_again_by_a_renewal_meanwhile(put, queue, valkey, caplog) -> None:
+    """The second one found the tag spent, and a claim that was acknowledged was reported as lost."""
+
+    class Interrupted(Claims):
+        def _tell(self, tags, debt):
+            self.settle()  # as the renewer's thread does whenever something is owed
+            return super()._tell(tags, debt)
+
+    put("one")
+    claims = Interrupted(lease_s=30)
+    claims.open(valkey.client)
+    claimed = queue.claim(["q"])
+    claims.add(claimed.tag)
+    assert claims.ack(claimed.tag) == []
+    assert queue.claimed() == 0
+    assert "claim.lost" not in caplog.text
