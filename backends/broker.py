@@ -18,7 +18,7 @@ import kombu.exceptions
 from celery import Celery
 from kombu.entity import Exchange, Queue
 
-from ..schemas.errors import BrokerUnavailable, GristmillError, Misconfigured
+from ..schemas.errors import BrokerUnavailable, GristmillError, Misconfigured, NotReplicated
 from ..schemas.job import DEFAULT_TENANT, Priority
 from ..schemas.queues import CELERY, TASK, TENANT_HEADER
 from ..schemas.settings import Settings
@@ -61,6 +61,7 @@ def make_app(settings: Settings, *, gate: Gate | None = None, queue_names: Seque
         "visibility_timeout": lease_s,
         "claims": Claims(lease_s=lease_s, renew_every_s=settings.lease_renew_every_s),
         "gate": gate,
+        "replicas": settings.broker_replicas,
         "embedded": embedded,  # held as long as the app
         "socket_timeout": settings.command_timeout_s,
         "socket_connect_timeout": settings.connect_timeout_s,
@@ -114,9 +115,9 @@ def publish(
 ) -> None:
     """Have the broker accept a job. On return it is as durable as the broker.
 
-    Tries for ``PUBLISH_TIMEOUT_S``, then raises BrokerUnavailable; the job may have been accepted all the
-    same, and may be accepted twice: whoever claims it recognises it by ``job_id``. Its text appears in no
-    header and no log.
+    Tries for ``PUBLISH_TIMEOUT_S``, then raises BrokerUnavailable (NotReplicated: at once); the job
+    may have been accepted all the same, and may be accepted twice: whoever claims it recognises it by
+    ``job_id``. Its text appears in no header and no log.
     """
     headers = {TENANT_HEADER: tenant} | ({"gm_class": priority.value} if priority else {})
     deadline = time.monotonic() + PUBLISH_TIMEOUT_S
@@ -136,6 +137,8 @@ def publish(
                     declare=[],
                 )
             return
+        except NotReplicated:  # it is there: sending it again would make two of it
+            raise
         except BrokerUnavailable:
             if time.monotonic() + RETRY_WAIT_S >= deadline:
                 raise

@@ -19,6 +19,7 @@ import redis
 from redis.exceptions import NoScriptError
 
 from ..schemas import keys
+from ..schemas.errors import NotReplicated
 
 SWEEP_LIMIT = 500
 """Claims handed back by one sweep, so that a sweep never blocks the server for long."""
@@ -76,8 +77,17 @@ class MessageQueue:
     ``now_ms`` replaces the server's clock in tests of expiry; None is the real one.
     """
 
-    def __init__(self, client: redis.Redis, *, lease_s: float, now_ms: int | None = None) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        lease_s: float,
+        now_ms: int | None = None,
+        replicas: int = 0,
+        replica_wait_s: float = 1.0,
+    ) -> None:
         self.client = client
+        self.replicas, self.replica_wait_s = replicas, replica_wait_s
         self.lease_ms = int(lease_s * 1000)
         self.now_ms = now_ms
 
@@ -87,10 +97,25 @@ class MessageQueue:
         """Accept a message: as durable on return as the server is. Returns how many wait for the tenant.
 
         ``base`` is unique to the message, and the stem of its tags. Repeated after an error that leaves open
-        whether it arrived, two messages may be accepted.
+        whether it arrived, two messages may be accepted. Raises NotReplicated if fewer than ``replicas``
+        have confirmed it after ``replica_wait_s``: it is accepted then, and less safe.
         """
         assert not {"#", "\n"} & {*base, *tenant, *queue}, (queue, tenant, base)
-        return int(run_script(self.client, PUT, queue, tenant, base, payload, expires_ms or ""))
+        args = (queue, tenant, base, payload, expires_ms or "")
+        if not self.replicas:
+            return int(run_script(self.client, PUT, *args))
+        waiting, confirmed = self._put_and_wait(*args)
+        if confirmed < self.replicas:
+            raise NotReplicated(confirmed=confirmed, wanted=self.replicas, wait_s=self.replica_wait_s)
+        return int(waiting)
+
+    def _put_and_wait(self, *args: str | bytes | int) -> tuple[int, int]:
+        """On one connection: WAIT asks after what its own connection wrote, and nothing else."""
+        wait = ("WAIT", self.replicas, int(self.replica_wait_s * 1000))
+        try:
+            return _both(self.client, ("EVALSHA", PUT.sha, 0, *args), wait)
+        except NoScriptError:
+            return _both(self.client, ("EVAL", PUT.text, 0, *args), wait)
 
     def claim(self, queues: Sequence[str], unacknowledged: Iterable[str] = ()) -> ClaimedMessage | str:
         """The next message of the first queue that has one, or the bell's last id if none has.
@@ -191,6 +216,13 @@ def run_script(client: redis.Redis, script: Script, *args: str | bytes | int) ->
         return client.evalsha(script.sha, 0, *args)
     except NoScriptError:
         return client.eval(script.text, 0, *args)
+
+
+def _both(client: redis.Redis, *commands: tuple[str | bytes | int, ...]) -> Any:
+    pipe: Any = client.pipeline(transaction=False)  # pyright: ignore[reportUnknownMemberType]  (shard_hint)
+    for command in commands:
+        pipe.execute_command(*command)
+    return pipe.execute()
 
 
 PUT, CLAIM, ACK, REQUEUE, BURY, RENEW = map(load_script, ("put", "claim", "ack", "requeue", "bury", "renew"))

@@ -6,9 +6,9 @@ waits on one queue at a time. Here each of those is a script on the server (``me
 is claimed belongs to the process (``claims.py``), not to the connection. An idle consumer waits for one
 stream, the bell.
 
-Transport options of our own: ``gate`` (see gate.py), ``claims`` (see claims.py). Without them every active
-queue is claimable, and claims die with their channel. Overridden privates of kombu: this is why kombu's
-minor is pinned.
+Transport options of our own: ``gate`` (see gate.py), ``claims`` (see claims.py), ``replicas`` (to wait for at
+a put). Without them every active queue is claimable, and claims die with their channel. Overridden
+privates of kombu: this is why kombu's minor is pinned.
 """
 
 # kombu and Celery carry no types that strict checking could use.
@@ -171,7 +171,8 @@ class Channel(stock.Channel):
     socket_connect_timeout = 5.0
     socket_keepalive = True
     max_connections = MAX_CONNECTIONS
-    from_transport_options = (*stock.Channel.from_transport_options, "gate", "claims")
+    replicas = 0
+    from_transport_options = (*stock.Channel.from_transport_options, "gate", "claims", "replicas")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.waker = Waker()
@@ -307,7 +308,7 @@ class Channel(stock.Channel):
     # ---- producing and managing
 
     def _put(self, queue: str, message: dict[str, Any], **_: Any) -> None:
-        """Accepted when this returns. Raises redis-py's exceptions, and InvalidRequest for a bad tenant."""
+        """Accepted when this returns. Raises redis-py's, InvalidRequest for a bad tenant, NotReplicated."""
         tenant = (message.get("headers") or {}).get(TENANT_HEADER, DEFAULT_TENANT)
         if not isinstance(tenant, str) or not _TENANT.match(tenant):
             raise InvalidRequest(
@@ -321,7 +322,12 @@ class Channel(stock.Channel):
         """The queues through this channel's own connections."""
         queue = self._producer_queue
         if queue is None or queue.client.connection_pool is not self.pool:  # closed and opened again
-            self._producer_queue = queue = MessageQueue(self._create_client(), lease_s=self.claims.lease_s)
+            self._producer_queue = queue = MessageQueue(
+                self._create_client(),
+                lease_s=self.claims.lease_s,
+                replicas=self.replicas,
+                replica_wait_s=0.8 * (self.socket_timeout or 1.0),  # its answer must come in time
+            )
         return queue
 
     def _size(self, queue: str) -> int:

@@ -21,6 +21,7 @@ GristmillError                  internal mistake of ours                      ex
 │   └── Misconfigured           a setting, a missing package, a missing bucket
 ├── Transient                   worth another attempt, after a wait           exit 75
 │   ├── BrokerUnavailable       broker or state Redis does not answer
+│   │   └── NotReplicated       too few replicas have confirmed a job
 │   ├── StoreUnavailable        the result store does not answer
 │   ├── DownloadFailed          the package index or the model hub does not answer
 │   ├── EngineUnavailable       the engine process died, hangs or is starting
@@ -202,6 +203,20 @@ class BrokerUnavailable(Transient):
     """The broker or the state Redis does not answer, or refuses to write."""
 
     code = "broker_unavailable"
+
+
+class NotReplicated(BrokerUnavailable):
+    """The broker has the job, and fewer replicas than ``broker_replicas`` do: a failover now may lose it."""
+
+    code = "not_replicated"
+
+    def __init__(self, *, confirmed: int, wanted: int, wait_s: float) -> None:
+        super().__init__(
+            f"{confirmed} of {wanted} replicas confirmed the job within {wait_s:g} s; it is queued, and a "
+            "failover now may lose it. Submit it again once they are back (with an idempotency key it runs "
+            "once), or lower GRISTMILL_BROKER_REPLICAS"
+        )
+        self.confirmed, self.wanted = confirmed, wanted
 
 
 class StoreUnavailable(Transient):

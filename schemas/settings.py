@@ -46,6 +46,8 @@ class Settings(BaseSettings):
     model: str | None = None
     tenant: Tenant = DEFAULT_TENANT
 
+    broker_replicas: Annotated[int, Field(ge=0)] = 0
+    """Replicas of the Redis broker that must have a job before ``submit`` returns."""
     visibility_timeout_s: Seconds = 60.0
     lease_renew_every_s: Seconds = 20.0
     job_ttl_s: Seconds = DEFAULT_JOB_TTL_S

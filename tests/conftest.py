@@ -11,13 +11,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from .support.journal import settings, state
 from .support.model import smollm2
 from .support.played import played, tokenizer
+from .support.relay import relay
 from .support.s3 import moto_client, s3, s3_proxy
 from .support.stack import stack
-from .support.valkey import valkey
+from .support.valkey import valkey, valkey_replica
 
 __all__ = [
     "moto_client",
     "played",
+    "relay",
     "s3",
     "s3_proxy",
     "settings",
@@ -26,6 +28,7 @@ __all__ = [
     "state",
     "tokenizer",
     "valkey",
+    "valkey_replica",
 ]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,23 @@ class Valkey:
         for kind in ("normal", "pubsub"):
             self.client().execute_command("CLIENT", "KILL", "TYPE", kind)
 
+    def listen(self) -> int:
+        """Open a TCP port for replicas, which know no unix sockets."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port: int = probe.getsockname()[1]
+        self.config |= {"port": str(port)}  # after a restart, too
+        self.client().config_set("port", port)
+        return port
+
+    def replicate(self, primary: Valkey) -> None:
+        """Become its replica. Returns once in step with it."""
+        self.client().replicaof("127.0.0.1", str(primary.listen()))
+        wait_until(lambda: self.client().info("replication")["master_link_status"] == "up", 20, "in step")
+
+    def promote(self) -> None:
+        """Be a primary from now on."""
+        self.client().replicaof("NO", "ONE")
+
     def client(self, **options: Any) -> redis.Redis:
         """A plain client; closed with the server."""
         client = redis.Redis.from_url(self.url, **{"socket_timeout": 10, **options})
@@ -107,9 +126,8 @@ def _require_server() -> None:
         pytest.skip(str(exc))
 
 
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    """A fresh, empty server, gone after the test."""
+@contextmanager
+def fresh_server() -> Generator[Valkey]:
     _require_server()
     # not tmp_path: a unix socket's path is at most 107 bytes long
     directory = Path(tempfile.mkdtemp(prefix="gm-valkey-"))
@@ -119,3 +137,19 @@ def valkey() -> Iterator[Valkey]:
     finally:
         server.close()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    """A fresh, empty server, gone after the test."""
+    with fresh_server() as server:
+        yield server
+
+
+@pytest.fixture
+def valkey_replica(valkey: Valkey) -> Iterator[Valkey]:
+    """A real replica of it."""
+    with fresh_server() as server:
+        valkey.client().config_set("repl-diskless-sync-delay", 0)
+        server.replicate(valkey)
+        yield server
