@@ -1,7 +1,7 @@
 """The broker as producers and workers use it: a Celery app over our transport, publish, depth.
 
-``sqs://`` will be another transport behind the same functions; everything Redis-specific is in
-``transport.py``.
+The URL decides between two transports: ``transport.py`` for Redis and Valkey, ``sqs_transport.py`` for SQS.
+Nobody above this module knows which it is.
 """
 
 # kombu and Celery carry no types that strict checking could use.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import kombu.exceptions
@@ -22,6 +22,7 @@ from ..schemas.errors import BrokerUnavailable, GristmillError, Misconfigured, N
 from ..schemas.job import DEFAULT_TENANT, Priority
 from ..schemas.queues import CELERY, TASK, TENANT_HEADER
 from ..schemas.settings import Settings
+from .claim_book import ClaimBook
 from .claims import Claims
 from .embedded import Embedded
 from .gate import Gate
@@ -29,7 +30,21 @@ from .message_queue import MessageQueue
 from .redis import REDIS_ERRORS, normalise, redact, translate
 from .transport import SCHEME, sweep_period_s
 
-__all__ = ["Gate", "broker_errors", "claims_of", "close", "depth", "make_app", "publish", "queues_of"]
+if TYPE_CHECKING:
+    from .sqs_transport import Sqs
+
+__all__ = [
+    "Gate",
+    "broker_errors",
+    "claims_of",
+    "close",
+    "counts",
+    "depth",
+    "make_app",
+    "paused",
+    "publish",
+    "queues_of",
+]
 
 PUBLISH_TIMEOUT_S = 5.0
 RETRY_WAIT_S = 0.2
@@ -51,13 +66,35 @@ def make_app(settings: Settings, *, gate: Gate | None = None, queue_names: Seque
     Raises Misconfigured for a URL that cannot be used, BrokerUnavailable for an embedded one that does not
     start.
     """
+    if settings.broker.startswith("sqs:"):
+        from . import sqs_transport
+
+        url, options = f"{sqs_transport.SCHEME}://sqs", sqs_transport.transport_options(settings, gate)
+    else:
+        url, options = _redis(settings, gate)
+    app = Celery("gristmill", set_as_current=False)
+    app.conf.update(
+        CELERY,
+        broker_url=url,
+        broker_transport_options=options,
+        broker_connection_timeout=settings.connect_timeout_s,
+        # A server that refuses to write (a failover, a full disk) mends: reconnect, do not die.
+        broker_channel_error_retry=True,
+        task_queues=[_queue(name) for name in queue_names],
+        task_publish_retry=False,
+    )
+    return app
+
+
+def _redis(settings: Settings, gate: Gate | None) -> tuple[str, dict[str, Any]]:
+    """kombu's URL and our options for a Redis. Joins or starts an embedded one."""
     embedded: Embedded | None = None
     url = settings.broker
     if url.startswith("embedded:"):
         embedded = Embedded(url.removeprefix("embedded:")).start()
         url = embedded.url
     lease_s = settings.visibility_timeout_s
-    options: dict[str, Any] = {
+    return kombu_url(url), {
         "visibility_timeout": lease_s,
         "claims": Claims(lease_s=lease_s, renew_every_s=settings.lease_renew_every_s),
         "gate": gate,
@@ -76,18 +113,6 @@ def make_app(settings: Settings, *, gate: Gate | None = None, queue_names: Seque
         "interval_step": 0.1,
         "interval_max": 0.1,
     }
-    app = Celery("gristmill", set_as_current=False)
-    app.conf.update(
-        CELERY,
-        broker_url=kombu_url(url),
-        broker_transport_options=options,
-        broker_connection_timeout=settings.connect_timeout_s,
-        # A server that refuses to write (a failover, a full disk) mends: reconnect, do not die.
-        broker_channel_error_retry=True,
-        task_queues=[_queue(name) for name in queue_names],
-        task_publish_retry=False,
-    )
-    return app
 
 
 def close(app: Celery) -> None:
@@ -95,13 +120,13 @@ def close(app: Celery) -> None:
     claims_of(app).close()
     app.pool.force_close_all()
     app.close()
-    embedded: Embedded | None = app.conf.broker_transport_options["embedded"]
+    embedded: Embedded | None = app.conf.broker_transport_options.get("embedded")
     if embedded is not None:
         embedded.close()
 
 
-def claims_of(app: Celery) -> Claims:
-    """What this process holds: hooks ``on_lost`` and ``should_renew`` are set there."""
+def claims_of(app: Celery) -> ClaimBook:
+    """What this process holds: hooks ``on_lost``, ``should_renew`` and ``on_overdue`` are set there."""
     return app.conf.broker_transport_options["claims"]
 
 
@@ -146,14 +171,30 @@ def publish(
 
 
 def depth(app: Celery, queue: str) -> int:
-    """Messages that wait in a queue, claimed ones not included."""
+    """Messages that wait in a queue, claimed ones not included; on SQS about as many.
+
+    Raises BrokerUnavailable, and Misconfigured for an SQS queue that does not exist or may not be read.
+    """
     with broker_errors(), queues_of(app) as queues:
         return queues.depth(queue)
 
 
+def counts(app: Celery, queue: str) -> tuple[int, int]:
+    """``depth``, and how many are claimed."""
+    with broker_errors(), queues_of(app) as queues:
+        return queues.counts(queue)
+
+
+def paused(app: Celery, queue: str) -> bool:
+    """Whether claims from it are stopped."""
+    with broker_errors(), queues_of(app) as queues:
+        return queues.paused(queue)
+
+
 @contextmanager
-def queues_of(app: Celery) -> Generator[MessageQueue]:
-    """The queues themselves, to pause, purge, count. Raises redis-py's own: see ``broker_errors``."""
+def queues_of(app: Celery) -> Generator[MessageQueue | Sqs]:
+    """The queues themselves, to pause, purge, count. Raises redis-py's own, or on SQS ours: see
+    ``broker_errors``."""
     with app.connection_or_acquire() as connection:
         yield connection.default_channel.producer_queue
 

@@ -413,6 +413,10 @@ def register(worker_id: str, info: WorkerInfo, ttl_s: float, now: float) -> Call
     return Call(args, bool, REGISTER, (keys.WORKERS, keys.worker(worker_id), keys.MODELS))
 
 
+def announce(model: str, info: ModelInfo) -> Call[bool]:
+    return Call(("HSETNX", keys.MODELS, model, info.to_json()), bool)
+
+
 def unregister(worker_id: str) -> Call[object]:
     return Call((worker_id,), bool, UNREGISTER, (keys.WORKERS, keys.worker(worker_id)))
 

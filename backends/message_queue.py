@@ -173,6 +173,10 @@ class MessageQueue:
         """Claimed messages of all queues of this server."""
         return int(self.client.hlen(keys.CLAIMS))
 
+    def counts(self, queue: str) -> tuple[int, int]:
+        """Messages that wait, and messages of this queue that are claimed; the latter by looking at each."""
+        return self.depth(queue), int(run_script(self.client, CLAIMED, queue))
+
     def purge(self, queue: str) -> int:
         """Throw away what waits. Returns how many messages that were."""
         return int(run_script(self.client, PURGE, queue))
@@ -227,4 +231,4 @@ def _both(client: redis.Redis, *commands: tuple[str | bytes | int, ...]) -> Any:
 
 PUT, CLAIM, ACK, REQUEUE, BURY, RENEW = map(load_script, ("put", "claim", "ack", "requeue", "bury", "renew"))
 SWEEP, ORPHANS, DEPTH, PURGE = map(load_script, ("sweep", "orphans", "depth", "purge"))
-PAUSE, PRUNE = map(load_script, ("pause", "prune"))
+PAUSE, PRUNE, CLAIMED = map(load_script, ("pause", "prune", "claimed"))

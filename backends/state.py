@@ -175,6 +175,10 @@ class State:
         """Leave at once. The models stay known."""
         self._run(calls.unregister(worker_id))
 
+    def announce(self, model: str, queues: Sequence[str]) -> bool:
+        """Make a model known before its first worker is there. False: it is known already."""
+        return self._run(calls.announce(model, ModelInfo(queues=tuple(queues), seen_at=time.time())))
+
     def models(self) -> dict[str, ModelInfo]:
         """Every model that some worker ever announced here."""
         return self._run(calls.models())

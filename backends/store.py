@@ -57,6 +57,10 @@ class ResultStore(Protocol):
         """Whether there is such an object."""
         ...
 
+    def remove(self, name: str) -> None:
+        """Take an object away; never a result. It may be gone already."""
+        ...
+
     def list(self, prefix: str = "") -> Iterator[str]:
         """Names that start with ``prefix``, in no promised order."""
         ...
@@ -142,6 +146,12 @@ class FileStore:
                 return True
             self._require_root()
             return False
+
+    def remove(self, name: str) -> None:
+        """See ResultStore. Not made durable: who finds the object again takes it away again."""
+        path = self._path(name)
+        with _file_errors(self.root):
+            path.unlink(missing_ok=True)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See ResultStore."""
@@ -274,6 +284,11 @@ class S3Store:
                 return True
         self.check()  # HEAD has no body: 404 may also mean that there is no such bucket
         return False
+
+    def remove(self, name: str) -> None:
+        """See ResultStore."""
+        with self._errors():
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See ResultStore."""

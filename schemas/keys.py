@@ -75,3 +75,8 @@ def result_object(job_id: str) -> str:
     """Name of a job's result in the result store. Rows of a batch lie together."""
     batch, dot, line = job_id.partition(".")
     return f"results/{batch}/{line}.json" if dot else f"results/{job_id}.json"
+
+
+def request_object(job_id: str) -> str:
+    """Name of a job's request in the result store, where it is too large for the broker's message."""
+    return f"jobs/{result_object(job_id).removeprefix('results/')}"

@@ -17,15 +17,24 @@ def queue_name(model: str, priority: Priority) -> str:
 
     A name that had to be changed or cut carries eight digits of its hash, so two models never share a queue.
     """
-    slug = re.sub(r"[^a-z0-9_-]+", "-", model.lower())[:48]
-    if slug != model:
-        slug += "-" + hashlib.sha256(model.encode()).hexdigest()[:8]
-    return f"gm-{slug}-{priority.value}"
+    return f"{_stem(model)}-{priority.value}"
 
 
 def queue_names(model: str) -> list[str]:
     """The queues of a model, most urgent first."""
     return [queue_name(model, priority) for priority in Priority]
+
+
+def dead_queue_name(model: str) -> str:
+    """Where SQS puts messages of all three that were received too often."""
+    return f"{_stem(model)}-dead"
+
+
+def _stem(model: str) -> str:
+    slug = re.sub(r"[^a-z0-9_-]+", "-", model.lower())[:48]
+    if slug != model:
+        slug += "-" + hashlib.sha256(model.encode()).hexdigest()[:8]
+    return f"gm-{slug}"
 
 
 CELERY: dict[str, Any] = {

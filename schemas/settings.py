@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveInt, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .errors import Misconfigured
 from .job import DEFAULT_JOB_TTL_S, DEFAULT_TENANT, Tenant
@@ -30,8 +31,9 @@ def default_home() -> Path:
 class Settings(BaseSettings):
     """Connections and limits both sides must agree on. Frozen. Durations are seconds, sizes bytes.
 
-    ``broker_url``: ``redis(s)://host:port/db``, ``unix:///path``, ``sqs://`` or ``embedded:DIR``;
-    empty means an embedded one under ``home``. ``state_url`` defaults to the broker when that is a Redis.
+    ``broker_url``: ``redis(s)://host:port/db``, ``unix:///path``, ``sqs://`` (``sqs://KEY:SECRET@``,
+    ``sqs://host:port?region=…`` for an emulator) or ``embedded:DIR``; empty means an embedded one under
+    ``home``. ``state_url`` defaults to the broker when that is a Redis.
     ``results_url``: ``file:///dir`` or ``s3://bucket/prefix``; empty means ``home``/results.
     """
 
@@ -62,6 +64,23 @@ class Settings(BaseSettings):
     s3_region: str | None = None
     s3_access_key: SecretStr | None = None
     s3_secret_key: SecretStr | None = None
+
+    sqs_endpoint_url: str | None = None
+    sqs_region: str | None = None
+    sqs_queue_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""
+    """Stands before the name of every SQS queue: several fleets in one account."""
+    sqs_queues: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
+    """Queue name → its URL, where queues are not found by name. In the environment: a JSON object."""
+
+    @field_validator("sqs_queues", mode="before")
+    @classmethod
+    def _json_object(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value or "{}")
+        except ValueError as exc:
+            raise ValueError('must be a JSON object, {"queue": "https://…"}') from exc
 
     @model_validator(mode="after")
     def _two_renewals_may_fail(self) -> Self:

@@ -13,17 +13,21 @@ from .support.model import smollm2
 from .support.played import played, tokenizer
 from .support.relay import relay
 from .support.s3 import moto_client, s3, s3_proxy
+from .support.sqs import ministack_endpoint, moto_sqs, sqs
 from .support.stack import stack
 from .support.valkey import valkey, valkey_replica
 
 __all__ = [
+    "ministack_endpoint",
     "moto_client",
+    "moto_sqs",
     "played",
     "relay",
     "s3",
     "s3_proxy",
     "settings",
     "smollm2",
+    "sqs",
     "stack",
     "state",
     "tokenizer",

@@ -74,6 +74,9 @@ class WorkerApp:
             store.check()
             state.ping()
             app = self._celery(handler)
+            self._waiting(
+                app
+            )  # a queue that is missing, or not ours to read, is found before the engine is up
             info = handler.engine.wait_ready()
             self._started(info, started)
             return self._serve(app, state, handler)
