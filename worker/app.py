@@ -2,7 +2,7 @@
 
 Celery consumer ─► EnginePool thread ─► JobHandler.handle ─► EngineClient ═ engine process
       ▲ claims only when                     │ waits               │ every step
-      │ has_room()                           ▼                     ▼
+      │ claimable()                          ▼                     ▼
       └──────── ack ◄───── ResultSink ◄── journal complete ◄── Publisher
 """
 
@@ -33,6 +33,7 @@ from ..keeper.keeper import keep
 from ..schemas import queues
 from ..schemas.errors import GristmillError, ModelNotFound
 from . import spool
+from .capacity import max_places
 from .engine_client import EngineClient
 from .handler import JobHandler
 from .health import HealthServer
@@ -140,11 +141,13 @@ class WorkerApp:
             waiting=lambda: self._waiting(app),
             exit_loop=self._exit_loop,
         )
-        self._gate.claimable = lambda: self.queues if not lifecycle.draining and handler.has_room() else ()
+        self._gate.claimable = lambda: self._claimable(lifecycle, handler)
         controller = app.WorkController(
             pool_cls=EnginePool,
-            # A thread for each job that runs or waits to be stored: more than has_room() lets in.
-            concurrency=2 * handler.engine.info.max_num_seqs + 16 + self.settings.spool_max_results,
+            # A thread for each job that runs, was evicted or waits to be stored: more than claimable() lets in.
+            concurrency=len(self.queues) * max_places(handler.engine.info)
+            + 16
+            + self.settings.spool_max_results,
             queues=self.queues,
             hostname=self.worker_id,
             without_mingle=True,
@@ -184,6 +187,12 @@ class WorkerApp:
             health.stop()
             handler.publisher.stop()
         return lifecycle.exit_code
+
+    def _claimable(self, lifecycle: Lifecycle, handler: JobHandler) -> list[str]:
+        """The queues of those classes that have room, the most urgent first."""
+        if lifecycle.draining:
+            return []
+        return [queues.queue_name(self.model_name, priority) for priority in handler.claimable()]
 
     def _waiting(self, app: Celery) -> int:
         """Messages that nobody has claimed, in all our queues."""

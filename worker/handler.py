@@ -18,9 +18,9 @@ from ..backends.state import Claim, Final, State
 from ..engine.messages import Output, Request, Stats
 from ..engine.tokenizer import Tokenizer
 from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
-from ..schemas.job import JOB_ID_PATTERN, Job, JobState
+from ..schemas.job import JOB_ID_PATTERN, Job, JobState, Priority
 from ..schemas.result import ErrorInfo, FinishReason, Result, Timings
-from . import intake
+from . import capacity, intake
 from .committer import Committer
 from .disposition import Disposition
 from .engine_client import EngineClient
@@ -48,6 +48,14 @@ class Slot:
     how: Disposition | None = None
     """Set with ``ended``: DROP (fenced) or REQUEUE (handed back). None: the log is complete."""
     disposition: Future[Disposition] = field(default_factory=Future[Disposition])
+
+    def held(self) -> capacity.Held:
+        """For the question what else could run beside it."""
+        generation, rank = self.generation, self.job.priority.rank
+        if generation is None:
+            return capacity.Held(rank, tokens=0, started=False)
+        tokens = len(generation.prompt_ids) + len(generation.ids)
+        return capacity.Held(rank, tokens, started=generation.first_token_at is not None)
 
 
 class JobHandler:
@@ -403,24 +411,12 @@ class JobHandler:
             return f"{waiting} deliveries wait for the state server; see the log"
         return self.committer.trouble
 
-    def has_room(self) -> bool:
-        """Whether the engine could start another job soon.
-
-        It can while it has places, and while the prompts claimed and not yet started are a few steps' work:
-        beyond that an idle neighbour should have the next one.
-        """
+    def claimable(self) -> list[Priority]:
+        """The classes of which another job would start soon, the most urgent first: see capacity.py."""
         if self._closing.is_set() or self.trouble is not None or not self.engine.ready:
-            return False
-        info, stats = self.engine.info, self.engine.stats
+            return []
         with self._slots_lock:
             slots = list(self._slots.values())
-        running = [slot for slot in slots if not slot.ended.is_set()]  # the others are being committed
-        if len(running) >= info.max_num_seqs + max(1, info.max_num_seqs // 16):
-            return False
-        if stats is not None and stats.waiting and stats.free_blocks * 20 < stats.total_blocks:
-            return False
-        unstarted = [
-            s.generation for s in running if s.generation is None or s.generation.first_token_at is None
-        ]
-        tokens = sum(len(g.prompt_ids) for g in unstarted if g is not None)
-        return tokens < 4 * info.step_tokens and len(unstarted) < 64
+        # The others are being committed: the engine has done with them.
+        held = [slot.held() for slot in slots if not slot.ended.is_set()]
+        return capacity.claimable(held, self.engine.info, self.engine.stats)

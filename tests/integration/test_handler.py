@@ -12,7 +12,7 @@ from gristmill.engine.detokenizer import Detokenizer
 from gristmill.engine.tokenizer import Tokenizer
 from gristmill.schemas import keys
 from gristmill.schemas.events import Delta
-from gristmill.schemas.job import JobState
+from gristmill.schemas.job import JobState, Priority
 from gristmill.worker.disposition import Disposition
 
 from ..support.journal import Attempt, make_job
@@ -204,9 +204,9 @@ def test_a_slow_store_leaves_the_engines_places_to_other_jobs(
     for job in jobs:
         played.running(job)
         played.step(job, 28)
-    assert not played.handler.has_room()
+    assert played.handler.claimable() == [Priority.INTERACTIVE], "it would evict one of them"
     played.step(jobs[0], 29, finish="length")
-    wait_until(played.handler.has_room, 5, "a place is free")
+    wait_until(lambda: Priority.BATCH in played.handler.claimable(), 5, "a place is free")
     for job in jobs[1:]:
         played.step(job, 29, finish="length")
     go_on.set()

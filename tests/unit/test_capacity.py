@@ -1,0 +1,86 @@
+"""Which classes may be claimed, by what is in hand: strictly more urgent work is never kept out by less."""
+
+from __future__ import annotations
+
+from gristmill.engine.messages import EngineInfo, Stats
+from gristmill.schemas.job import Priority
+from gristmill.worker.capacity import MAX_UNSTARTED, Held, claimable, max_places
+from hypothesis import given
+from hypothesis import strategies as st
+
+INFO = EngineInfo(
+    vocab_size=1000,
+    max_model_len=2048,
+    num_blocks=100,
+    block_size=16,
+    max_num_seqs=16,
+    step_tokens=512,
+    dtype="float32",
+    attention="torch",
+    eos_token_ids=[0],
+    load_s={},
+)
+ALL = list(Priority)
+INTERACTIVE, NORMAL, BATCH = ALL
+
+
+def stats(*, free: int, waiting: int) -> Stats:
+    return Stats(
+        running=1, waiting=waiting, free_blocks=free, total_blocks=100, preemptions=0, step_s=0.1, tokens=1
+    )
+
+
+def jobs(count: int, priority: Priority, tokens: int = 16, started: bool = True) -> list[Held]:
+    return [Held(priority.rank, tokens, started)] * count
+
+
+def test_an_idle_engine_takes_any_class() -> None:
+    assert claimable([], INFO, None) == ALL
+
+
+def test_a_full_engine_takes_what_it_would_evict_for() -> None:
+    full = max_places(INFO)
+    assert claimable(jobs(full, BATCH), INFO, None) == [INTERACTIVE, NORMAL]
+    assert claimable(jobs(full, NORMAL), INFO, None) == [INTERACTIVE]
+    assert claimable(jobs(full, INTERACTIVE), INFO, None) == []
+    assert claimable(jobs(full - 1, INTERACTIVE), INFO, None) == ALL
+
+
+def test_the_next_one_fits_only_where_all_more_urgent_ones_do() -> None:
+    half = max_places(INFO) // 2
+    assert claimable(jobs(half, INTERACTIVE) + jobs(half + 1, NORMAL), INFO, None) == [INTERACTIVE]
+
+
+def test_a_cache_full_of_batch_work_is_no_obstacle_to_the_others() -> None:
+    long = jobs(10, BATCH, tokens=160)
+    assert claimable(long, INFO, stats(free=0, waiting=2)) == [INTERACTIVE, NORMAL]
+    assert claimable(long, INFO, stats(free=0, waiting=0)) == ALL, "nobody waits: it may grow"
+
+
+def test_a_cache_full_of_urgent_work_keeps_everybody_out() -> None:
+    assert claimable(jobs(10, INTERACTIVE, tokens=160), INFO, stats(free=0, waiting=2)) == []
+
+
+def test_what_was_evicted_is_not_counted_as_free_twice() -> None:
+    held = jobs(10, INTERACTIVE, tokens=160) + jobs(3, BATCH, tokens=500)
+    assert claimable(held, INFO, stats(free=0, waiting=3)) == []
+
+
+def test_prompts_that_have_not_started_keep_back_their_own_class_and_those_below() -> None:
+    waiting = jobs(4, NORMAL, tokens=512, started=False)
+    assert claimable(waiting, INFO, None) == [INTERACTIVE]
+    assert claimable(jobs(4, NORMAL, tokens=512), INFO, None) == ALL
+    many = EngineInfo(**{**{f: getattr(INFO, f) for f in INFO.__slots__}, "max_num_seqs": 500})
+    assert claimable(jobs(MAX_UNSTARTED, NORMAL, tokens=1, started=False), many, None) == [INTERACTIVE]
+
+
+held = st.builds(Held, st.integers(0, 2), st.integers(0, 2000), st.booleans())
+
+
+@given(
+    st.lists(held, max_size=40),
+    st.none() | st.builds(lambda f, w: stats(free=f, waiting=w), st.integers(0, 100), st.integers(0, 9)),
+)
+def test_whoever_has_room_leaves_room_for_the_more_urgent(in_hand: list[Held], now: Stats | None) -> None:
+    found = claimable(in_hand, INFO, now)
+    assert found == ALL[: len(found)]

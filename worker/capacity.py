@@ -1,0 +1,73 @@
+"""Which classes of jobs a worker may claim now. Pure: what is in hand and what the engine said go in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..engine.messages import EngineInfo, Stats
+from ..schemas.job import Priority
+
+PREFILL_STEPS = 4
+"""Prompts that were claimed and have not started may be so many steps' work …"""
+MAX_UNSTARTED = 64
+"""… and so many jobs."""
+KV_MARGIN = 20
+"""With jobs waiting in the engine, no more come once less than this part of the cache is free: 1/20."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A job in hand that the engine still works on, or is about to."""
+
+    rank: int
+    """Of its class; 0 is the most urgent."""
+    tokens: int
+    """Of prompt and output; 0 until the prompt is known."""
+    started: bool
+    """It has made a token."""
+
+
+def claimable(held: Sequence[Held], info: EngineInfo, stats: Stats | None) -> list[Priority]:
+    """The classes of which the engine could start another job soon, the most urgent first.
+
+    A job counts only against its own class and those below: what a more urgent one may evict is no obstacle
+    to it. So interactive work is claimed by a worker that is full of batch work, and each class has at most
+    ``max_places`` jobs of its own and more urgent ones here.
+    """
+    return [priority for priority in Priority if _has_room(priority.rank, held, info, stats)]
+
+
+def max_places(info: EngineInfo) -> int:
+    """Jobs that a class may have in hand: those that run, and a few so that a place is never empty."""
+    return info.max_num_seqs + max(1, info.max_num_seqs // 16)
+
+
+def _has_room(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats | None) -> bool:
+    """Beyond this an idle neighbour should have the next one."""
+    firm = [job for job in held if job.rank <= rank]  # the others would make way
+    if len(firm) >= max_places(info):
+        return False
+    if (
+        stats is not None
+        and stats.waiting
+        and _free_blocks(rank, held, info, stats) * KV_MARGIN < (stats.total_blocks)
+    ):
+        return False
+    unstarted = [job for job in firm if not job.started]
+    prefill = sum(job.tokens for job in unstarted)
+    return prefill < PREFILL_STEPS * info.step_tokens and len(unstarted) < MAX_UNSTARTED
+
+
+def _free_blocks(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats) -> int:
+    """KV blocks that are free or could be evicted for a job of this rank: a cautious guess.
+
+    What waits in the engine holds none, and who that is we do not know.
+    """
+    firm = _blocks((job for job in held if job.rank <= rank), info)
+    evictable = _blocks((job for job in held if job.rank > rank), info)
+    return min(stats.total_blocks - firm, stats.free_blocks + evictable)
+
+
+def _blocks(jobs: Iterable[Held], info: EngineInfo) -> int:
+    return sum(-(-job.tokens // info.block_size) for job in jobs)
