@@ -193,6 +193,10 @@ class MessageQueue:
         """Stop all claims from a queue, or let them go on."""
         run_script(self.client, PAUSE, queue, int(paused))
 
+    def paused(self, queue: str) -> bool:
+        """Whether claims from it are stopped."""
+        return bool(self.client.hexists(keys.queue(queue), "paused"))
+
     @property
     def _now(self) -> str | int:
         return "" if self.now_ms is None else self.now_ms
