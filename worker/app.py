@@ -109,6 +109,7 @@ class WorkerApp:
 
     def _celery(self, handler: JobHandler) -> Celery:
         app = broker.make_app(self.settings, gate=self._gate, queue_names=self.queues)
+        broker.claims_of(app).on_overdue = handler.give_back
         app.steps["consumer"].add(LeaseRenewer)  # pyright: ignore[reportOptionalSubscript] - a dict of sets
 
         def generate(task: Any, body: str) -> str:
@@ -144,7 +145,7 @@ class WorkerApp:
         self._gate.claimable = lambda: self._claimable(lifecycle, handler)
         controller = app.WorkController(
             pool_cls=EnginePool,
-            # A thread for each job that runs, was evicted or waits to be stored: more than claimable() lets in.
+            # A thread for each job that runs, was evicted or waits to be stored: more than claimable() allows.
             concurrency=len(self.queues) * max_places(handler.engine.info)
             + 16
             + self.settings.spool_max_results,

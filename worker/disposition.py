@@ -1,4 +1,4 @@
-"""What becomes of a delivery. There is no fourth way out of a task."""
+"""What becomes of a delivery. There is no other way out of a task."""
 
 from __future__ import annotations
 
@@ -14,3 +14,6 @@ class Disposition(StrEnum):
     """Hand it back at the head of its queue: another worker continues from the journal."""
     DROP = "drop"
     """Touch nothing: the lease brings it back."""
+    OVERTAKEN = "overtaken"
+    """A newer attempt has the job, or ended it, by a delivery of its own. The transport knows what becomes of
+    this one."""

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PATIENCE_FIRST_S, PATIENCE_MAX_S = 0.05, 5.0
+GIVE_BACK_FLUSH_S = 2.0
+"""It is the lease renewal that waits for it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -220,16 +222,14 @@ class JobHandler:
         """Write nothing more of this attempt. Returns what becomes of its delivery."""
         self.publisher.discard(generation)
         if how is Disposition.DROP:
-            return Disposition.ACK if self._superseded(generation) else how
+            return Disposition.OVERTAKEN if self._superseded(generation) else how
         if self.publisher.healthy:
             with suppress(Transient):  # then the state says running until the next claim
                 self._state.release(generation.job.id, generation.attempt)
         return how
 
     def _superseded(self, generation: Generation) -> bool:
-        """Whether a newer attempt owns the job, or ended it. That one has a delivery of its own: ours is a
-        duplicate, which would fence it in turn once our lease ran out, or its tag is spent already.
-        """
+        """Whether a newer attempt owns the job, or ended it."""
         status = self._patiently(lambda: self._state.status(generation.job.id))
         return status is not None and (status.state.final or status.attempt > generation.attempt)
 
@@ -373,6 +373,23 @@ class JobHandler:
             self.publisher.wake()
         self.engine.abort(generation.request_id)
         log.info("job.ended_early", extra={"job_id": job_id, "reason": reason.value})
+
+    def give_back(self, job_id: str) -> None:
+        """Journal a running job's tokens and give its delivery back: it goes on from there, somewhere.
+
+        For claims that the broker will not prolong much longer. Unknown ids are ignored.
+        """
+        with self._slots_lock:
+            slot = self._slots.get(job_id)
+        generation = slot.generation if slot else None
+        if slot is None or generation is None or slot.ended.is_set():
+            return
+        self.publisher.flush(GIVE_BACK_FLUSH_S)
+        request_id = generation.request_id
+        # Not before the attempt is over: the engine's answer to it would end the job.
+        slot.disposition.add_done_callback(lambda _: self.engine.abort(request_id))
+        self._end(slot, Disposition.REQUEUE)
+        log.info("job.given_back", extra={"job_id": job_id})
 
     def hand_back(self, flush_s: float) -> int:
         """Journal every running job's tokens, then give the deliveries back to the queue. How many.

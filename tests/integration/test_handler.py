@@ -169,10 +169,24 @@ def test_a_fenced_attempt_writes_nothing_and_gives_its_delivery_up(played: Playe
     played.running(job)
     state.claim(job.id, "another", job.expires_at)
     played.step(job, 28, finish="length")
-    assert delivery.result(5) is Disposition.ACK
+    assert delivery.result(5) is Disposition.OVERTAKEN
     assert played.engine.aborted == [played.engine.submitted[job.id].id]
     assert not played.store.exists(keys.result_object(job.id))
     assert played.handler.in_hand == 0
+
+
+def test_a_job_given_back_goes_on_from_its_journal(played: Played, state: State) -> None:
+    job = make_job()
+    delivery = played.deliver(job)
+    request = played.running(job)
+    played.step(job, 28)
+    played.handler.give_back("somebody else's")
+    played.handler.give_back(job.id)
+    assert delivery.result(5) is Disposition.REQUEUE
+    assert played.engine.aborted == [request.id]
+    played.engine.submitted.clear()
+    played.deliver(job)
+    assert played.running(job).output_ids == [28]
 
 
 def test_an_engine_that_works_for_nobody_is_told_to_stop(played: Played) -> None:
