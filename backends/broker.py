@@ -41,6 +41,7 @@ __all__ = [
     "counts",
     "depth",
     "make_app",
+    "pause",
     "paused",
     "publish",
     "queues_of",
@@ -183,6 +184,12 @@ def counts(app: Celery, queue: str) -> tuple[int, int]:
     """``depth``, and how many are claimed."""
     with broker_errors(), queues_of(app) as queues:
         return queues.counts(queue)
+
+
+def pause(app: Celery, queue: str, *, paused: bool) -> None:
+    """Stop all claims from a queue, or let them go on. What runs is not touched."""
+    with broker_errors(), queues_of(app) as queues:
+        queues.pause(queue, paused=paused)
 
 
 def paused(app: Celery, queue: str) -> bool:

@@ -24,7 +24,7 @@ from ..backends.state import Due, State, open_state, state_url
 from ..backends.store import open_store
 from ..schemas.dead import DeadLetter
 from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
-from ..schemas.job import JOB_ID_PATTERN
+from ..schemas.job import DEFAULT_TENANT, JOB_ID_PATTERN
 from ..schemas.result import ErrorInfo, FinishReason
 from ..schemas.settings import Settings
 from .endings import Ending, Endings
@@ -40,6 +40,8 @@ OWNED_AGAIN_S = 5.0
 CRASHED_AGAIN_S = 300.0
 """A job that we cannot end for a mistake of ours stands in nobody's way for so long."""
 TIDY_EVERY_S = 60.0
+SQS_EVERY_S = 60.0
+"""Each look at a dead-letter queue is a request that AWS counts."""
 RETRY_S = 1.0
 EMBEDDED_RETRY_S = 15.0
 
@@ -85,6 +87,7 @@ class Keeper:
         self._pruner = Pruner(queue) if queue is not None and prunes else None
         self._outage = False
         self._tidied_at = -TIDY_EVERY_S
+        self._sqs_drained_at = -SQS_EVERY_S
         self.leads = False
         self.heard_at = time.monotonic()
         """When the last round that did not fail was over; by the monotonic clock."""
@@ -182,8 +185,30 @@ class Keeper:
 
         done.ended += sum(_all(threads, end, ready))
 
+    def _drain_sqs(self) -> None:
+        """What SQS gave up on becomes a dead letter like any other: recorded first, deleted second."""
+        if not self._settings.broker.startswith("sqs:"):
+            return
+        from ..backends.sqs_admin import drain_dead
+
+        if time.monotonic() - self._sqs_drained_at < SQS_EVERY_S:
+            return
+        self._sqs_drained_at = time.monotonic()
+        for model in self._state.models():
+            for message in drain_dead(self._settings, model):
+                self._dead.add(
+                    message.queue,
+                    message.message_id,
+                    message.body,
+                    tenant=message.tenant or DEFAULT_TENANT,
+                    reason=f"received {message.receives:,} times",
+                    job_id=message.job_id,
+                )
+                message.delete()
+
     def _drain_the_dead(self, done: Round, threads: ThreadPoolExecutor) -> None:
         """Jobs whose message will not be delivered again fail, if they have no final state yet."""
+        self._drain_sqs()
         letters = self._dead.undrained(self._settings.keeper_batch)
 
         def drain(letter: DeadLetter) -> bool:

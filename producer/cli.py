@@ -33,7 +33,7 @@ COMMANDS = {
     "result": ("commands_jobs", "Print a job's result."),
     "cancel": ("commands_jobs", "Stop jobs."),
     "dead": ("commands_dead", "Messages that are not delivered again: look, send again, throw away."),
-    "queues": ("commands_queues", "Create and list queues."),
+    "queues": ("commands_queues", "Create, list, pause and resume queues."),
     "models": ("commands_models", "Fetch, list and check models."),
     "doctor": ("commands_doctor", "What is installed, reachable and missing."),
 }

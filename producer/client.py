@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..schemas import keys
 from ..schemas.events import EntryId
 from ..schemas.job import Job, JobState, Priority
+from ..schemas.queues import queue_name
 from ..schemas.result import Result
 from ..schemas.settings import Settings
 from ..schemas.status import JobStatus, ModelInfo
@@ -170,6 +171,14 @@ class Client:
     def models(self) -> dict[str, ModelInfo]:
         """Every model that a worker ever announced on this broker."""
         return self._link.state.models()
+
+    def queue_is_paused(self, status: JobStatus) -> bool:
+        """Whether the queue of a waiting job is paused; False if its status does not say which that is."""
+        from ..backends import broker
+
+        if status.model is None or status.priority is None:
+            return False
+        return broker.paused(self._link.app, queue_name(status.model, status.priority))
 
     @property
     def dead(self) -> Dead:

@@ -43,7 +43,9 @@ Examples:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on to --max-tokens.")
 @click.option(
-    "--priority", type=click.Choice(list(Priority)), help="Default: interactive with --stream, else normal."
+    "--priority",
+    type=click.Choice([p.value for p in Priority]),
+    help="Default: interactive with --stream, else normal.",
 )
 @click.option("--tenant", help="Whose job it is.")
 @click.option(
@@ -123,6 +125,8 @@ def status(job_id: str, as_json: bool, **urls: str | None) -> int:
     """Where a job stands."""
     with client_of(urls) as client:
         found = client.get(job_id).status()
+        if found.state is JobState.QUEUED and client.queue_is_paused(found):
+            warn("its queue is paused: it waits for `gristmill queues resume`")
     if as_json:
         put(found.to_json())
     else:

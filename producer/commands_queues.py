@@ -1,4 +1,4 @@
-"""`gristmill queues create | list`."""
+"""`gristmill queues create | list | pause | resume`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import click
 
 from ..schemas import queues as names
 from ..schemas.errors import Misconfigured
+from ..schemas.job import Priority
 from ..schemas.settings import Settings, load_settings
+from . import core
 from .console import common, connection, put, put_json, say
 from .link import Link
 
@@ -20,6 +22,8 @@ HELP = """The queues of a model: three classes, served strictly in order.
 Examples:
   gristmill queues create --model smollm2-135m     # on SQS; a Redis makes its queues by itself
   gristmill queues list                            # what waits and what is running, by queue
+  gristmill queues pause --class batch             # nobody claims; what runs goes on, submitting too
+  gristmill queues resume
 """
 
 
@@ -85,6 +89,52 @@ def list_command(model: str | None, as_json: bool, **urls: str | None) -> None:
         for queue in every:
             waiting, claimed = broker.counts(link.app, queue)
             _put(queue, waiting, claimed, broker.paused(link.app, queue), as_json)
+    finally:
+        link.close()
+
+
+def _switch(command: Any) -> Any:
+    """Which queues to pause or resume."""
+    command = click.option(
+        "--class",
+        "classes",
+        multiple=True,
+        type=click.Choice([p.value for p in Priority]),
+        help="Default: all three.",
+    )(command)
+    command = click.option("--model", help="Default: GRISTMILL_MODEL, or the only model known.")(command)
+    return common(connection(command))
+
+
+@queues.command()
+@_switch
+def pause(model: str | None, classes: tuple[str, ...], as_json: bool, **urls: str | None) -> None:
+    """Let nobody claim from a model's queues. Running jobs go on, and submitting does."""
+    _set_paused(True, model, classes, as_json, urls)
+
+
+@queues.command()
+@_switch
+def resume(model: str | None, classes: tuple[str, ...], as_json: bool, **urls: str | None) -> None:
+    """Let workers claim from them again; they hear of it at once."""
+    _set_paused(False, model, classes, as_json, urls)
+
+
+def _set_paused(
+    paused: bool, model: str | None, classes: tuple[str, ...], as_json: bool, urls: dict[str, str | None]
+) -> None:
+    from ..backends import broker
+
+    settings = load_settings(**urls)
+    link = Link(settings)
+    try:
+        name = core.pick_model(model, link.state.models(), settings)
+        for queue in [names.queue_name(name, Priority(c)) for c in classes or Priority]:
+            broker.pause(link.app, queue, paused=paused)
+            if as_json:
+                put_json({"queue": queue, "paused": paused})
+            else:
+                put(f"{queue}  {'paused' if paused else 'goes on'}")
     finally:
         link.close()
 

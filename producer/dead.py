@@ -12,7 +12,7 @@ from ..backends.dead import job_of
 from ..schemas.dead import DeadLetter
 from ..schemas.errors import BadInput, JobNotFound, WaitTimeout
 from ..schemas.job import JOB_ID_PATTERN, Job
-from ..schemas.queues import queue_names
+from ..schemas.queues import dead_queue_name, queue_names
 from ..schemas.result import Result
 from ..schemas.wire import shown
 from .link import Link
@@ -106,7 +106,7 @@ class Dead:
         if queue is not None:
             return (queue,)
         names = (model,) if model is not None else sorted(self._link.state.models())
-        return [queue for name in names for queue in queue_names(name)]
+        return [queue for name in names for queue in (*queue_names(name), dead_queue_name(name))]
 
 
 def _is_id(name: str) -> bool:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from statistics import median
 from typing import Any, Literal
 
 from ..schemas.errors import GristmillError, Transient
+from ..schemas.queues import queue_names
 from ..schemas.settings import Settings
 from .link import EMBEDDED, Link
 
@@ -50,7 +52,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield _models(settings)
     link = Link(settings)
     try:
-        for check in (_broker, _workers, _store):
+        for check in (_broker, _workers, _queues, _store):
             yield _guarded(check, link)
     finally:
         link.close()
@@ -176,6 +178,22 @@ def _workers(link: Link) -> Check:
     return Check("workers", "ok", f"{len(alive)} alive, serving {', '.join(serving)}", data=data)
 
 
+def _queues(link: Link) -> Check:
+    """Paused queues and dead letters: two ways for jobs not to run although all is well."""
+    from ..backends import broker
+
+    every = [queue for model in sorted(link.state.models()) for queue in queue_names(model)]
+    paused = [queue for queue in every if broker.paused(link.app, queue)]
+    dead = sum(link.dead.count(queue) for queue in every)
+    data: dict[str, Any] = {"paused": paused, "dead_letters": dead}
+    if paused:
+        step = "gristmill queues resume --model NAME, if that is over"
+        return Check("queues", "warning", f"paused: {', '.join(paused)}", step, data)
+    if dead:
+        return Check("queues", "warning", f"{dead:,} dead letters", "gristmill dead list", data)
+    return Check("queues", "ok", "none is paused, and there are no dead letters", data=data)
+
+
 def _store(link: Link) -> Check:
     started = time.perf_counter()
     link.store.check()
@@ -204,7 +222,12 @@ def _shown(url: str) -> str:
 
 
 def _versions(names: tuple[str, ...]) -> dict[str, str]:
-    return {name: _version(name) for name in names if importlib.util.find_spec(name) is not None}
+    # What is loaded is there; kombu, once loaded, has no spec to find.
+    return {
+        name: _version(name)
+        for name in names
+        if name in sys.modules or importlib.util.find_spec(name) is not None
+    }
 
 
 def _version(name: str) -> str:

@@ -145,7 +145,7 @@ class WorkerApp:
         self._gate.claimable = lambda: self._claimable(lifecycle, handler)
         controller = app.WorkController(
             pool_cls=EnginePool,
-            # A thread for each job that runs, was evicted or waits to be stored: more than claimable() allows.
+            # A thread for each job that runs, was evicted or waits to be stored: more than are let in.
             concurrency=len(self.queues) * max_places(handler.engine.info)
             + 16
             + self.settings.spool_max_results,
