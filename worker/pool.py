@@ -8,12 +8,16 @@ import logging
 from typing import Any
 
 from celery.concurrency.thread import TaskPool
+from celery.utils.saferepr import saferepr
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from .disposition import Disposition
 
 log = logging.getLogger(__name__)
+
+RETURNED = {saferepr(each.value): each for each in Disposition}
+"""Celery hands over what a task returned as its repr."""
 
 
 class EnginePool(TaskPool):
@@ -32,6 +36,10 @@ class EngineRequest(Request):
     ours would then lose jobs. Here it costs a redelivery when the lease runs out.
     """
 
+    def __init_subclass__(cls) -> None:
+        """Celery derives a class for each task, whose ``on_success`` acknowledges whatever was returned."""
+        cls.on_success = EngineRequest.on_success
+
     def revoked(self) -> bool:
         """Remote ``revoke`` would acknowledge a job that has no result: see ``terminate``."""
         return False
@@ -39,8 +47,9 @@ class EngineRequest(Request):
     def on_success(self, failed__retval__runtime: tuple[bool, Any, float], **_: Any) -> None:
         """Carry out what the task returned."""
         task_ready(self)
+        failed, returned, runtime = failed__retval__runtime
         try:
-            self._carry_out(*failed__retval__runtime)
+            self._carry_out(failed, returned if failed else RETURNED.get(returned, returned), runtime)
         except Exception:  # the pool would swallow it, and the claim be renewed for ever
             log.critical("delivery.crashed", exc_info=True, extra={"job_id": self.id})
             self._leave()
@@ -56,6 +65,8 @@ class EngineRequest(Request):
         elif value == Disposition.OVERTAKEN:
             self._overtaken()
         else:
+            if value != Disposition.DROP:
+                log.error("task.crashed", extra={"job_id": self.id, "reason": f"it returned {value!r}"})
             self._leave()
 
     def on_failure(self, exc_info: Any, *_: Any, **__: Any) -> None:
