@@ -112,10 +112,6 @@ class QoS(transport.QoS):
     def _delivered_count(self) -> int:
         return len(self.claims) - self.channel.receiver.surplus
 
-    def overtaken(self, delivery_tag: str) -> None:
-        """On SQS an old handle may still delete the message, which is the newer attempt's: say nothing."""
-        self.claims.leave(delivery_tag)
-
     def restore_visible(self, *_: Any, **__: Any) -> None:
         """Nothing: SQS shows what has expired by itself."""
 

@@ -94,11 +94,6 @@ class QoS(virtual.QoS):
         """Among the dead letters, with ``reason`` for the person who looks: it is not delivered again."""
         self.claims.bury(delivery_tag, reason)
 
-    def overtaken(self, delivery_tag: str) -> None:
-        """Somebody else has the job by a delivery of its own: this one is a duplicate, which would come back
-        and fence that one in turn, or its tag is spent."""
-        self.claims.ack(delivery_tag)
-
     def leave(self, delivery_tag: str) -> None:
         """Stop renewing and say nothing: the message comes back when its lease runs out."""
         self.claims.leave(delivery_tag)

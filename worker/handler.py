@@ -36,6 +36,8 @@ T = TypeVar("T")
 PATIENCE_FIRST_S, PATIENCE_MAX_S = 0.05, 5.0
 GIVE_BACK_FLUSH_S = 2.0
 """It is the lease renewal that waits for it."""
+LOOK_AGAIN_S = 1.0
+"""How often a fenced delivery looks what has become of its job."""
 
 
 @dataclass(slots=True, eq=False)
@@ -222,16 +224,30 @@ class JobHandler:
         """Write nothing more of this attempt. Returns what becomes of its delivery."""
         self.publisher.discard(generation)
         if how is Disposition.DROP:
-            return Disposition.OVERTAKEN if self._superseded(generation) else how
+            return self._give_up(generation)
         if self.publisher.healthy:
             with suppress(Transient):  # then the state says running until the next claim
                 self._state.release(generation.job.id, generation.attempt)
         return how
 
-    def _superseded(self, generation: Generation) -> bool:
-        """Whether a newer attempt owns the job, or ended it."""
-        status = self._patiently(lambda: self._state.status(generation.job.id))
-        return status is not None and (status.state.final or status.attempt > generation.attempt)
+    def _give_up(self, generation: Generation) -> Disposition:
+        """What becomes of a fenced delivery: kept in hand until the job is final, or its new owner is gone.
+
+        That one need not have a message of its own: a worker that was frozen may begin an attempt with a
+        claim that was swept meanwhile. Were ours acknowledged now, its death would lose the job. Were ours
+        left to its lease now, two messages of one job would fence each other, lease after lease.
+        """
+        while not self._closing.is_set():
+            status = self._patiently(lambda: self._state.status(generation.job.id))
+            if status is not None and status.state.final:
+                return Disposition.ACK
+            if status is None or status.attempt == generation.attempt:  # the server lost the state or the log
+                return Disposition.DROP
+            workers = self._patiently(self._state.workers) or {}
+            if status.state is not JobState.RUNNING or status.worker not in workers:
+                return Disposition.DROP
+            self._closing.wait(LOOK_AGAIN_S)
+        return Disposition.REQUEUE
 
     def _abandon(self, slot: Slot) -> None:
         if (generation := slot.generation) is not None:

@@ -62,8 +62,6 @@ class EngineRequest(Request):
             self.acknowledge()
         elif value == Disposition.REQUEUE:
             self.reject(requeue=True)
-        elif value == Disposition.OVERTAKEN:
-            self._overtaken()
         else:
             if value != Disposition.DROP:
                 log.error("task.crashed", extra={"job_id": self.id, "reason": f"it returned {value!r}"})
@@ -83,12 +81,6 @@ class EngineRequest(Request):
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """Cold shutdown: whatever still runs comes back with its lease."""
-
-    def _overtaken(self) -> None:
-        """Whether a duplicate may be acknowledged depends on what the broker takes an old tag for."""
-        channel = self.message.channel
-        if channel is not None:
-            channel.qos.overtaken(self.message.delivery_tag)
 
     def _leave(self) -> None:
         """Stop renewing; acknowledge nothing."""

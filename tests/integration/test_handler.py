@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from gristmill.backends.state import State, Write
+from gristmill.backends.state import State, WorkerInfo, Write
 from gristmill.engine.detokenizer import Detokenizer
 from gristmill.engine.tokenizer import Tokenizer
 from gristmill.schemas import keys
@@ -162,15 +162,27 @@ def test_jobs_handed_back_are_queued_again_with_their_tokens(played: Played, sta
     assert played.engine.submitted.keys() == {job.id}
 
 
-def test_a_fenced_attempt_writes_nothing_and_gives_its_delivery_up(played: Played, state: State) -> None:
-    """Two messages of one job fenced each other, lease after lease, until one of them ended it."""
+def register(state: State, worker: str, ttl_s: float) -> None:
+    info = WorkerInfo(models=("tiny",), queues=(), host="h", pid=1, version="0", max_model_len=64)
+    state.register(worker, info, ttl_s)
+
+
+def test_a_fenced_attempt_writes_nothing_and_keeps_its_message_until_the_job_is_final(
+    played: Played, state: State
+) -> None:
+    """Left to their leases, two messages of a job fenced each other; acknowledged, it could be lost."""
     job = make_job()
     delivery = played.deliver(job)
     played.running(job)
-    state.claim(job.id, "another", job.expires_at)
+    register(state, "another", 60)
+    newer = Attempt.begin(state, job, "another")
     played.step(job, 28, finish="length")
-    assert delivery.result(5) is Disposition.OVERTAKEN
+    wait_until(lambda: played.engine.aborted, 5, "it notices")
     assert played.engine.aborted == [played.engine.submitted[job.id].id]
+    assert played.handler.in_hand == 1
+    assert not delivery.done()
+    assert newer.finish()
+    assert delivery.result(20) is Disposition.ACK
     assert not played.store.exists(keys.result_object(job.id))
     assert played.handler.in_hand == 0
 
@@ -187,6 +199,21 @@ def test_a_job_given_back_goes_on_from_its_journal(played: Played, state: State)
     played.engine.submitted.clear()
     played.deliver(job)
     assert played.running(job).output_ids == [28]
+
+
+def test_a_fenced_delivery_comes_back_if_the_newer_attempts_worker_is_gone(
+    played: Played, state: State
+) -> None:
+    """A worker froze before its claim of the job, and went on after its message had been swept and given to
+    us. It fenced us, and died. Ours was the only message left, and we acknowledged it.
+    """
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    state.claim(job.id, "zombie", job.expires_at)
+    played.step(job, 28)
+    assert delivery.result(5) is Disposition.DROP
+    assert played.handler.in_hand == 0
 
 
 def test_an_engine_that_works_for_nobody_is_told_to_stop(played: Played) -> None:
