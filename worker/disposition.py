@@ -14,6 +14,3 @@ class Disposition(StrEnum):
     """Hand it back at the head of its queue: another worker continues from the journal."""
     DROP = "drop"
     """Touch nothing: the lease brings it back."""
-    OVERTAKEN = "overtaken"
-    """A newer attempt has the job, or ended it, by a delivery of its own. The transport knows what becomes of
-    this one."""
