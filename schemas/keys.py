@@ -21,6 +21,18 @@ SWEEP = "gm:sweep"  # hash: when expired claims were last looked for, and until 
 KEEPER = "gm:keeper"  # string: who leads the keepers, until it expires; and a channel that wakes them
 
 
+OWNED: dict[str, str] = {
+    BELL: "one entry, always",
+    MODELS: "one field for each model that was ever served or announced",
+    WORKERS: "one member for each worker alive; heartbeats and the keeper drop the others",
+    DUE: "one member for each job that has not ended; its end removes it, at its expiry at the latest",
+    CLAIMS: "one field for each claimed message; acknowledged, handed back, buried or swept",
+    CLAIM_EXPIRY: "as CLAIMS",
+    SWEEP: "five fields",
+}
+"""Keys without an expiry, and what keeps each of them small. A queue's own keys go when it is empty."""
+
+
 def log(job_id: str) -> str:
     """Stream of a job's events, and the channel of the same name."""
     return f"gm:{{{job_id}}}:out"
