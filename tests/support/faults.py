@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
+
+from .faultpoints.sitecustomize import POINTS
+from .waiting import wait_until
 
 DIRECTORY = Path(__file__).resolve().parent / "faultpoints"
 
@@ -27,3 +31,27 @@ def poison(
     if times is not None:
         env |= fault_env(POISON_TIMES=times)
     return env if notes is None else env | fault_env(POISON_NOTES=notes)
+
+
+class KillPoints:
+    """Arms one point at a time for all processes that were started with ``env``."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.env = fault_env(KILL_POINTS=directory)
+
+    def arm(self, point: str, nth: int = 1) -> None:
+        """Whoever comes there for the ``nth`` time from now on, counted in each process, is killed."""
+        assert point in POINTS, f"no such point: {point}; there are {', '.join(POINTS)}"
+        for struck in self._directory.glob("struck-*"):
+            struck.unlink()
+        aside = self._directory / "aside"
+        aside.write_text(f"{secrets.token_hex(4)} {point} {nth}")
+        aside.rename(self._directory / "armed")
+
+    def wait_struck(self, timeout_s: float = 60) -> int:
+        """The process id of who died there."""
+        (struck,) = wait_until(
+            lambda: [*self._directory.glob("struck-*")], timeout_s, "somebody comes to the armed point"
+        )
+        return int(struck.name.partition("-")[2])

@@ -10,7 +10,8 @@ functions of ours as their modules are imported:
 ``GM_TEST_POISON_TIMES=2``     … this often at most, over all processes (default: always; needs the notes)
 ``GM_TEST_POISON_NOTES=FILE``  each time is a line of FILE, written before: ``PID HOW``
 
-``GM_TEST_LEDGER=DIR``         what this process did, as it did it, in ``DIR/PID.jsonl``; ``_keep_ledger``
+``GM_TEST_KILL_POINTS=DIR``    who comes to the point named in ``DIR/armed`` is SIGKILLed: ``POINTS``
+``GM_TEST_LEDGER=DIR``         what this process did, in ``DIR/PID.jsonl``: see ``_keep_ledger``
 
 What is wrapped must exist: a name that does not ends the process at once, with a message.
 """
@@ -146,6 +147,90 @@ def _append(file: Path, text: str) -> None:
         os.close(out)
 
 
+# ---- kill points: an end between two effects
+
+POINTS: dict[str, tuple[str, str]] = {
+    # a client: record, then message
+    "before:State.submit": ("gristmill.backends.state:State.submit", "nothing is known of the job"),
+    "after:State.submit": ("gristmill.backends.state:State.submit", "recorded; no message"),
+    "after:broker.publish": ("gristmill.backends.broker:publish", "accepted; the client does not know"),
+    # a worker: message, attempt, tokens, done, result object, final state, acknowledgement
+    "before:State.claim": ("gristmill.backends.state:State.claim", "the message is claimed; no attempt"),
+    "after:State.claim": ("gristmill.backends.state:State.claim", "an attempt has begun; no token"),
+    "before:State.publish": ("gristmill.backends.state:State.publish", "tokens sampled; not journalled"),
+    "after:State.publish": ("gristmill.backends.state:State.publish", "tokens journalled; nobody was told"),
+    "before:State.publish(done)": ("gristmill.backends.state:State.publish", "it ended; the log does not"),
+    "after:State.publish(done)": ("gristmill.backends.state:State.publish", "the log is complete; no result"),
+    "after:Spool.add": ("gristmill.worker.spool:Spool.add", "the result is in the spool"),
+    "after:Parcel.put_away": ("gristmill.worker.spool:Parcel.put_away", "the result waits for the store"),
+    "before:store._link": ("gristmill.backends.store:_link", "the object is written, and has no name"),
+    "after:FileStore.put_new": ("gristmill.backends.store:FileStore.put_new", "the object exists; not final"),
+    "after:State.finish": ("gristmill.backends.state:State.finish", "final; not acknowledged"),
+    "after:MessageQueue.ack": ("gristmill.backends.message_queue:MessageQueue.ack", "all is done"),
+    # a worker that hands back: journal, state, message
+    "after:Publisher.flush": ("gristmill.worker.publisher:Publisher.flush", "journalled; still running"),
+    "after:State.release": ("gristmill.backends.state:State.release", "queued again; the message is claimed"),
+    "after:MessageQueue.requeue": (
+        "gristmill.backends.message_queue:MessageQueue.requeue",
+        "the message is back",
+    ),
+    # a worker whose engine died
+    "before:EngineClient._hand_over": (
+        "gristmill.worker.engine_client:EngineClient._hand_over",
+        "a new engine is ready, and has no work",
+    ),
+    "after:EngineClient._hand_over": (
+        "gristmill.worker.engine_client:EngineClient._hand_over",
+        "the new engine has the jobs",
+    ),
+}
+"""Where a process can be told to die: before or after a call, and what is true in that moment.
+
+The calls that end the log are told from others by their arguments: ``(done)``.
+"""
+
+
+def _kill_points(directory: Path) -> None:
+    """Wrap every target of ``POINTS``. ``armed`` holds ``ID POINT NTH``; who dies makes it ``struck-PID``."""
+    armed = directory / "armed"
+    passed: dict[str, int] = {}
+
+    def pass_by(side: str, label: str, args: tuple[Any, ...]) -> None:
+        try:
+            arm, point, nth = armed.read_text().split()
+        except (FileNotFoundError, ValueError):
+            return
+        if label.startswith("MessageQueue.") and len(args) == 1:
+            return  # no tags: nothing is said to the server
+        name = f"{side}:{label}"
+        done = label == "State.publish" and any('"kind":"done"' in write.event for write in args[1])
+        if point not in ({f"{name}(done)"} if done else {name}):
+            return
+        passed[arm] = passed.get(arm, 0) + 1
+        if passed[arm] >= int(nth):
+            try:
+                armed.rename(directory / f"struck-{os.getpid()}")
+            except FileNotFoundError:
+                return  # another process was first
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrapper_for(label: str) -> Wrapper:
+        def wrapper(inner: Callable[..., Any]) -> Callable[..., Any]:
+            def stopping(*args: Any, **kwargs: Any) -> Any:
+                pass_by("before", label, args)
+                answer = inner(*args, **kwargs)
+                pass_by("after", label, args)
+                return answer
+
+            return stopping
+
+        return wrapper
+
+    for label, target in {point.partition(":")[2]: target for point, (target, _) in POINTS.items()}.items():
+        if not label.endswith("(done)"):
+            wrap(target, wrapper_for(label))
+
+
 # ---- the ledger: what was done, also by those who died of it
 
 
@@ -156,7 +241,8 @@ def _keep_ledger(directory: Path) -> None:
     step, before anybody hears of them, ``{"step": [[id, start, count, sampled]]}``: the tokens fed to the
     model, from which place in the sequence, and how many came out. A worker: ``{"claim": job, "attempt": n}``
     once it has claimed a job, ``{"put": name}`` once it was the one who created an object, ``{"final": job}``
-    once it was the one who made a job final, ``{"room": yes}`` when that has changed.
+    once it was the one who made a job final, ``{"room": yes}`` when it begins or ceases to
+    have room for another job of normal priority.
     """
     file = directory / f"{os.getpid()}.jsonl"
     fed_now: list[list[Any]] = []
@@ -216,15 +302,15 @@ def _keep_ledger(directory: Path) -> None:
 
     def room(inner: Callable[..., Any]) -> Callable[..., Any]:
         def noted(handler: Any) -> Any:
-            has = bool(inner(handler))
-            if said != [has]:
+            classes = inner(handler)
+            if said != [has := "normal" in classes]:
                 said[:] = [has]
                 note(room=has)
-            return has
+            return classes
 
         return noted
 
-    wrap("gristmill.worker.handler:JobHandler.has_room", room)
+    wrap("gristmill.worker.handler:JobHandler.claimable", room)
     wrap("gristmill.engine.engine:Engine.add", add)
     wrap("gristmill.engine.engine:Engine.step", step)
     wrap("gristmill.engine.runner:Runner.forward", forward)
@@ -242,6 +328,8 @@ def _install() -> None:
         times, notes = env.get("GM_TEST_POISON_TIMES"), env.get("GM_TEST_POISON_NOTES")
         how = env.get("GM_TEST_POISON_HOW", "kill")
         _poison(int(token), how, int(times) if times else None, Path(notes) if notes else None)
+    if points := env.get("GM_TEST_KILL_POINTS"):
+        _kill_points(Path(points))
     if ledger := env.get("GM_TEST_LEDGER"):
         _keep_ledger(Path(ledger))
     if _wanted:
