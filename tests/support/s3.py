@@ -49,13 +49,17 @@ class Proxy:
     """Passes requests on, but for those that ``faults`` says, first come first served.
 
     ``(status, code)`` is answered as such; ``drop`` closes the connection unanswered; ``lose reply`` passes
-    the request on, and then closes; ``forget condition`` passes it on without If-None-Match.
+    the request on, and then closes; ``forget condition`` passes it on without If-None-Match; ``half`` closes
+    in the middle of the upload; ``stall`` says nothing for as long as the client waits. ``down``, if set, is
+    what every request gets.
     """
 
     def __init__(self, target: str) -> None:
         self.target = urlsplit(target)
         self.faults: deque[str | tuple[int, str]] = deque()
+        self.down: str | tuple[int, str] | None = None
         self.requests = 0
+        self._closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -63,6 +67,7 @@ class Proxy:
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def close(self) -> None:
+        self._closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -75,8 +80,16 @@ class Proxy:
 
             def handle_any(self) -> None:
                 proxy.requests += 1
+                fault = proxy.faults.popleft() if proxy.faults else proxy.down
+                if fault == "half":
+                    self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+                    self._hang_up()
+                    return
                 body = self._body()
-                fault = proxy.faults.popleft() if proxy.faults else None
+                if fault == "stall":
+                    proxy._closing.wait(10)
+                    self._hang_up()
+                    return
                 if isinstance(fault, tuple):
                     status, code = fault
                     self._reply(status, [], f"<Error><Code>{code}</Code></Error>".encode())
@@ -88,6 +101,9 @@ class Proxy:
                     if fault != "lose reply":
                         self._reply(*answer)
                         return
+                self._hang_up()
+
+            def _hang_up(self) -> None:
                 with suppress(OSError):
                     self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
