@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 
@@ -49,6 +50,16 @@ class Gate:
         self.claimable = claimable
         self._wakers: set[Waker] = set()
         self._lock = threading.Lock()
+        self._turned_at: float | None = None
+
+    def turn(self) -> None:
+        """The consumer's loop lives: it says so on each turn, at least every second."""
+        self._turned_at = time.monotonic()
+
+    def still_s(self) -> float:
+        """Seconds since its last turn; 0 before the first one."""
+        turned_at = self._turned_at
+        return 0.0 if turned_at is None else time.monotonic() - turned_at
 
     def poke(self) -> None:
         """Capacity may have come free. Cheap; any thread."""

@@ -150,6 +150,8 @@ class Channel(virtual.Channel):
 
     def look_around(self) -> None:
         """Called on each turn of the loop: a closed gate is asked again though nobody pokes."""
+        if self.gate is not None:
+            self.gate.turn()
         if self._active_queues and monotonic() >= self._ask_again_at:
             self.waker.set()
 

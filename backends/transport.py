@@ -201,6 +201,8 @@ class Channel(stock.Channel):
 
     def look_around(self) -> None:
         """Called on each turn of the loop: wake up if what we wait for may have come."""
+        if self.gate is not None:
+            self.gate.turn()
         match self._waits:
             case _Waits.GATE if monotonic() >= self._ask_again_at:
                 self.waker.set()

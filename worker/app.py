@@ -44,6 +44,9 @@ from .settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
+LOOP_SLOW_S, LOOP_HUNG_S = 10.0, 120.0
+"""It turns every second. After an outage kombu may take half a minute to connect again."""
+
 
 class WorkerApp:
     """One model, one engine, one consumer."""
@@ -162,7 +165,7 @@ class WorkerApp:
             self.settings.health_host,
             self.settings.health_port,
             self.metrics.registry,
-            live=lambda: None if handler.engine.alive else "the engine process is gone",
+            live=lambda: self._dead(handler, app),
             ready=lambda: self._not_ready(state, handler),
         )
         health.start()
@@ -208,18 +211,24 @@ class WorkerApp:
             return "draining"
         if not handler.engine.ready:
             return "the engine is starting"
+        if (still_s := self._gate.still_s()) > LOOP_SLOW_S:
+            return f"the consumer's loop has not turned for {still_s:.0f} s"
         try:
             state.ping()
         except GristmillError as exc:
             return exc.message
         return handler.trouble
 
+    def _dead(self, handler: JobHandler, app: Celery) -> str | None:
+        """Why only a restart can help, or None. A loop that reconnects stands still, too, and needs none."""
+        if not handler.engine.alive:
+            return "the engine process is gone"
+        still_s = self._gate.still_s()
+        if still_s > LOOP_HUNG_S and not broker.claims_of(app).troubled:
+            return f"the consumer's loop has not turned for {still_s:.0f} s although the broker answers"
+        return None
+
     def _exit_loop(self) -> None:
         """Make Celery's loop end by itself: it looks at this flag on each turn."""
         celery_state.should_stop = 0
         self._gate.poke()
-        threading.Timer(10.0, self._force_exit).start()
-
-    def _force_exit(self) -> None:
-        log.warning("worker.forced_exit", extra={"reason": "the consumer loop did not end within 10 s"})
-        os._exit(self._lifecycle.exit_code)

@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 RECONCILE_EVERY_S = 5.0
-LEAVE_S, THREAD_END_S = 30.0, 2.0
+LEAVE_S = 20.0
+"""From the end of ``drain_s`` to the end of the process, whatever does not answer by then. Grace periods must
+exceed the sum."""
+FLUSH_S, RETURN_S, THREAD_END_S = 5.0, 8.0, 2.0
 
 
 class Lifecycle:
@@ -43,10 +46,13 @@ class Lifecycle:
         queues: list[str],
         waiting: Callable[[], int],
         exit_loop: Callable[[], None],
+        force_exit: Callable[[int], object] = os._exit,
+        leave_s: float = LEAVE_S,
     ) -> None:
         self._settings, self._worker_id = settings, worker_id
         self._state, self._handler, self._queues = state, handler, queues
-        self._waiting, self._exit_loop = waiting, exit_loop
+        self._waiting, self._exit_loop, self._force_exit = waiting, exit_loop, force_exit
+        self._leave_s = leave_s
         self._begin = threading.Lock()  # whoever takes it drains; it is never given back
         self._stopping = threading.Event()
         self._hurry = threading.Event()
@@ -80,7 +86,7 @@ class Lifecycle:
             self.exit_code = exit_code
             self._hurry.set()
             self.stop("the consumer ended by itself")
-        self._ended.wait(LEAVE_S)
+        self._ended.wait(self._leave_s)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(THREAD_END_S)
@@ -138,13 +144,28 @@ class Lifecycle:
         deadline = time.monotonic() + self._settings.drain_s
         while self._handler.in_hand and time.monotonic() < deadline and not self._hurry.is_set():
             self._hurry.wait(0.05)
-        returned = self._handler.hand_back(flush_s=5.0)
-        deadline = time.monotonic() + 10.0
+        self._set_a_limit()
+        returned = self._handler.hand_back(flush_s=FLUSH_S)
+        deadline = time.monotonic() + RETURN_S
         while self._handler.in_hand and time.monotonic() < deadline:
             time.sleep(0.02)
-        with suppress(Transient, Misconfigured):  # the registration also expires by itself
-            self._state.unregister(self._worker_id)
+        if self._handler.publisher.healthy:  # the registration also expires by itself
+            with suppress(Transient, Misconfigured):
+                self._state.unregister(self._worker_id)
         log.info("worker.drained", extra={"handed_back": returned})
+
+    def _set_a_limit(self) -> None:
+        """Python waits for threads that wait for servers: what is not said by then is left to the leases."""
+
+        def leave() -> None:
+            log.warning(
+                "worker.forced_exit", extra={"in_hand": self._handler.in_hand, "after_s": self._leave_s}
+            )
+            self._force_exit(self.exit_code)
+
+        timer = threading.Timer(self._leave_s, leave)
+        timer.daemon = True
+        timer.start()
 
     # ---- ticking
 

@@ -16,6 +16,7 @@ import redis
 import yaml
 from gristmill.backends.embedded import find_server
 from gristmill.backends.supervisor import die_with_parent
+from gristmill.worker.lifecycle import LEAVE_S
 from gristmill.worker.settings import WorkerSettings
 from moto.server import ThreadedMotoServer
 
@@ -64,7 +65,15 @@ def test_the_health_check_asks_the_port_the_worker_listens_on(path: Path) -> Non
 
 def test_the_worker_gets_more_time_to_end_than_it_takes_to_drain() -> None:
     grace = int(SERVICES["worker"]["stop_grace_period"].removesuffix("s"))
-    assert grace >= WorkerSettings.model_fields["drain_s"].default + 15
+    assert grace > WorkerSettings.model_fields["drain_s"].default + LEAVE_S
+
+
+def test_a_pods_grace_period_holds_its_drain_and_fits_a_spot_notice() -> None:
+    pod = yaml.safe_load((INFRA / "k8s" / "worker.yaml").read_text())["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    assert environment(" ".join(variables)) <= set(WorkerSettings.model_fields)
+    assert float(variables["GRISTMILL_DRAIN_S"]) + LEAVE_S < pod["terminationGracePeriodSeconds"] < 120
 
 
 def test_ports_are_published_on_loopback_only() -> None:

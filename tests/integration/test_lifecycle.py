@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -29,7 +30,7 @@ def left() -> threading.Event:
 def start(played: Played, state: State, left: threading.Event) -> Iterator[Start]:
     started: list[Lifecycle] = []
 
-    def start(**settings: float) -> Lifecycle:
+    def start(leave: Callable[[int], object] = print, leave_s: float = 20.0, **settings: float) -> Lifecycle:
         lifecycle = Lifecycle(
             WorkerSettings(model="m", heartbeat_every_s=0.3, **settings),  # type: ignore[arg-type]
             "w1",
@@ -38,6 +39,8 @@ def start(played: Played, state: State, left: threading.Event) -> Iterator[Start
             queues=["q"],
             waiting=lambda: 0,
             exit_loop=left.set,
+            force_exit=leave,
+            leave_s=leave_s,
         )
         lifecycle.start()
         started.append(lifecycle)
@@ -114,3 +117,36 @@ def test_when_celery_ends_by_itself_jobs_are_handed_back_and_threads_freed(
     assert delivery.result(5) is Disposition.REQUEUE
     assert left.is_set()
     assert lifecycle.exit_code == 1
+
+
+def test_a_drain_ends_in_time_though_neither_broker_nor_store_answers(
+    start: Start, played: Played, valkey: Valkey, left: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step had a limit of its own, and together they outlasted the grace period."""
+    store_answers, forced = threading.Event(), threading.Event()
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        forced.set()
+
+    put_new = played.store.put_new
+    monkeypatch.setattr(played.store, "put_new", lambda *a: store_answers.wait(30) and put_new(*a))
+    lifecycle = start(leave, leave_s=1.0, drain_s=0.2)
+    stuck, running = make_job(), make_job()
+    deliveries = [played.deliver(job) for job in (stuck, running)]
+    played.running(stuck), played.running(running)
+    played.step(stuck, 28, finish="length")
+    wait_until(lambda: played.handler.committer.waiting, 5, "its result is on the way to the store")
+    valkey.freeze()
+    try:
+        began = time.monotonic()
+        lifecycle.stop("SIGTERM")
+        assert forced.wait(10)
+        assert time.monotonic() - began < 0.2 + 1.0 + 1.5
+        assert codes == [0]
+    finally:
+        valkey.thaw()
+        store_answers.set()
+    assert [delivery.result(15) for delivery in deliveries] == [Disposition.ACK, Disposition.REQUEUE]
+    assert left.wait(15)

@@ -578,3 +578,17 @@ def test_what_is_being_told_is_not_told_again_by_a_renewal_meanwhile(put, queue,
     assert claims.ack(claimed.tag) == []
     assert queue.claimed() == 0
     assert "claim.lost" not in caplog.text
+
+
+def test_a_consumers_loop_says_that_it_turns(put, inbox) -> None:
+    gate = Gate(lambda: ("q",))
+    assert gate.still_s() == 0.0, "nothing is known before the first turn"
+    box = inbox(gate=gate)
+    put("one")
+    box.read(1)
+    stood_s = gate.still_s()
+    assert 0.0 < stood_s < 5.0
+    wait_until(lambda: gate.still_s() > stood_s, 5, "nobody turns it now")
+    put("two")
+    box.read(2)
+    assert gate.still_s() < 5.0
