@@ -23,6 +23,8 @@ from ..schemas.errors import NotReplicated
 
 SWEEP_LIMIT = 500
 """Claims handed back by one sweep, so that a sweep never blocks the server for long."""
+PRUNE_BYTES = 1 << 20
+"""Looked at by one prune, but for the last message: see SWEEP_LIMIT."""
 DEAD_LIMIT = 10_000
 """Dead letters a queue keeps; older ones go."""
 DEAD_TTL_S = 30 * 86_400
@@ -67,8 +69,9 @@ class Pruned:
     """What a look at a queue's waiting messages did."""
 
     gone: int
-    longest: int
-    """Messages of the tenant that has most."""
+    tenant: int
+    """Where to go on; -1: there is no such tenant any more, begin anew."""
+    start: int
 
 
 class MessageQueue:
@@ -181,13 +184,13 @@ class MessageQueue:
         """Throw away what waits. Returns how many messages that were."""
         return int(run_script(self.client, PURGE, queue))
 
-    def prune(self, queue: str, start: int, count: int) -> Pruned:
-        """Throw away waiting messages whose jobs have ended, among ``count`` of each tenant's.
+    def prune(self, queue: str, tenant: int, start: int, count: int) -> Pruned:
+        """Throw away waiting messages whose jobs have ended, among ``count`` of one tenant's.
 
-        ``start``: how many of the oldest to pass over. Only where this server holds the states of jobs too.
+        ``start``: how many of its oldest to pass over. Only where this server holds the states of jobs too.
         """
-        reply = run_script(self.client, PRUNE, queue, start, count, keys.state("%s"))
-        return Pruned(*map(int, reply))
+        args = (queue, tenant, start, count, PRUNE_BYTES, keys.state("%s"))
+        return Pruned(*map(int, run_script(self.client, PRUNE, *args)))
 
     def pause(self, queue: str, *, paused: bool) -> None:
         """Stop all claims from a queue, or let them go on."""

@@ -1,27 +1,37 @@
 -- Throw away waiting messages of jobs that have ended: cancelled or expired in the queue, say. A claim would find
--- that out too, but there may be nobody to claim.
+-- that out too, but there may be nobody to claim. Looks at a few of one tenant's messages, the oldest first.
 -- KEYS    (none)
--- ARGV    1 queue   2 how many of each tenant's oldest to pass over   3 how many to look at then
---         4 a job's state key with %s for its id
--- returns {messages thrown away, messages of the tenant that has most}
+-- ARGV    1 queue   2 which tenant (0, 1, ...)   3 how many of its oldest to pass over   4 how many to look at
+--         5 how many bytes to look at   6 a job's state key with %s for its id
+-- returns {messages thrown away, where to go on: tenant, messages to pass over}; tenant -1: there is no such one
 local FINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
-local tenants, gone, longest = string.format(TENANTS, ARGV[1]), 0, 0
-for _, tenant in ipairs(redis.call('ZRANGE', tenants, 0, -1)) do
-  local list = string.format(MESSAGES, ARGV[1], tenant)
-  local before = gone
-  for _, entry in ipairs(redis.call('LRANGE', list, -ARGV[2] - ARGV[3], -1 - ARGV[2])) do
-    local job = string.match(entry, '"id": ?"([%w_.-]+)"')  -- in the headers; the body is not plain text
-    if job and FINAL[redis.call('HGET', string.format(ARGV[4], job), 'state')] then
-      gone = gone + redis.call('LREM', list, -1, entry)
+local HEADERS = 4096  -- they stand behind the body, which may be long
+
+local tenants = string.format(TENANTS, ARGV[1])
+local tenant = redis.call('ZRANGE', tenants, ARGV[2], ARGV[2])[1]
+if not tenant then
+  return {0, -1, 0}
+end
+local list = string.format(MESSAGES, ARGV[1], tenant)
+local start, looked, bytes, gone = tonumber(ARGV[3]), 0, 0, 0
+while looked < tonumber(ARGV[4]) and bytes < tonumber(ARGV[5]) do
+  local entry = redis.call('LINDEX', list, -1 - start)
+  if not entry then
+    if redis.call('EXISTS', list) == 1 then
+      return {gone, ARGV[2] + 1, 0}
     end
-  end
-  local left = redis.call('LLEN', list)
-  longest = math.max(longest, left)
-  if left == 0 and gone > before then
     redis.call('ZREM', tenants, tenant)
+    if redis.call('EXISTS', tenants) == 0 then
+      redis.call('DEL', string.format(PAST, ARGV[1]))
+    end
+    return {gone, tonumber(ARGV[2]), 0}
+  end
+  looked, bytes = looked + 1, bytes + #entry
+  local job = string.match(string.sub(entry, -HEADERS), '"id": ?"([%w_.-]+)"')
+  if job and FINAL[redis.call('HGET', string.format(ARGV[6], job), 'state')] then
+    gone = gone + redis.call('LREM', list, -1, entry)
+  else
+    start = start + 1
   end
 end
-if gone > 0 and redis.call('EXISTS', tenants) == 0 then
-  redis.call('DEL', string.format(PAST, ARGV[1]))
-end
-return {gone, longest}
+return {gone, tonumber(ARGV[2]), start}

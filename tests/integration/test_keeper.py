@@ -197,14 +197,15 @@ def test_the_walk_through_a_long_queue_reaches_its_end_and_begins_anew(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gristmill.keeper.pruner.PAGE", 3)
+    monkeypatch.setattr("gristmill.keeper.pruner.CALLS", 1)
     jobs = [fleet.submit(make_job()) for _ in range(10)]
     keeper = fleet.keeper()
     for number in (9, 4, 3, 0):
         fleet.state.cancel(jobs[number].id)
-    pruned = sum(keeper.round().pruned for _ in range(5))
+    pruned = sum(keeper.round().pruned for _ in range(6))
     assert pruned == 4
     fleet.state.cancel(jobs[1].id)
-    assert sum(keeper.round().pruned for _ in range(3)) == 1
+    assert sum(keeper.round().pruned for _ in range(6)) == 1
     left = [fleet.claim().payload for _ in range(5)]
     assert [any(job.id.encode() in body for body in left) for job in jobs] == [
         number in (2, 5, 6, 7, 8) for number in range(10)

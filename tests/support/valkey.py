@@ -95,6 +95,18 @@ class Valkey:
         self._clients.append(client)
         return client
 
+    def check_keys(self) -> None:
+        """Raises AssertionError for a key of a job that stays for ever. A server that is away has none."""
+        assert self.process is not None
+        if self.process.poll() is not None:
+            return
+        try:
+            with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=1, retry=None) as probe:
+                forever = [key for key in probe.scan_iter("gm:{*", count=1000) if probe.pttl(key) == -1]
+        except redis.RedisError:
+            return
+        assert not forever, f"keys of jobs without an expiry: {forever}"
+
     def close(self) -> None:
         for client in self._clients:
             client.close()
@@ -134,6 +146,7 @@ def fresh_server() -> Generator[Valkey]:
     server = Valkey(directory)
     try:
         yield server.start()
+        server.check_keys()
     finally:
         server.close()
         shutil.rmtree(directory, ignore_errors=True)
