@@ -124,7 +124,7 @@ class Session:
             )
         self._started = False
         self._looked_at = self._started_at = 0.0
-        self._ready = False
+        self._ready = self._told = False
         self._cleanup = ExitStack()
         self._run: BulkRun | None = None
 
@@ -222,6 +222,13 @@ class Session:
                 self._workers.progressed()
             for sentence in self._workers.check():
                 self._warn(sentence)
+        if self._ready and not self._told and now - self._looked_at >= core.SAY_AFTER_S:
+            self._looked_at = now
+            with suppress(Transient):
+                sentence = core.in_trouble(self._link.state.alive(self._job.name))
+                if sentence is not None:
+                    self._told = True
+                    self._warn(sentence)
         if not self._ready and now - self._looked_at >= LOOK_EVERY_S:
             self._looked_at = now
             self._look(now)

@@ -9,6 +9,7 @@ print(job.result().usage)
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -27,6 +28,9 @@ from .link import Link
 if TYPE_CHECKING:
     from .dead import Dead
     from .stream import Chunk
+
+
+log = logging.getLogger(__name__)
 
 
 class JobHandle:
@@ -61,12 +65,16 @@ class JobHandle:
     def result(self, timeout_s: float | None = None, *, check: bool = True) -> Result:
         """Wait for the end and return the result.
 
+        Logs a warning, once, if its worker is in trouble: a result store that is away, say.
         Raises JobFailed for a job that did not succeed (not with ``check=False``), WaitTimeout after
         ``timeout_s`` (the job goes on), JobNotFound.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         pause_s = core.POLL_FIRST_S
+        say_at: float | None = time.monotonic() + core.SAY_AFTER_S
         while (result := self._result_now()) is None:
+            if say_at is not None and time.monotonic() >= say_at:
+                say_at = None if self._say_why() else time.monotonic() + core.SAY_AFTER_S
             left_s = pause_s if deadline is None else deadline - time.monotonic()
             if left_s <= 0:
                 raise core.not_ended(self.id, timeout_s)
@@ -90,6 +98,15 @@ class JobHandle:
         Raises JobNotFound.
         """
         return self._link.state.cancel(self.id, None if self.job is None else self.job.model)
+
+    def _say_why(self) -> bool:
+        """Whether the job's worker is in trouble, which is then logged: once is enough."""
+        status = self._link.state.status(self.id)
+        worker = None if status is None else self._link.state.workers().get(status.worker or "")
+        sentence = None if worker is None else core.in_trouble([worker])
+        if sentence is not None:
+            log.warning("%s", sentence)
+        return sentence is not None
 
     def _result_now(self) -> Result | None:
         status = self._link.state.status(self.id)

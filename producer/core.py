@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePath
@@ -34,7 +34,7 @@ from ..schemas.job import (
 from ..schemas.result import ErrorInfo, Result
 from ..schemas.sampling import SamplingParams
 from ..schemas.settings import Settings, load_settings
-from ..schemas.status import JobStatus
+from ..schemas.status import JobStatus, WorkerInfo
 from ..schemas.wire import shown
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ MODEL_BYTES = 1024
 """Kept free in a draft's payload for the model's name."""
 POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.01, 1.3, 0.1
 """How a client waits for a result."""
+SAY_AFTER_S = 5.0
+"""How long it waits before it asks whether the job's worker is in trouble."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,14 @@ def pick_model(wanted: str | None, known: Collection[str], settings: Settings) -
             f"no worker has announced any model; start one: {start_command('smollm2-135m', settings)}"
         )
     raise ModelNotFound(f"say which model: {', '.join(sorted(known))} (--model, model=, or GRISTMILL_MODEL)")
+
+
+def in_trouble(workers: Iterable[WorkerInfo]) -> str | None:
+    """One line for whoever waits while the workers have trouble of their own; None if they have none."""
+    for info in workers:
+        if info.trouble is not None:
+            return f"still waiting: worker {info.pid} on {info.host} says: {shown(info.trouble)}"
+    return None
 
 
 def nobody_alive(model: str, settings: Settings) -> str:

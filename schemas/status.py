@@ -52,6 +52,8 @@ class WorkerInfo(Answer):
     pid: Int
     version: str
     max_model_len: Int | None = None
+    trouble: str | None = None
+    """Why finished jobs' results wait, or no jobs are taken, in words."""
 
 
 class ModelInfo(Answer):

@@ -90,6 +90,14 @@ class Committer:
         return self._failure
 
     @property
+    def waits_for(self) -> str | None:
+        """What finished jobs wait for, in words; None while they do not."""
+        failure = self._failure
+        if failure is None or not self.waiting:
+            return None
+        return f"results waiting to be stored: {self.waiting:,}; {failure.message}"
+
+    @property
     def trouble(self) -> str | None:
         """Why no more jobs should be taken, in words; None while there is room for their results."""
         failure, full = self._failure, self.spool.full

@@ -202,6 +202,7 @@ class Lifecycle:
             pid=os.getpid(),
             version=version("gristmill"),
             max_model_len=info.max_model_len,
+            trouble=self._handler.trouble or self._handler.committer.waits_for,
         )
 
     def _maybe_leave(self, now: float) -> None:

@@ -90,6 +90,28 @@ def test_the_result_comes_from_redis_or_from_the_store(
     assert small.result().finish_reason is FinishReason.STOP
 
 
+def test_who_waits_for_a_result_is_told_that_the_store_is_away(
+    client: Client,
+    state: State,
+    worker: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The text was complete, and whoever waited for the result saw nothing happen for minutes."""
+    monkeypatch.setattr("gristmill.producer.core.SAY_AFTER_S", 0.1)
+    trouble = "3 finished jobs wait to be stored: no such bucket"
+    info = WorkerInfo(models=(worker,), host="here", pid=7, version="0", trouble=trouble)
+    state.register("w1", info, 600)
+    job = client.submit("hello", model=worker)
+    assert job.job is not None
+    Attempt.begin(state, job.job)
+    with pytest.raises(WaitTimeout):
+        job.result(1.0)
+    assert [record.message for record in caplog.records] == [
+        f"still waiting: worker 7 on here says: {trouble}"
+    ]
+
+
 def test_a_result_outlives_the_state(
     client: Client, state: State, settings: Settings, worker: str, valkey: Valkey
 ) -> None:

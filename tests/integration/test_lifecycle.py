@@ -150,3 +150,20 @@ def test_a_drain_ends_in_time_though_neither_broker_nor_store_answers(
         store_answers.set()
     assert [delivery.result(15) for delivery in deliveries] == [Disposition.ACK, Disposition.REQUEUE]
     assert left.wait(15)
+
+
+def test_a_heartbeat_tells_that_results_wait_for_the_store(
+    start: Start, played: Played, state: State
+) -> None:
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    away = played.store.root.with_suffix(".away")
+    played.store.root.rename(away)
+    start()
+    played.step(job, 28, finish="length")
+    told = wait_until(lambda: [w.trouble for w in state.workers().values() if w.trouble], 10, "it is told")
+    assert told[0].startswith("results waiting to be stored: 1; results directory")
+    away.rename(played.store.root)
+    assert delivery.result(15) is Disposition.ACK
+    wait_until(lambda: not any(w.trouble for w in state.workers().values()), 10, "that is over")

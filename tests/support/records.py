@@ -198,6 +198,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
         pid=COUNT,
         version=TEXT,
         max_model_len=maybe(COUNT),
+        trouble=maybe(TEXT),
     ),
     ModelInfo: st.builds(
         ModelInfo,
