@@ -55,8 +55,14 @@ class JobHandle:
         from .stream import Chunk, follow
 
         last = EntryId.parse(last_id) if isinstance(last_id, str) else last_id
-        fetch = self._link.result_body
-        for item in follow(self._link.state, self.id, last, fetch=fetch, timeout_s=timeout_s):
+        fetch, said = self._link.result_body, False
+
+        def say_why() -> None:
+            nonlocal said
+            said = said or self._say_why()
+
+        items = follow(self._link.state, self.id, last, fetch=fetch, timeout_s=timeout_s, on_silence=say_why)
+        for item in items:
             if isinstance(item, Chunk):
                 yield item
             else:

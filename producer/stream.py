@@ -363,10 +363,12 @@ def follow(
     fetch: Callable[[str], str | bytes | None] | None = None,
     timeout_s: float | None = None,
     idle_s: float = IDLE_S,
+    on_silence: Callable[[], object] = lambda: None,
 ) -> Iterator[Item]:
     """Yield a job's pieces as they are made, then one Final. Attach early, late, or again from ``last``.
 
     ``fetch`` finds the result by job id where the log is gone; by default only the state server is asked.
+    ``on_silence`` is called when nothing has come for ``idle_s``, again and again.
     Raises JobNotFound, WaitTimeout after ``timeout_s`` in all, BrokerUnavailable after an outage of
     ``OUTAGE_S``, StoreUnavailable. A failed job is no exception here: the Final says so.
     """
@@ -395,6 +397,7 @@ def follow(
                         subscription = stack.enter_context(state.subscribe(job_id))
                     case _Status():
                         answer = state.status(job_id)
+                        on_silence()
                     case _Fetch():
                         answer = (fetch or state.result)(job_id)
                     case _Sleep(seconds):

@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from gristmill.backends.state import State, WorkerInfo
 from gristmill.backends.store import open_store
 from gristmill.producer import AsyncClient, AsyncJobHandle, Client, JobHandle
+from gristmill.producer.stream import follow
 from gristmill.schemas import keys
 from gristmill.schemas.errors import (
     BrokerUnavailable,
@@ -107,6 +109,11 @@ def test_who_waits_for_a_result_is_told_that_the_store_is_away(
     Attempt.begin(state, job.job)
     with pytest.raises(WaitTimeout):
         job.result(1.0)
+    assert caplog.records
+    caplog.clear()
+    monkeypatch.setattr("gristmill.producer.stream.follow", partial(follow, idle_s=0.1))
+    with pytest.raises(WaitTimeout):
+        list(job.stream(timeout_s=1.0))
     assert [record.message for record in caplog.records] == [
         f"still waiting: worker 7 on here says: {trouble}"
     ]
