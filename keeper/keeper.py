@@ -80,12 +80,14 @@ class Keeper:
         dead: DeadLetters,
         queue: MessageQueue | None,
         prunes: bool,
+        check_store: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings, self.id = settings, keeper_id
         self._state, self._dead, self._queue = state, dead, queue
         self._endings = Endings(state, sink, keeper_id)
         self._pruner = Pruner(queue) if queue is not None and prunes else None
         self._outage = False
+        self._check_store, self._store_failed = check_store, False
         self._tidied_at = -TIDY_EVERY_S
         self._sqs_drained_at = -SQS_EVERY_S
         self.leads = False
@@ -141,9 +143,13 @@ class Keeper:
     def round(self) -> Round:
         """All duties once, each with a bound. Raises BrokerUnavailable, StoreUnavailable, Misconfigured."""
         done = Round()
+        if self._store_failed:  # a claim for nothing, every second, would fill the jobs' logs
+            self._check_store()
+        self._store_failed = True
         with ThreadPoolExecutor(self._settings.keeper_threads, "keeper") as threads:
             self._end_what_is_due(done, threads)
             self._drain_the_dead(done, threads)
+        self._store_failed = False
         self._sweep_up(done)
         if not done.idle:
             log.info(
@@ -286,6 +292,7 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
             dead=dead,
             queue=None if sqs else MessageQueue(dead.client, lease_s=settings.visibility_timeout_s),
             prunes=state_url(settings) == settings.broker,
+            check_store=store.check,
         )
 
 

@@ -129,8 +129,11 @@ def test_a_store_that_is_down_costs_no_job_its_end(fleet: Fleet, monkeypatch: py
             raise StoreUnavailable("503")
 
         patch.setattr(fleet.store, "put_new", down)
-        with pytest.raises(StoreUnavailable):
-            keeper.round()
+        patch.setattr(fleet.store, "check", down)
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable):
+                keeper.round()
+    assert len(fleet.state.read_log(job.id)) == 2, "one claim, and no more until the store is back"
     assert fleet.states(job) == [JobState.RUNNING], "claimed, by nobody who lives"
     assert keeper.round().ended == 1
     assert fleet.states(job) == [JobState.CANCELLED]

@@ -49,6 +49,7 @@ class Fleet:
             dead=DeadLetters(self.valkey.client()),
             queue=self.queue,
             prunes=True,
+            check_store=self.store.check,
         )
 
     def submit(self, job: Job) -> Job:
