@@ -4,6 +4,7 @@ examples:
   scripts/chaos --seed 1 --jobs 2000 --minutes 8 --workers 3
   scripts/chaos --seed 1 --jobs 200 --minutes 1              a short form
   scripts/chaos --seed 5 --jobs 150 --minutes 8 --model smollm2
+  scripts/chaos --seed 1 --jobs 300 --minutes 1 --stack celery   stock Celery and kombu, for comparison
   scripts/chaos --seed 7 --jobs 200 --minutes 1 --only kill_worker,cut_connections --keep
 
 First all jobs run in an engine in this process: the undisturbed texts. Then they are submitted over the time
@@ -49,15 +50,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tests.support
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from chaos_celery import StockCelery
 from chaos_clients import Crowd
 from chaos_fleet import KINDS, Fault, Fleet, draw_faults
 from chaos_jobs import Asked, Judge, Said, draw_jobs, undisturbed, write_model
 from chaos_ledger import Ledger
-from chaos_stacks import STACKS, Outcome, Side
+from chaos_stacks import Gristmill, Outcome, Side
 
 from tests.support.valkey import Valkey
 
 ROOT = Path(__file__).resolve().parents[1]
+STACKS: dict[str, Any] = {"gristmill": Gristmill, "celery": StockCelery}
 LEASE_S = 6.0
 SUBMIT_PART = 0.85
 """Of the time: then the last jobs are submitted, so that faults meet them too."""

@@ -336,4 +336,5 @@ def _install() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-_install()
+if __name__ == "sitecustomize":  # tests import it, too, under its long name
+    _install()
