@@ -12,8 +12,9 @@
 -- Leases are renewed every third, so that a shorter gap cannot have cost a living owner its lease.
 --
 -- A server that stood still is one whose event loop hardly turned on its own account: an idle loop turns hz times a
--- second, and turns caused by commands are taken off. A busy server may thus be taken for a frozen one, which costs
--- time and nothing else; so may any server if this user may not call INFO.
+-- second, and turns caused by clients are taken off, by the number of reads (of commands there are a dozen in each of
+-- our scripts). A busy server may thus be taken for a frozen one, which costs time and nothing else; so may any server
+-- if this user may not call INFO.
 --
 -- KEYS    (none)
 -- ARGV    1 now (ms; '' = the server's clock)   2 lease (ms)   3 period (ms)   4 '1': the caller saw an outage
@@ -32,7 +33,7 @@ local function server()
   end
   local turns = tonumber(string.match(stats, 'eventloop_cycles:(%d+)'))
   return string.match(info, 'run_id:(%w+)'), now - 1000 * string.match(info, 'uptime_in_seconds:(%d+)'),
-    turns and turns - string.match(stats, 'total_commands_processed:(%d+)'),
+    turns and turns - string.match(stats, 'total_reads_processed:(%d+)'),
     tonumber(string.match(info, '[^_]hz:(%d+)'))
 end
 

@@ -184,3 +184,18 @@ def test_a_real_server_says_what_the_rule_needs(valkey: Valkey) -> None:
         wait_until(lambda t=gap_ends: time.monotonic() >= t, 5, "a gap between two sweeps")
         valkey.thaw()
         assert queue.sweep().hold_s == pytest.approx(hold_s, abs=0.1), f"frozen: {frozen}"
+
+
+def test_clients_that_submit_meanwhile_do_not_make_a_server_look_frozen(valkey: Valkey) -> None:
+    """All workers had died and submits went on, each of several commands: a lease was waited in vain."""
+    queue = MessageQueue(valkey.client(), lease_s=2.4)
+    valkey.client().config_set("hz", 100)
+    queue.sweep()
+    queue.client.hset(keys.SWEEP, "hold", 0)  # the first sweep's own
+    began = time.monotonic()
+    for number in range(30):
+        queue.put("q", f"t{number}", f"b{number}", "{}")
+        wait_until(
+            lambda at=began + number / 25: time.monotonic() >= at, 5, "the next submit is due", poll_s=0.005
+        )
+    assert queue.sweep().hold_s == pytest.approx(0.8, abs=0.1)
