@@ -3,7 +3,8 @@
 The task generates with our engine, in the worker's own process, and writes its result into a directory. The
 settings are those that Celery's documentation gives for not losing tasks: ``acks_late``,
 ``reject_on_worker_lost``, a prefetch of one for each thread, a visibility timeout (the run's lease),
-keepalives and health checks of the connection, retries of publishing. It has no renewal, no journal and no fence.
+keepalives and health checks of the connection, retries of publishing. There is no renewal of leases in it, no
+journal and no fence.
 
 Run by ``celery -A chaos_celery worker``; what it needs comes through ``GM_CHAOS_…`` variables.
 """
