@@ -105,6 +105,11 @@ class ClaimBook(ABC):
             if tags:  # a spent tag may be our own doing: the answer was lost, not the request
                 self._tell(tags, debt)
 
+    def hand_back(self) -> None:
+        """All that is in hand, at the end of the process. Raises ``errors``."""
+        self.requeue(*self.held)
+        self.settle()
+
     @property
     def troubled(self) -> bool:
         """The broker owes us an answer: try again soon."""

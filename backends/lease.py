@@ -38,8 +38,7 @@ class LeaseRenewer(bootsteps.StartStopStep):
     def shutdown(self, _consumer: Any) -> None:
         if self.renewer is not None:
             self.renewer.stop()
-        self.claims.requeue(*self.claims.held)
         try:
-            self.claims.settle()
+            self.claims.hand_back()
         except self.claims.errors:
             return  # the leases bring the messages back

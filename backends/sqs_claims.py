@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..schemas.errors import BrokerUnavailable, GristmillError, Misconfigured
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 MAX_HOLD_S = 11 * 3600.0
 """SQS prolongs no lease beyond 12 hours after the receive."""
 RENEW_BATCH = 100
+LINGER_S = 3.0
+"""A long poll is answered within that, once there is a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class SqsClaims(ClaimBook):
         self._max_hold_s = max_hold_s
         self._receipts: dict[str, Receipt] = {}
         self._overdue: set[str] = set()
+        self._asking = 0
         self._something_owed = threading.Event()
         self._closing = threading.Event()
         self._settler: threading.Thread | None = None
@@ -126,6 +130,27 @@ class SqsClaims(ClaimBook):
             return
         log.error("message.buried", extra={"tag": tag, "reason": reason})
         self._finish([tag], Debt.ACK)
+
+    def hand_back(self) -> None:
+        """See ClaimBook. Lingers while a long poll of ours is under way: it may be given what we have just
+        handed back, which would then be nobody's until the lease ran out."""
+        until = time.monotonic() + LINGER_S
+        while True:
+            super().hand_back()
+            if not self._asking or time.monotonic() >= until:
+                return
+            self._closing.wait(LINGER_S / 30)
+
+    @contextmanager
+    def asking(self) -> Generator[None]:
+        """Around every receive."""
+        with self._lock:
+            self._asking += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asking -= 1
 
     @property
     def troubled(self) -> bool:

@@ -81,6 +81,7 @@ class Receiver:
                 for delivery in self._waiting:
                     if delivery.queue == queue and queue not in self._paused:
                         self._waiting.remove(delivery)
+                        self._changed.notify_all()  # there may be room for more
                         return delivery
             if self._waiting and not wanted:
                 self._batch = 1  # it was more than there was room for
@@ -164,6 +165,10 @@ class Receiver:
                 self._changed.notify_all()
 
     def _receive(self, queue: str, wait_s: int) -> bool:
+        with self._claims.asking():
+            return self._receive_now(queue, wait_s)
+
+    def _receive_now(self, queue: str, wait_s: int) -> bool:
         asked_at = self._claims.clock()
         count = self._batch
         messages = self._queues.receive(queue, count=count, lease_s=self._claims.lease_s, wait_s=wait_s)
@@ -211,6 +216,7 @@ class Receiver:
         finally:
             self._changed.acquire()
         if paused != self._paused:
+            log.info("queues.paused", extra={"queues": sorted(paused)})
             self._paused = paused
             self._wake()
 

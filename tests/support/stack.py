@@ -75,10 +75,12 @@ class Worker:
 class Stack:
     """Starts what a test asks for, and stops all of it at the end."""
 
-    def __init__(self, valkey: Valkey, directory: Path, model: Path) -> None:
+    def __init__(
+        self, valkey: Valkey, directory: Path, model: Path, settings: Settings | None = None
+    ) -> None:
         self.valkey, self.directory, self.model = valkey, directory, model
-        (directory / "results").mkdir()
-        self.settings = Settings(
+        (directory / "results").mkdir(exist_ok=True)
+        self.settings = settings or Settings(
             broker_url=valkey.url,
             results_url=f"file://{directory}/results",
             model="m",
@@ -105,9 +107,9 @@ class Stack:
         """
         number = len(self.workers) + 1
         argv = [sys.executable, "-m", "gristmill.worker", "run", "--model", str(self.model)]
-        argv += ["--served-model-name", "m", "--broker", self.settings.broker_url]
+        argv += ["--served-model-name", str(self.settings.model), "--broker", self.settings.broker_url]
         argv += ["--results", self.settings.results_url, "--dtype", dtype, "--health-port", "0", *flags]
-        environment = os.environ | LEASE | dict(env or {})
+        environment = os.environ | LEASE | {"GRISTMILL_STATE_URL": self.settings.state_url} | dict(env or {})
         worker = Worker(number, argv, environment, self.directory / f"worker-{number}.log")
         self.workers.append(worker)
         return worker.wait_ready() if wait else worker
