@@ -102,6 +102,8 @@ class Claim:
     cancelled: bool
     attempts: int
     """How often the job was claimed, this one included."""
+    known: bool = True
+    """False: the server had no record of the job, not even of its submission. It may have ended long ago."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,7 @@ def claim(job_id: str, worker_id: str, expires_at: float) -> Call[Claim | Final]
         state = JobState(reply[0].decode())
         if state.final:
             return Final(state)
-        _, attempt, now, cancelled, attempts, entries, expires_at = reply
+        _, attempt, now, cancelled, attempts, known, entries, expires_at = reply
         return Claim(
             attempt=int(attempt),
             now=float(now),
@@ -168,6 +170,7 @@ def claim(job_id: str, worker_id: str, expires_at: float) -> Call[Claim | Final]
             entries=parse_entries(entries),
             cancelled=bool(cancelled),
             attempts=attempts,
+            known=bool(known),
         )
 
     grace_ms = round(EXPIRY_GRACE_S * 1000)
@@ -200,7 +203,7 @@ def finish(job_id: str, end: End, inline_result: str | None, result_ttl_s: float
 
 
 def release(job_id: str, attempt: int) -> Call[bool]:
-    return Call((attempt,), bool, RELEASE, (keys.state(job_id),), mid_job=True)
+    return Call((attempt,), bool, RELEASE, (keys.state(job_id), keys.log(job_id)), mid_job=True)
 
 
 def cancel(job_id: str, model: str | None) -> Call[JobState]:

@@ -26,11 +26,27 @@ class ResultSink:
         Raises StoreUnavailable, BrokerUnavailable: nothing is lost, call again.
         """
         name, body = keys.result_object(result.job_id), result.to_json().encode()
-        fresh = self._store.put_new(name, body)
-        if not fresh:
-            stored = self._store.get(name)
-            assert stored is not None, f"{name} exists and cannot be read"
-            result, body = Result.from_json(stored), stored
+        if self._store.put_new(name, body):
+            self._finish(name, result, body)
+            return result, True
+        earlier = self.adopt(result.job_id)
+        assert earlier is not None, f"{name} exists and cannot be read"
+        return earlier, False
+
+    def adopt(self, job_id: str) -> Result | None:
+        """Make the job's state final on behalf of a result that stands already; None: there is none.
+
+        For a job of which the state server knows nothing (any more). Raises as ``commit``.
+        """
+        name = keys.result_object(job_id)
+        body = self._store.get(name)
+        if body is None:
+            return None
+        result = Result.from_json(body)
+        self._finish(name, result, body)
+        return result
+
+    def _finish(self, name: str, result: Result, body: bytes) -> None:
         end = End(
             state=result.state,
             finish_reason=result.finish_reason,
@@ -40,4 +56,3 @@ class ResultSink:
         )
         inline = body.decode() if len(body) <= self._inline_bytes else None
         self._state.finish(result.job_id, end, inline)
-        return result, fresh

@@ -1,4 +1,4 @@
-"""What stands in a job's log and on its channel: Started, Delta, Done, End, and what later versions add.
+"""What stands in a job's log and on its channel: tokens, ends, what went wrong, and what later versions add.
 
 The log is a Redis Stream ``gm:{job}:out``; each entry has one field ``d``, the JSON of one event, and an id
 ``<attempt>-<seq>``. The channel of the same name carries ``<id> <json>``. ``schemas/README.md`` is the guide
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 
 from .errors import InvalidRequest
 from .job import JobState
-from .result import ErrorInfo, FinishReason, Usage
+from .result import Crash, ErrorInfo, FinishReason, Usage
 from .wire import Answer, Float, Int, loads
 
 _ENTRY_ID = re.compile("([0-9]{1,20})-([0-9]{1,20})")
@@ -61,6 +61,31 @@ class Delta(Answer):
     text: str = ""
     at: Float | None = None
     """Unix seconds when the first of these tokens was sampled; set on the first delta of a choice."""
+    max_tokens: Int | None = None
+    """What the worker allowed a job that named no number, so that the next worker allows the same; set on the
+    first delta.
+    """
+
+
+class Released(Answer):
+    """The attempt ended in good order and without a result: its worker had to leave."""
+
+    kind: Literal["released"] = "released"
+    at: Float
+    """Unix seconds by the state server's clock."""
+
+
+class Trial(Answer):
+    """From here on this attempt runs alone until it has made a token: something died with it before."""
+
+    kind: Literal["trial"] = "trial"
+    at: Float
+
+
+class Crashed(Crash):
+    """The engine died; the attempt lives on in the next one, if its worker does."""
+
+    kind: Literal["crashed"] = "crashed"
 
 
 class Done(Answer):
@@ -96,10 +121,13 @@ class Unknown(Answer):
     kind: str
 
 
-Event: TypeAlias = Started | Delta | Done | End | Unknown
-_KINDS: dict[str, type[Started | Delta | Done | End]] = {
+Event: TypeAlias = Started | Delta | Released | Trial | Crashed | Done | End | Unknown
+_KINDS: dict[str, type[Started | Delta | Released | Trial | Crashed | Done | End]] = {
     "started": Started,
     "delta": Delta,
+    "released": Released,
+    "trial": Trial,
+    "crashed": Crashed,
     "done": Done,
     "end": End,
 }

@@ -98,6 +98,21 @@ class Choice(Answer):
     token_ids: tuple[Int, ...] | None = None
 
 
+class Crash(Answer):
+    """Something died while it ran this job."""
+
+    code: str
+    """``engine_died``, ``engine_stalled``, …; ``worker_lost`` if nobody was left to say."""
+    message: str = ""
+    worker: str = ""
+    alone: bool = False
+    """No other job was running: this one is the cause. Only these count as failed attempts."""
+    tokens: Int = 0
+    """Of output, when it happened."""
+    at: Float
+    """Unix seconds."""
+
+
 class Result(Answer):
     """How a job ended. Written once, create-only; the text equals what a follower was shown."""
 
@@ -116,6 +131,8 @@ class Result(Answer):
     custom_id: str | None = None
     retry_of: JobId | None = None
     metadata: dict[str, str] = Field(default_factory=dict[str, str])
+    crashes: tuple[Crash, ...] = ()
+    """What died with it on the way, the last ones if there were many."""
 
     @model_validator(mode="after")
     def _final_and_explained(self) -> Self:

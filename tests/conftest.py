@@ -14,7 +14,7 @@ from .support.played import played, tokenizer
 from .support.relay import relay
 from .support.s3 import moto_client, s3, s3_proxy
 from .support.sqs import ministack_endpoint, moto_sqs, sqs
-from .support.stack import stack
+from .support.stack import stack, tiny, tiny_stack
 from .support.valkey import valkey, valkey_replica
 
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
     "sqs",
     "stack",
     "state",
+    "tiny",
+    "tiny_stack",
     "tokenizer",
     "valkey",
     "valkey_replica",

@@ -1,10 +1,11 @@
-"""EngineClient: the worker's side of the engine process. Starts it, feeds it, restarts it."""
+"""EngineClient: the worker's side of the engine process. Starts, feeds and restarts it, finds culprits."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from typing import Protocol
 
@@ -12,12 +13,15 @@ from ..engine.messages import EngineInfo, Failed, Output, Request, Stats, Step
 from ..engine.process import EngineProcess
 from ..engine.settings import EngineSettings
 from ..schemas.errors import EngineUnavailable, GristmillError
+from .trials import Trials, Verdict
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 HUNG_S = 0.5
 """How long an engine that is given up may take to leave by itself."""
+CANARY = Request(id="canary", prompt_ids=[0], max_tokens=1, seed=0, ignore_eos=True)
+"""The first request of a new engine. One that cannot bear even this is broken, and no job is to blame."""
 
 
 class Listener(Protocol):
@@ -26,8 +30,15 @@ class Listener(Protocol):
     def on_step(self, outputs: list[Output], stats: Stats, now: float) -> None:
         """New tokens."""
 
+    def on_crash(self, reason: str, verdict: Verdict, now: float) -> AbstractSet[str]:
+        """The engine died. Returns the suspects that the listener gives up for it."""
+        ...
+
+    def arm(self, request_id: str) -> None:
+        """It is about to run alone: put that on record, then call ``armed``."""
+
     def resume(self, request_ids: set[str]) -> list[Request]:
-        """The engine died with these; return what the next one has to continue."""
+        """What the engine has to continue, tokens so far included. Those left out are forgotten."""
         ...
 
     def on_engine_gone(self, reason: str) -> None:
@@ -37,8 +48,9 @@ class Listener(Protocol):
 class EngineClient:
     """Thread-safe. One reader thread turns the engine's messages into calls of the listener.
 
-    Law: ``_submitted`` holds every request that was submitted and has neither finished nor been aborted, and
-    each of them is in the live engine, or will be given to the next one.
+    Law: ``_trials`` holds every request that was submitted and has neither finished nor been aborted. Those
+    it calls runnable are in the live engine, or will be given to it or to the next one; the others wait for
+    a trial to end.
     """
 
     def __init__(
@@ -55,7 +67,12 @@ class EngineClient:
         self._restarts = self._restarts_left = restarts
         self._process: EngineProcess | None = None
         self._lock = threading.Lock()
-        self._submitted: set[str] = set()
+        self._trials = Trials()
+        self._inside: set[str] = set()  # given to the live engine; not ended there
+        self._leaving: set[str] = set()  # of these: told to stop for a trial's sake
+        self._arming: str | None = None  # the listener was asked to put on record that it runs alone
+        self._armed: str | None = None  # and has done so
+        self._proven = True  # the engine has answered the canary, or its own warm-up
         self._stopping = threading.Event()
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
         self._info: EngineInfo | None = None
@@ -76,6 +93,11 @@ class EngineClient:
         return self._info is not None and process is not None and process.alive
 
     @property
+    def on_trial(self) -> bool:
+        """Jobs are being tried for a crash of the engine: all others wait."""
+        return self._trials.on or not self._proven
+
+    @property
     def alive(self) -> bool:
         """Not given up: an engine runs, starts or is being restarted."""
         return not self._stopping.is_set()
@@ -92,23 +114,32 @@ class EngineClient:
         self._reader.start()
         return self._info
 
-    def submit(self, request: Request) -> None:
-        """Hand a request to the engine. Should that die, the next one gets it through ``Listener.resume``."""
+    def submit(self, request: Request, *, suspect: bool = False) -> None:
+        """Hand a request to the engine. Should that die, the next one gets it through ``Listener.resume``.
+
+        A suspect, of whom the journal tells that workers died with it, runs alone until it has made a token.
+        """
         with self._lock:
-            if not self._submitted:
-                self._heard_at = time.monotonic()
-            self._submitted.add(request.id)
-            if self._process is not None:
-                with suppress(EngineUnavailable):  # the reader is about to see it, and resumes this request
-                    self._process.add([request])
+            self._trials.add(request.id, suspect=suspect)
+            if self._trials.on or not self._proven:
+                self._arrange()
+            else:
+                self._give([request])
+
+    def armed(self, request_id: str) -> None:
+        """The answer to ``Listener.arm``, any time later."""
+        with self._lock:
+            self._armed = request_id
+            self._arrange()
 
     def abort(self, request_id: str) -> None:
         """Free the request's blocks within a step. Unknown ids are ignored."""
         with self._lock:
-            self._submitted.discard(request_id)
-            if self._process is not None:
+            self._trials.remove(request_id)
+            if self._process is not None and request_id in self._inside - self._leaving:
                 with suppress(EngineUnavailable):
                     self._process.abort([request_id])
+            self._arrange()
 
     def stop(self) -> None:
         """End the process and the reader."""
@@ -117,6 +148,42 @@ class EngineClient:
             self._process.stop()
         if self._reader.is_alive():
             self._reader.join(timeout=5.0)
+
+    # ---- who is in the engine (the caller holds the lock)
+
+    def _arrange(self) -> None:
+        """Bring the engine's requests in line with what the trials allow.
+
+        Before a trial everybody else leaves, and has left, so that a crash meets nobody but the suspects.
+        """
+        if not self._proven or self._process is None:
+            return
+        runnable = self._trials.runnable
+        if going := self._inside - self._leaving - runnable:
+            self._leaving |= going
+            with suppress(EngineUnavailable):
+                self._process.abort(going)
+        if self._leaving:
+            return
+        while coming := self._trials.runnable - self._inside:
+            alone = self._trials.alone
+            if alone in coming and self._armed != alone:
+                if self._arming != alone:
+                    self._arming = alone
+                    self._listener.arm(alone)
+                return
+            requests = self._listener.resume(set(coming))
+            for request_id in coming.difference(request.id for request in requests):
+                self._trials.remove(request_id)
+            self._give(requests)
+
+    def _give(self, requests: list[Request]) -> None:
+        if not self._inside:
+            self._heard_at = time.monotonic()
+        self._inside.update(request.id for request in requests)
+        if self._process is not None and requests:
+            with suppress(EngineUnavailable):  # the reader is about to see it, and resumes these
+                self._process.add(requests)
 
     # ---- reader thread
 
@@ -131,20 +198,41 @@ class EngineClient:
                 return
             elif isinstance(message, Failed):
                 self._recover(f"{message.code}: {message.message}")
-            elif self._submitted and (silent_s := time.monotonic() - self._heard_at) > self._stall_s:
+            elif self._busy and (silent_s := time.monotonic() - self._heard_at) > self._stall_s:
                 self._recover(f"engine_stalled: no step for {silent_s:.0f} s with work in hand")
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._inside) or not self._proven
 
     def _take(self, step: Step) -> None:
         self.stats, self._heard_at = step.stats, time.monotonic()
         if any(output.token_ids for output in step.outputs):
             self._restarts_left = self._restarts
-        self._forget({output.id for output in step.outputs if output.finish is not None})
-        self._listener.on_step(step.outputs, step.stats, time.time())
+        stopped = {o.id for o in step.outputs if o.finish == "abort" and o.id in self._leaving}
+        told = [o for o in step.outputs if o.id not in stopped and o.id != CANARY.id]
+        self._listener.on_step(told, step.stats, time.time())
+        with self._lock:
+            before = self._trials.runnable if self._trials.on else None
+            self._note(step.outputs)
+            if stopped or before != (self._trials.runnable if self._trials.on else None):
+                self._arrange()
 
-    def _forget(self, finished: set[str]) -> None:
-        if finished:
-            with self._lock:
-                self._submitted -= finished
+    def _note(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            if output.id == CANARY.id:
+                self._proven = True
+                self._arrange()
+                continue
+            if output.token_ids:
+                self._trials.progress(output.id, len(output.token_ids))
+            if output.finish is not None:
+                self._inside.discard(output.id)
+                if output.id in self._leaving:
+                    self._leaving.discard(output.id)
+                    if output.finish == "abort":
+                        continue  # it comes again after the trial
+                self._trials.remove(output.id)
 
     def _recover(self, reason: str) -> None:
         """Start another engine and give it everything that was running, tokens so far included."""
@@ -153,7 +241,10 @@ class EngineClient:
             self._process.stop(HUNG_S)  # without our lock: whoever waits for a hung engine to listen holds it
         with self._lock:
             self._process = None
+            verdict = self._trials.crashed(self._inside)
+            self._inside, self._leaving, self._arming, self._armed = set(), set(), None, None
         self.stats = None  # the next one's cache is empty: room must not be judged by these
+        self._blame(reason, verdict)
         while self._restarts_left > 0 and not self._stopping.is_set():
             self._restarts_left -= 1
             process = EngineProcess(self._settings)
@@ -172,10 +263,21 @@ class EngineClient:
             self._stopping.set()
             self._listener.on_engine_gone(reason)
 
-    def _hand_over(self, process: EngineProcess) -> None:
-        """Make ``process`` the engine. Raises EngineUnavailable if it died already; nothing is lost then."""
+    def _blame(self, reason: str, verdict: Verdict) -> None:
+        if verdict.suspects:
+            log.warning(
+                "engine.suspects", extra={"count": len(verdict.suspects), "alone": verdict.alone is not None}
+            )
+        given_up = self._listener.on_crash(reason, verdict, time.time())
         with self._lock:
-            requests = self._listener.resume(set(self._submitted))
-            self._submitted = {request.id for request in requests}
-            process.add(requests)
-            self._process, self._heard_at = process, time.monotonic()
+            for request_id in given_up:
+                self._trials.remove(request_id)
+
+    def _hand_over(self, process: EngineProcess) -> None:
+        """Make ``process`` the engine: once it has answered the canary it gets what is runnable.
+
+        Raises EngineUnavailable if it died already; nothing is lost then.
+        """
+        with self._lock:
+            process.add([CANARY])
+            self._process, self._heard_at, self._proven = process, time.monotonic(), False

@@ -8,9 +8,10 @@ from ..engine.detokenizer import Detokenizer
 from ..engine.messages import Output
 from ..engine.stopping import StopMatcher
 from ..engine.tokenizer import Tokenizer
-from ..schemas.events import Delta, Done, End, EntryId, Event, Started, Unknown
+from ..schemas.events import Crashed, Delta, Done, EntryId, Event, Started, Trial
 from ..schemas.job import Job
 from ..schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
+from .history import History
 
 STREAM_FLUSH_S = 0.05
 JOURNAL_TOKENS, JOURNAL_S = 16, 0.5
@@ -22,7 +23,7 @@ class Entry:
     """One journal entry, ready to be written; written again unchanged until the write is confirmed."""
 
     seq: int
-    event: Delta | Done
+    event: Delta | Crashed | Trial | Done
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +48,8 @@ class Generation:
     flushed_at: float = 0.0
     stop_tokens: int = 0
     """1 once an end or stop token was drawn: it counts as usage and has no text."""
+    history: History = field(default_factory=History)
+    """What died with it so far."""
 
     _detokenizer: Detokenizer = field(init=False)
     _stop: StopMatcher = field(init=False)
@@ -55,6 +58,7 @@ class Generation:
     _pending_since: float | None = None
     _seq: int = 0
     _entries: int = 0
+    _marks: list[Crashed | Trial] = field(default_factory=list[Crashed | Trial])
     _unconfirmed: list[Entry] = field(default_factory=list[Entry])
     _done_written: bool = False
 
@@ -76,6 +80,7 @@ class Generation:
         Ids rebuild the detokeniser and the stop matcher; text that was shown is taken as it was shown.
         If the log ends in ``Done``, or in a stop string, ``done`` is set and nothing need run.
         """
+        self.history = History(event for _, event in log)
         try:
             for _, event in log:
                 self._take_over(event)
@@ -92,7 +97,7 @@ class Generation:
                 self.parts.append(event.text)
             case Started():
                 self.started_at = min(self.started_at, event.at)
-            case End() | Unknown():
+            case _:
                 pass
 
     def admit(self, prompt_ids: list[int], max_tokens: int, now: float) -> None:
@@ -108,6 +113,7 @@ class Generation:
             return
         if self.first_token_at is None:
             self.first_token_at = event.at
+        self.max_tokens = event.max_tokens or self.max_tokens
         self.parts.append(event.text)
         for token in fresh:
             self.ids.append(token)
@@ -202,11 +208,16 @@ class Generation:
             self.parts.append(text)
             self._pending_text.append(text)
 
+    def note(self, event: Crashed | Trial) -> None:
+        """Put on record, behind the tokens so far, what happened to this attempt."""
+        self.history.take(event)
+        self._marks.append(event)
+
     # ---- what goes into the journal
 
     def due_at(self) -> float | None:
         """When pending tokens should be written; None: nothing to write. Past: now."""
-        if self._unconfirmed:
+        if self._unconfirmed or self._marks:
             return 0.0
         if self.done is not None:
             return None if self._done_written else 0.0
@@ -226,10 +237,12 @@ class Generation:
         if not self._unconfirmed:
             fresh, text = self.ids[self._journalled :], "".join(self._pending_text)
             if fresh:
-                at = self.first_token_at if self._journalled == 0 else None
-                self._add(Delta(offset=self._journalled, ids=tuple(fresh), text=text, at=at))
+                self._add(self._delta(tuple(fresh), text))
                 self._journalled, self._pending_since, text = len(self.ids), None, ""
             self._pending_text.clear()
+            for mark in self._marks:
+                self._add(mark)
+            self._marks.clear()
             if self.done is not None and not self._done_written:
                 self.done = self.done.model_copy(update={"text": text, "usage": self.usage})
                 self._add(self.done)
@@ -237,14 +250,22 @@ class Generation:
             self.flushed_at = now
         return list(self._unconfirmed)
 
-    def _add(self, event: Delta | Done) -> None:
+    def _delta(self, ids: tuple[int, ...], text: str) -> Delta:
+        if self._journalled:
+            return Delta(offset=self._journalled, ids=ids, text=text)
+        limit = self.max_tokens if self.job.sampling.max_tokens is None else None
+        return Delta(offset=0, ids=ids, text=text, at=self.first_token_at, max_tokens=limit)
+
+    def _add(self, event: Delta | Crashed | Trial | Done) -> None:
         self._seq += 1
         self._entries += 1
         self._unconfirmed.append(Entry(self._seq, event))
 
-    def confirm(self) -> None:
-        """The entries of the last ``take_entries`` are in the log."""
+    def confirm(self) -> bool:
+        """The entries of the last ``take_entries`` are in the log. True: a ``Trial`` was among them."""
+        armed = any(isinstance(entry.event, Trial) for entry in self._unconfirmed)
         self._unconfirmed.clear()
+        return armed
 
     @property
     def complete(self) -> bool:
@@ -284,4 +305,5 @@ class Generation:
             custom_id=job.custom_id,
             retry_of=job.retry_of,
             metadata=job.metadata,
+            crashes=tuple(self.history.crashes),
         )

@@ -18,17 +18,19 @@ from ..backends.state import Claim, Final, State
 from ..engine.messages import Output, Request, Stats
 from ..engine.tokenizer import Tokenizer
 from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
+from ..schemas.events import Crashed, Trial
 from ..schemas.job import JOB_ID_PATTERN, Job, JobState, Priority
 from ..schemas.result import ErrorInfo, FinishReason, Result, Timings
 from . import capacity, intake
 from .committer import Committer
-from .disposition import Disposition
+from .disposition import MAX_ATTEMPTS, Disposition
 from .engine_client import EngineClient
 from .generation import Generation
 from .metrics import Metrics
 from .publisher import Publisher
 from .settings import WorkerSettings
 from .spool import Parcel
+from .trials import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class JobHandler:
         self._settings, self._worker_id = settings, worker_id
         self._state, self._tokenizer, self._metrics = state, tokenizer, metrics
         self._on_capacity, self._on_gone = on_capacity, on_gone
+        self._sink = sink
         self._slots: dict[str, Slot] = {}
         self._slots_lock = threading.Lock()
         self._closing = threading.Event()
@@ -96,7 +99,9 @@ class JobHandler:
             max_results=settings.spool_max_results,
             max_bytes=settings.spool_max_bytes,
         )
-        self.publisher = Publisher(state, on_complete=self._on_complete, on_fenced=self._on_fenced)
+        self.publisher = Publisher(
+            state, on_complete=self._on_complete, on_fenced=self._on_fenced, on_armed=self._on_armed
+        )
         self.engine: EngineClient  # set by the app, which builds both around each other
         self.last_busy_at = time.monotonic()
 
@@ -116,7 +121,8 @@ class JobHandler:
         with self._slots_lock:
             first = self._slots.setdefault(job.id, slot)
         if first is not slot:  # redelivered to the worker that still runs it: both deliveries end alike
-            return first.disposition.result()
+            how = first.disposition.result()
+            return Disposition.ACK if how is Disposition.BURY else how  # one dead letter is enough
         disposition = Disposition.DROP
         try:
             disposition = self._attempt(slot)
@@ -137,8 +143,9 @@ class JobHandler:
         if claim is None:
             return Disposition.REQUEUE
         if isinstance(claim, Final):
-            log.info("job.already_final", extra={"job_id": job.id, "state": claim.state})
-            return Disposition.ACK
+            return self._after_the_end(job.id, claim.state)
+        if not claim.known and (earlier := self._patiently(lambda: self._sink.adopt(job.id))) is not None:
+            return self._disposition(earlier.error)
         log.info(
             "job.claimed", extra={"job_id": job.id, "attempt": claim.attempt, "attempts": claim.attempts}
         )
@@ -154,6 +161,18 @@ class JobHandler:
         parcel, attempt = self.committer.take(generation.result()), generation.attempt
         slot.generation = generation = None  # it may take long, and the journal has everything
         return self._commit(parcel, attempt)
+
+    def _after_the_end(self, job_id: str, state: JobState) -> Disposition:
+        """Its message is still here: who ended it died before telling the broker, or it came twice."""
+        log.info("job.already_final", extra={"job_id": job_id, "state": state})
+        if state is not JobState.FAILED:
+            return Disposition.ACK
+        status = self._patiently(lambda: self._state.status(job_id))
+        return Disposition.REQUEUE if status is None else self._disposition(status.error)
+
+    def _disposition(self, error: ErrorInfo | None) -> Disposition:
+        """Of a job whose end is durable."""
+        return Disposition.BURY if error and error.code == MAX_ATTEMPTS else Disposition.ACK
 
     def _refuse(self, job_id: str, exc: BadInput) -> Disposition:
         """Answer what cannot be read: its client is newer than this worker, or none of ours."""
@@ -196,15 +215,18 @@ class JobHandler:
     def _admit(self, generation: Generation, claim: Claim) -> None:
         """Make it ready to run, or end it if that is over. Raises BadInput."""
         info, job = self.engine.info, generation.job
-        if claim.cancelled:
+        if self._worn_out(generation):
+            self._condemn(generation, claim.now)
+        elif claim.cancelled:
             generation.end_early(FinishReason.CANCELLED, claim.now)
         elif claim.now >= claim.expires_at:
             generation.end_early(FinishReason.EXPIRED, claim.now)
         else:
             prompt_ids = intake.encode(job, self._tokenizer, info.vocab_size)
-            allowed = intake.budget(
-                job, len(prompt_ids), info.max_model_len, self._settings.default_max_tokens
-            )
+            default = (
+                generation.max_tokens or self._settings.default_max_tokens
+            )  # an earlier worker's, if any
+            allowed = intake.budget(job, len(prompt_ids), info.max_model_len, default)
             intake.check_stops(job, info)
             generation.admit(prompt_ids, allowed, claim.now)
 
@@ -216,7 +238,7 @@ class JobHandler:
                 return
             self.publisher.add(generation)
         if generation.done is None:
-            self.engine.submit(intake.engine_request(generation))
+            self.engine.submit(intake.engine_request(generation), suspect=generation.history.doubtful)
             pickup_s = round(time.time() - slot.job.submitted_at, 5)
             log.debug("job.submitted", extra={"job_id": slot.job.id, "pickup_s": pickup_s})
 
@@ -274,7 +296,7 @@ class JobHandler:
                 "code": result.error.code if result.error else None,
             },
         )
-        return Disposition.ACK
+        return self._disposition(result.error)
 
     def _patiently(self, call: Callable[[], T]) -> T | None:
         """Repeat until the other side answers. None: the worker is closing. Intake stops meanwhile."""
@@ -329,9 +351,57 @@ class JobHandler:
             self._crashed(generation, exc, now)
             return True
 
-    def resume(self, request_ids: set[str]) -> list[Request]:
-        """The engine died: the requests its successor continues, tokens so far included."""
+    def on_crash(self, reason: str, verdict: Verdict, now: float) -> set[str]:
+        """The engine died: put it on record for the suspects. Returns those that are given up for it."""
         self._metrics.on_engine_restart()
+        code, _, message = reason.partition(": ")
+        given_up: set[str] = set()
+        with self.publisher.lock:
+            for request_id in verdict.suspects:
+                generation = self._generation(request_id)
+                if generation is None or generation.done is not None:
+                    continue
+                alone, tokens = request_id == verdict.alone, len(generation.ids)
+                generation.note(
+                    Crashed(
+                        code=code, message=message, worker=self._worker_id, alone=alone, tokens=tokens, at=now
+                    )
+                )
+                if self._worn_out(generation):
+                    self._condemn(generation, now)
+                    given_up.add(request_id)
+            self.publisher.wake()
+        return given_up
+
+    def _worn_out(self, generation: Generation) -> bool:
+        return generation.history.strikes >= self._settings.max_attempts
+
+    def _condemn(self, generation: Generation, now: float) -> None:
+        """It was alone in too many crashes: it is the cause, whatever it is."""
+        history, job_id = generation.history, generation.job.id
+        last = history.crashes[-1]
+        text = (
+            f"the engine or its worker died {history.strikes} times while it ran this job alone, the last "
+            f"time after {last.tokens:,} tokens ({last.code}: {last.message or last.worker}); "
+            f"`gristmill dead show {job_id}` has the rest, `gristmill dead requeue {job_id}` tries again"
+        )
+        log.error("job.given_up", extra={"job_id": job_id, "crashes": history.strikes, "code": last.code})
+        generation.fail(ErrorInfo(code=MAX_ATTEMPTS, message=text), now)
+
+    def arm(self, request_id: str) -> None:
+        """It is to run alone: should this worker die of it, the next one finds that in the log."""
+        with self.publisher.lock:
+            generation = self._generation(request_id)
+            if generation is not None and generation.done is None:
+                generation.note(Trial(at=time.time()))
+                self.publisher.wake()
+
+    def _on_armed(self, generation: Generation) -> None:
+        log.info("job.tried_alone", extra={"job_id": generation.job.id, "attempt": generation.attempt})
+        self.engine.armed(generation.request_id)
+
+    def resume(self, request_ids: set[str]) -> list[Request]:
+        """What the engine has to continue of these, tokens so far included."""
         with self.publisher.lock:
             running = [g for i in request_ids if (g := self._generation(i)) is not None]
             return [intake.engine_request(g) for g in running if g.done is None]
@@ -446,7 +516,9 @@ class JobHandler:
 
     def claimable(self) -> list[Priority]:
         """The classes of which another job would start soon, the most urgent first: see capacity.py."""
-        if self._closing.is_set() or self.trouble is not None or not self.engine.ready:
+        if self._closing.is_set() or self.trouble is not None:
+            return []
+        if not self.engine.ready or self.engine.on_trial:
             return []
         with self._slots_lock:
             slots = list(self._slots.values())

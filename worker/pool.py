@@ -12,7 +12,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
-from .disposition import Disposition
+from .disposition import MAX_ATTEMPTS, Disposition
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class EnginePool(TaskPool):
 
 
 class EngineRequest(Request):
-    """Acknowledges on ``ACK`` only, hands back on ``REQUEUE`` only, and otherwise leaves the message alone.
+    """Acknowledges on ``ACK`` only, hands back on ``REQUEUE`` only, buries on ``BURY``, else touches nothing.
 
     Stock Celery acknowledges or rejects on every ordinary way out, failures and timeouts included: a bug of
     ours would then lose jobs. Here it costs a redelivery when the lease runs out.
@@ -55,17 +55,18 @@ class EngineRequest(Request):
             self._leave()
 
     def _carry_out(self, failed: bool, value: Any, _runtime: float) -> None:
-        if failed:
-            log.error("task.crashed", extra={"job_id": self.id, "reason": repr(value)})
-            self._leave()
-        elif value == Disposition.ACK:
-            self.acknowledge()
-        elif value == Disposition.REQUEUE:
-            self.reject(requeue=True)
-        else:
-            if value != Disposition.DROP:
-                log.error("task.crashed", extra={"job_id": self.id, "reason": f"it returned {value!r}"})
-            self._leave()
+        match None if failed else value:
+            case Disposition.ACK:
+                self.acknowledge()
+            case Disposition.REQUEUE:
+                self.reject(requeue=True)
+            case Disposition.BURY:
+                self._bury()
+            case Disposition.DROP:
+                self._leave()
+            case _:
+                log.error("task.crashed", extra={"job_id": self.id, "reason": repr(value)})
+                self._leave()
 
     def on_failure(self, exc_info: Any, *_: Any, **__: Any) -> None:
         """A crash of the task itself, never of a job: the message comes back with its lease."""
@@ -81,6 +82,12 @@ class EngineRequest(Request):
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """Cold shutdown: whatever still runs comes back with its lease."""
+
+    def _bury(self) -> None:
+        """To the dead letters, once."""
+        if not self.acknowledged:
+            self.acknowledged = True
+            self.message.channel.qos.bury(self.message.delivery_tag, MAX_ATTEMPTS)
 
     def _leave(self) -> None:
         """Stop renewing; acknowledge nothing."""

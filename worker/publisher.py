@@ -29,9 +29,10 @@ class Publisher:
         *,
         on_complete: Callable[[Generation], None],
         on_fenced: Callable[[Generation], None],
+        on_armed: Callable[[Generation], None],
     ) -> None:
         self._state = state
-        self._on_complete, self._on_fenced = on_complete, on_fenced
+        self._on_complete, self._on_fenced, self._on_armed = on_complete, on_fenced, on_armed
         self.lock = threading.Condition()
         self._live: dict[str, Generation] = {}
         self._closing = False
@@ -134,11 +135,15 @@ class Publisher:
 
     def _settle(self, generation: Generation, fenced: bool) -> None:
         with self.lock:
-            generation.confirm()
+            armed = generation.confirm()
             finished = fenced or generation.complete
-            if finished and self._live.get(generation.job.id) is generation:
+            if self._live.get(generation.job.id) is not generation:  # it was let go of meanwhile
+                return
+            if finished:
                 del self._live[generation.job.id]
         if fenced:
             self._on_fenced(generation)
         elif finished:
             self._on_complete(generation)
+        elif armed:
+            self._on_armed(generation)

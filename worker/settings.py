@@ -62,6 +62,8 @@ class WorkerSettings(Settings):
     """How long one step may take before the engine counts as hung, and is replaced."""
     engine_restarts: Annotated[int, Field(ge=0)] = 3
     """Restarts without a token in between before the worker gives up."""
+    max_attempts: PositiveInt = 3
+    """Crashes while it ran alone before a job is given up and goes to the dead letters."""
     drain_s: Annotated[float, Field(ge=0, le=1e9)] = 25.0
     spool_max_results: PositiveInt = 512
     """Finished jobs whose results may wait for the store; then intake stops. Each holds a thread."""

@@ -3,7 +3,8 @@
 -- ARGV    1 worker id   2 the same as JSON   3 expires_at (unix s) if the state was lost
 --         4 how long keys outlive it (ms)   5 job id
 -- returns {state} if the job is final, else
---         {'running', attempt, now (unix s), cancelled (0|1), attempts, log before this attempt, expires_at (unix s)}
+--         {'running', attempt, now (unix s), cancelled (0|1), attempts, known (0|1), log before this attempt,
+--          expires_at (unix s)}
 local FINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
 local was = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'cancel', 'expires_at')
 if FINAL[was[1]] then
@@ -33,4 +34,5 @@ local until_ms = math.max(expires_ms, now_ms) + tonumber(ARGV[4])
 redis.call('PEXPIREAT', KEYS[1], string.format('%.0f', until_ms))
 redis.call('PEXPIREAT', KEYS[2], string.format('%.0f', until_ms))
 redis.call('PUBLISH', KEYS[2], attempt .. '-0 ' .. event)
-return {'running', attempt, now, was[3] and 1 or 0, attempts, entries, was[4] or ARGV[3]}
+local known = (was[1] or #entries > 0) and 1 or 0
+return {'running', attempt, now, was[3] and 1 or 0, attempts, known, entries, was[4] or ARGV[3]}

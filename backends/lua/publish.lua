@@ -5,10 +5,8 @@
 --
 -- An entry is written only by the attempt that the state names, and only right after the log's last entry. One
 -- that stands there already is skipped: a call whose reply was lost may be repeated. Everything else is refused: a
--- newer attempt, a final job, and a state or log that the server lost, where writing on would leave a hole (or a
--- key without expiry).
-local FINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
-
+-- newer attempt, a job that is final or was handed back, and a state or log that the server lost, where writing on
+-- would leave a hole (or a key without expiry).
 local function top_seq(log, attempt)
   local top = redis.call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
   local owner, seq = string.match(top and top[1] or '', '^(%d+)%-(%d+)$')
@@ -21,7 +19,7 @@ for job = 1, #KEYS / 2 do
   local state, log = KEYS[2 * job - 1], KEYS[2 * job]
   local attempt, count = ARGV[at], tonumber(ARGV[at + 1])
   local is = redis.call('HMGET', state, 'state', 'attempt')
-  local top = not FINAL[is[1]] and is[2] == attempt and top_seq(log, attempt)
+  local top = is[1] == 'running' and is[2] == attempt and top_seq(log, attempt)
   for entry = at + 2, at + 2 * count, 2 do
     local seq = tonumber(ARGV[entry])
     if not top or seq > top + 1 then

@@ -14,6 +14,7 @@ from gristmill.engine.messages import Output, Request, Stats
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.settings import EngineSettings
 from gristmill.worker.engine_client import EngineClient
+from gristmill.worker.trials import Verdict
 
 from ..support.waiting import wait_until
 
@@ -29,12 +30,23 @@ class Jobs:
         self.ended: dict[str, str] = {}
         self.resumed: list[set[str]] = []
         self.gone = ""
+        self.client: EngineClient
+        self.crashes: list[tuple[str, Verdict]] = []
+        self.armed: list[str] = []
 
     def on_step(self, outputs: list[Output], _stats: Stats, _now: float) -> None:
         for output in outputs:
             self.tokens.setdefault(output.id, []).extend(output.token_ids)
             if output.finish is not None:
                 self.ended[output.id] = output.finish
+
+    def on_crash(self, reason: str, verdict: Verdict, _now: float) -> set[str]:
+        self.crashes.append((reason, verdict))
+        return set()
+
+    def arm(self, request_id: str) -> None:
+        self.armed.append(request_id)
+        threading.Thread(target=self.client.armed, args=[request_id]).start()
 
     def resume(self, request_ids: set[str]) -> list[Request]:
         self.resumed.append(request_ids)
@@ -65,6 +77,7 @@ def jobs() -> Jobs:
 @contextmanager
 def client_of(tiny: EngineSettings, jobs: Jobs, **knobs: float) -> Generator[EngineClient]:
     client = EngineClient(tiny, jobs, start_timeout_s=READY_S, **{"stall_s": 60.0, "restarts": 0} | knobs)  # type: ignore[arg-type]
+    jobs.client = client
     client.launch()
     client.wait_ready()
     try:
@@ -93,7 +106,9 @@ def test_a_hung_engine_is_replaced_and_frees_who_waits_for_it(tiny: EngineSettin
         stuck.join(5)
         assert not stuck.is_alive()
         assert len(jobs.tokens["a"]) == 400, "none is repeated or missing"
-        assert jobs.resumed == [{"a", "giant"}]
+        assert jobs.crashes[0][1].suspects == {"giant"}, "the other one had made tokens"
+        assert jobs.armed == ["giant"]
+        assert jobs.resumed == [{"giant"}, {"a"}]
         assert not jobs.gone
 
 

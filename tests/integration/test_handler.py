@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from gristmill.backends.state import State, WorkerInfo, Write
+from gristmill.backends.state import Claim, State, WorkerInfo, Write
 from gristmill.engine.detokenizer import Detokenizer
 from gristmill.engine.tokenizer import Tokenizer
 from gristmill.schemas import keys
-from gristmill.schemas.events import Delta
-from gristmill.schemas.job import JobState, Priority
+from gristmill.schemas.events import Delta, Trial
+from gristmill.schemas.job import Job, JobState, Priority
 from gristmill.worker.disposition import Disposition
 
 from ..support.journal import Attempt, make_job
@@ -263,3 +264,76 @@ def test_a_delivery_whose_state_was_lost_is_left_to_its_lease(
     valkey.client().delete(keys.state(job.id), keys.log(job.id))
     played.step(job, 28, finish="length")
     assert delivery.result(5) is Disposition.DROP
+
+
+def test_a_job_that_ended_before_its_state_was_lost_is_not_run_again(
+    played: Played, state: State, valkey: Valkey
+) -> None:
+    """Redis forgot everything, the broker (another server) delivers again: the result object knows."""
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    played.step(job, 28, finish="length")
+    assert delivery.result(5) is Disposition.ACK
+    valkey.client().flushall()
+    played.engine.submitted.clear()
+    assert played.deliver(job).result(5) is Disposition.ACK
+    assert not played.engine.submitted
+    status = state.status(job.id)
+    assert status is not None
+    assert status.state is JobState.SUCCEEDED
+
+
+def lose_alone(state: State, job: Job, times: int) -> None:
+    """So often a worker died while it ran this job alone."""
+    for worker in range(times):
+        claim = state.claim(job.id, f"w{worker}", job.expires_at)
+        assert isinstance(claim, Claim)
+        state.publish([Write(job.id, claim.attempt, 1, Trial(at=1.0).to_json())])
+
+
+def test_a_job_that_three_workers_died_of_alone_is_given_up(played: Played, state: State) -> None:
+    job = make_job()
+    lose_alone(state, job, 3)
+    assert played.deliver(job).result(5) is Disposition.BURY
+    assert not played.engine.submitted
+    result = played.result(job.id)
+    assert result.error is not None
+    assert result.error.code == "max_attempts"
+    assert [(crash.code, crash.worker, crash.alone) for crash in result.crashes] == [
+        ("worker_lost", f"w{worker}", True) for worker in range(3)
+    ]
+    assert played.deliver(job).result(5) is Disposition.BURY, "its worker may have died before it could"
+
+
+@pytest.mark.parametrize("losses", [1, 2])
+def test_only_a_second_loss_in_a_row_makes_a_suspect(played: Played, state: State, losses: int) -> None:
+    job = make_job()
+    for worker in range(losses):
+        state.claim(job.id, f"w{worker}", job.expires_at)
+    delivery = played.deliver(job)
+    played.running(job)
+    assert (job.id in played.engine.suspects) is (losses == 2)
+    played.step(job, 28, finish="length")
+    assert delivery.result(5) is Disposition.ACK
+
+
+def test_the_next_worker_allows_as_many_tokens_as_the_first(
+    played: Played, state: State, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Workers with other defaults cut, or lengthened, what a request without max_tokens had begun."""
+    job = make_job()
+    first = played.deliver(job)
+    assert played.running(job).max_tokens == 1024
+    played.step(job, 28)
+    played.handler.hand_back(flush_s=5)
+    assert first.result(5) is Disposition.REQUEUE
+    second = Played(state, tmp_path, tokenizer, default_max_tokens=3)
+    second.handler.publisher.start()
+    try:
+        delivery = second.deliver(job)
+        assert second.running(job).max_tokens == 1024
+        second.step(job, 29, finish="length")
+        assert delivery.result(5) is Disposition.ACK
+    finally:
+        second.close()

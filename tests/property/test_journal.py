@@ -14,7 +14,7 @@ from gristmill.backends.state import Claim, Final, State
 from gristmill.backends.store import FileStore
 from gristmill.producer.stream import Chunk, Item, follow
 from gristmill.schemas import keys
-from gristmill.schemas.events import Delta, Done, End, EntryId, Started
+from gristmill.schemas.events import Delta, Done, End, EntryId, Released, Started
 from gristmill.schemas.job import FINAL, Job, JobState
 from gristmill.schemas.result import Choice, FinishReason, Result, Timings
 from hypothesis import HealthCheck, settings
@@ -178,6 +178,8 @@ class JournalMachine(RuleBasedStateMachine):
         assert before is not None
         mine = player is self.owner and before.state is JobState.RUNNING
         assert self.state.release(self.job.id, player.attempt.id) is mine
+        if mine:
+            self.owner = None  # what it still tries to write comes too late
 
     @precondition(lambda self: self.players)
     @rule()
@@ -192,7 +194,9 @@ class JournalMachine(RuleBasedStateMachine):
         """A follower that reconnects again and again, from where it was."""
         last = self.seen[-1].id if self.seen else None
         fresh = [
-            event for _, event in self.state.read_log(self.job.id, last) if not isinstance(event, Started)
+            event
+            for _, event in self.state.read_log(self.job.id, last)
+            if not isinstance(event, Started | Released)
         ]
         reader = follow(self.state, self.job.id, last)
         self.seen += [next(reader) for _ in fresh]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 SUCCEEDED, CANCELLED = "succeeded", "cancelled"
 FINAL = frozenset({SUCCEEDED, CANCELLED})
-STARTED, TOKENS, DONE, END = "started", "tokens", "done", "end"
+STARTED, TOKENS, RELEASED, DONE, END = "started", "tokens", "released", "done", "end"
 FULL, CUT = "full", "cut"
 """A lease: its owner's for as long as that one lives; or run out, because the broker was away."""
 
@@ -137,6 +137,7 @@ class Rules:
     attempt_from_clock: bool = True
     publish_checks_attempt: bool = True
     publish_checks_place: bool = True
+    publish_needs_running: bool = True
     object_create_only: bool = True
     finish_reads_object: bool = True
     finish_after_object: bool = True
@@ -532,7 +533,10 @@ def release(model: Model, w: World, i: int, k: int, d: Delivery) -> Worlds:
     """release.lua."""
     job = w.jobs[d.job]
     if job.state == "running" and job.attempt == d.attempt:
-        w = _with_job(w, d.job, job._replace(state="queued"))
+        log = job.log
+        if log and log[-1].attempt == d.attempt:
+            log = (*log, Entry(d.attempt, log[-1].seq + 1, RELEASED))
+        w = _with_job(w, d.job, job._replace(state="queued", log=log))
     yield _dispose(w, i, k, "requeue")
 
 
@@ -630,7 +634,8 @@ def taken(d: Delivery) -> Delivery:
 def published(model: Model, job: Job, entries: tuple[Entry, ...]) -> tuple[Job, bool]:
     """publish.lua. The job afterwards, and whether it refused."""
     rules, log = model.rules, job.log
-    owned = job.state not in FINAL and job.attempt == entries[0].attempt
+    running = job.state == "running" if rules.publish_needs_running else job.state not in FINAL
+    owned = running and job.attempt == entries[0].attempt
     if rules.publish_checks_attempt and not owned:
         return job, True
     if not (rules.publish_checks_place and rules.publish_checks_attempt):

@@ -16,14 +16,14 @@ from gristmill.backends.message_queue import ClaimedMessage, MessageQueue
 from gristmill.backends.state import Claim, Final, State, Write
 from gristmill.backends.store import FileStore
 from gristmill.schemas import keys, result
-from gristmill.schemas.events import Delta, Done, End, Event, Started
+from gristmill.schemas.events import Delta, Done, End, Event, Released, Started
 from gristmill.schemas.job import JobState
 from gristmill.schemas.result import Choice, FinishReason, Timings
 
 from ..support.journal import make_job
 from ..support.valkey import Valkey
 from . import model
-from .model import CANCELLED, DONE, END, FINAL, STARTED, TOKENS, Entry, Label, Model, Size, World
+from .model import CANCELLED, DONE, END, FINAL, RELEASED, STARTED, TOKENS, Entry, Label, Model, Size, World
 
 LEASE_MS = 9_000
 QUEUE, TENANT = "gm-tiny-normal", "default"
@@ -245,6 +245,8 @@ class Real:
                 return Entry(attempt, seq, STARTED)
             case Delta():
                 return Entry(attempt, seq, TOKENS, event.ids)
+            case Released():
+                return Entry(attempt, seq, RELEASED)
             case Done():
                 return Entry(attempt, seq, DONE, state=event.reason.state.value)
             case End():

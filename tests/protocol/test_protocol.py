@@ -45,6 +45,7 @@ def test_whatever_happens_every_promise_is_kept(size: Size, at_least: int) -> No
         ("attempt_from_clock", Size(faults=2), "the log is whole"),
         ("publish_checks_attempt", Size(faults=1), "nobody journals after a newer attempt"),
         ("publish_checks_place", Size(faults=1), "the log is whole"),
+        ("publish_needs_running", Size(tokens=1, faults=2), "the result is the undisturbed"),
         ("object_create_only", Size(faults=1), "one result"),
         ("finish_reads_object", Size(faults=2), "the final state says what the object says"),
         ("finish_after_object", Size(faults=1), "the final state says what the object says"),

@@ -1,5 +1,6 @@
 """A Celery worker without an engine, as a process of its own: it notes each delivery and sleeps.
 
+A body that is a disposition is what becomes of its first delivery; everything else is acknowledged.
 Run as ``python consumer.py URL FILE LEASE_S JOB_S QUEUE…``; each event is a line of JSON in FILE.
 """
 
@@ -21,6 +22,8 @@ def main(url: str, notes: str, lease_s: str, job_s: str, *queues: str) -> None:
     from gristmill.backends.lease import LeaseRenewer
     from gristmill.schemas.queues import TASK
     from gristmill.schemas.settings import Settings
+    from gristmill.worker.disposition import Disposition
+    from gristmill.worker.pool import EngineRequest
 
     lease = float(lease_s)
     out = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -47,14 +50,16 @@ def main(url: str, notes: str, lease_s: str, job_s: str, *queues: str) -> None:
     broker.claims_of(app).on_lost = lambda tag: note("lost", tag=tag)
     app.steps["consumer"].add(LeaseRenewer)
 
-    def generate(task: Any, body: str) -> None:
+    def generate(task: Any, body: str) -> str:
         properties = task.request.properties
         tag = properties["delivery_tag"]
         note("start", job=task.request.id, tag=tag, n=properties["delivery_count"], body=body)
         time.sleep(float(job_s))
         note("end", job=task.request.id, tag=tag)
+        first = properties["delivery_count"] == 1
+        return body if first and body in set(Disposition) else Disposition.ACK.value
 
-    app.task(generate, bind=True, name=TASK, acks_late=True)
+    app.task(generate, bind=True, name=TASK, Request=EngineRequest, acks_late=True)
     app.worker_main(
         [
             "worker",

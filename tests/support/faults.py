@@ -24,8 +24,8 @@ def poison(
 ) -> dict[str, str]:
     """For ``stack.worker(env=…)``: its engine goes wrong in a step that feeds ``token`` to the model.
 
-    ``how``: kill, segfault, exit, raise, oom, hang. ``times``: so often, over all workers with the
-    same ``notes``, where each time becomes a line, ``PID HOW``, before it happens.
+    ``how``: kill, kill_worker, segfault, exit, raise, oom, hang. ``times``: so often, over all workers with
+    the same ``notes``, where each time becomes a line, ``PID HOW``, before it happens.
     """
     env = fault_env(POISON_TOKEN=token, POISON_HOW=how)
     if times is not None:

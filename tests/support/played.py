@@ -31,6 +31,7 @@ class PlayedEngine:
     """What the handler needs of an EngineClient. Makes no token by itself."""
 
     ready = True
+    on_trial = False
     stats = None
     info = EngineInfo(
         vocab_size=49_152,
@@ -48,9 +49,13 @@ class PlayedEngine:
     def __init__(self) -> None:
         self.submitted: dict[str, Request] = {}
         self.aborted: list[str] = []
+        self.suspects: set[str] = set()
 
-    def submit(self, request: Request) -> None:
-        self.submitted[request.id.partition("@")[0]] = request
+    def submit(self, request: Request, *, suspect: bool = False) -> None:
+        job_id = request.id.partition("@")[0]
+        self.submitted[job_id] = request
+        if suspect:
+            self.suspects.add(job_id)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -59,11 +64,11 @@ class PlayedEngine:
 class Played:
     """A handler whose deliveries run on threads, as Celery's would."""
 
-    def __init__(self, state: State, root: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, state: State, root: Path, tokenizer: Tokenizer, **knobs: Any) -> None:
         self.store = FileStore(root)
         self.engine = PlayedEngine()
         self.handler = JobHandler(
-            WorkerSettings(model="m", home=root.parent / "home"),
+            WorkerSettings(model="m", home=root.parent / "home", **knobs),
             "w1",
             state=state,
             sink=ResultSink(state, self.store, inline_bytes=65_536),
@@ -90,6 +95,11 @@ class Played:
         assert body is not None
         return Result.from_json(body)
 
+    def close(self) -> None:
+        self.handler.hand_back(flush_s=0.1)
+        self.threads.shutdown()
+        self.handler.publisher.stop()
+
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2: Path) -> Tokenizer:
@@ -103,6 +113,4 @@ def played(state: State, tmp_path: Path, tokenizer: Tokenizer) -> Iterator[Playe
     played = Played(state, tmp_path, tokenizer)
     played.handler.publisher.start()
     yield played
-    played.handler.hand_back(flush_s=0.1)
-    played.threads.shutdown()
-    played.handler.publisher.stop()
+    played.close()

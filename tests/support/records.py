@@ -9,9 +9,9 @@ from typing import Any
 from gristmill import schemas
 from gristmill.schemas.batch_lines import OutputLine, Response
 from gristmill.schemas.dead import DeadLetter
-from gristmill.schemas.events import Delta, Done, End, Started, Unknown
+from gristmill.schemas.events import Crashed, Delta, Done, End, Released, Started, Trial, Unknown
 from gristmill.schemas.job import Endpoint, Job, JobState, Message, Priority
-from gristmill.schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
+from gristmill.schemas.result import Choice, Crash, ErrorInfo, FinishReason, Result, Timings, Usage
 from gristmill.schemas.sampling import SamplingParams
 from gristmill.schemas.status import JobStatus, ModelInfo, WorkerInfo
 from gristmill.schemas.wire import Answer, Record
@@ -30,7 +30,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 OBJECT = st.dictionaries(TEXT, JSON, max_size=3)
-EVENT_KINDS = {"started", "delta", "done", "end"}
+EVENT_KINDS = {"started", "delta", "released", "trial", "crashed", "done", "end"}
 FINAL_STATES = st.sampled_from([state for state in JobState if state.final])
 
 
@@ -51,6 +51,12 @@ choices = st.builds(
     stop_reason=maybe(TEXT | COUNT),
     token_ids=maybe(IDS),
 )
+
+
+def crashes(record: type[Crash]) -> st.SearchStrategy[Any]:
+    return st.builds(record, code=NAME, message=TEXT, worker=TEXT, alone=st.booleans(), tokens=COUNT, at=TIME)
+
+
 messages = st.builds(
     Message,
     role=NAME,
@@ -127,7 +133,12 @@ def results(draw: st.DrawFn) -> Result:
 
 EVENTS: dict[type[Record], st.SearchStrategy[Any]] = {
     Started: st.builds(Started, worker=TEXT, at=TIME),
-    Delta: st.builds(Delta, choice=COUNT, offset=COUNT, ids=IDS, text=TEXT, at=maybe(TIME)),
+    Delta: st.builds(
+        Delta, choice=COUNT, offset=COUNT, ids=IDS, text=TEXT, at=maybe(TIME), max_tokens=maybe(COUNT)
+    ),
+    Released: st.builds(Released, at=TIME),
+    Trial: st.builds(Trial, at=TIME),
+    Crashed: crashes(Crashed),
     Done: st.builds(
         Done,
         reason=st.sampled_from(FinishReason),
@@ -157,6 +168,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     Usage: usages,
     Timings: timings,
     Choice: choices,
+    Crash: crashes(Crash),
     Result: results(),
     **EVENTS,
     JobStatus: st.builds(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from gristmill.backends.state import State, open_state
 from gristmill.backends.store import ResultStore, open_store
+from gristmill.engine.models.tiny import write_tiny
 from gristmill.producer import Client
 from gristmill.schemas import keys
 from gristmill.schemas.result import Result
@@ -124,6 +125,22 @@ class Stack:
         if self._client is not None:
             self._client.close()
         self.state.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two small layers with random weights, which starts sooner than the real one."""
+    return write_tiny(tmp_path_factory.mktemp("tiny"), tokenizer=True, vocab_size=5000)
+
+
+@pytest.fixture
+def tiny_stack(valkey: Valkey, tmp_path: Path, tiny: Path) -> Iterator[Stack]:
+    """As ``stack``, with the tiny model."""
+    stack = Stack(valkey, tmp_path, tiny)
+    try:
+        yield stack
+    finally:
+        stack.close()
 
 
 @pytest.fixture

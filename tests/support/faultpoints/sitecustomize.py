@@ -5,7 +5,8 @@ engine inherits it; ``tests/support/faults.py`` makes the environment), and by t
 functions of ours as their modules are imported:
 
 ``GM_TEST_POISON_TOKEN=123``   an engine step that is about to feed this token id to the model goes wrong …
-``GM_TEST_POISON_HOW=kill``    … in this way: kill (SIGKILL), segfault, exit (status 1, no last word), raise
+``GM_TEST_POISON_HOW=kill``    … in this way: kill (SIGKILL), kill_worker (that of the engine's parent, too),
+                               segfault, exit (status 1, no last word), raise
                                (a bug, told through the pipe), oom (torch.OutOfMemoryError), hang
 ``GM_TEST_POISON_TIMES=2``     … this often at most, over all processes (default: always; needs the notes)
 ``GM_TEST_POISON_NOTES=FILE``  each time is a line of FILE, written before: ``PID HOW``
@@ -100,9 +101,16 @@ def _raise() -> None:
     raise RuntimeError("poisoned: a step went wrong")
 
 
+def _kill_worker() -> None:
+    """As when a container is killed: first who could tell of it, then the engine."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 HOW: dict[str, Callable[[], Any]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "kill_worker": _kill_worker,
     "exit": lambda: os._exit(1),
     "raise": _raise,
     "oom": _oom,
