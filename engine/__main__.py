@@ -17,11 +17,10 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
-import torch
-
 from ..schemas.errors import BadInput, GristmillError
 from . import pipe
 from .engine import Engine
+from .memory import OUT_OF_MEMORY, is_out_of_memory
 from .messages import Abort, Add, Failed, Output, Ready, Report, Step, Stop
 from .settings import EngineSettings
 
@@ -119,7 +118,7 @@ def _explain(exc: Exception) -> tuple[Failed, int]:
     """The last message, and the exit status."""
     if isinstance(exc, GristmillError):
         return Failed(exc.code, exc.message), exc.exit_code
-    code = "out_of_memory" if isinstance(exc, MemoryError | torch.OutOfMemoryError) else "engine_failed"
+    code = OUT_OF_MEMORY if is_out_of_memory(exc) else "engine_failed"
     return Failed(code, f"{type(exc).__name__}: {exc}"), 1
 
 

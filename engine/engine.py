@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..schemas.errors import InvalidRequest, PromptTooLong
 from ..schemas.settings import default_home
 from .block_pool import BlockPool
+from .memory import OUT_OF_MEMORY, is_out_of_memory
 from .messages import EngineInfo, Finish, Output, Request, Stats
 from .native.sampling import NativeSampling, load_sampling
 from .runner import Runner
@@ -18,6 +20,11 @@ from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 from .settings import EngineSettings
 
+log = logging.getLogger(__name__)
+
+GROW_AFTER_STEPS = 1_000
+"""After so many steps without a failure a shrunk engine asks for twice as much again: others on the machine
+may have gone. Should it fail, that costs one step's time."""
 BAD_LOGITS = "invalid_logits"
 """Error code of a sequence whose logits were not numbers: a model or a kernel is broken for this input."""
 
@@ -45,6 +52,7 @@ class Engine:
         self._number = 0
         self._ended: list[Output] = []
         self._step_s, self._step_tokens = 0.0, 0
+        self._steps_since_shrunk = 0
         self._load_s = {**runner.load_s, "total": time.monotonic() - started}
 
     @property
@@ -79,6 +87,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             step_s=self._step_s,
             tokens=self._step_tokens,
+            step_tokens=scheduler.step_tokens,
+            max_running=scheduler.max_running,
         )
 
     def add(self, request: Request) -> None:
@@ -111,14 +121,13 @@ class Engine:
     def step(self) -> list[Output]:
         """Feed the model once and return what came out of it, at most one output a request.
 
-        Raises whatever the model raises: then the engine is broken and wants to be made anew.
+        Memory that runs out makes steps smaller. Raises whatever else the model raises: then the engine is
+        broken and wants to be made anew.
         """
         started = time.monotonic()
         outputs, self._ended = self._ended, []
         if self._scheduler.has_work:
-            plan = self._scheduler.plan()
-            outputs += self._run(plan)
-            self._step_tokens = plan.tokens
+            outputs += self._run()
         else:
             self._step_tokens = 0
         self._step_s = time.monotonic() - started
@@ -130,12 +139,55 @@ class Engine:
         queued = {seq.id for seq in (*self._scheduler.running, *self._scheduler.waiting)}
         assert queued == set(self._seqs), f"lost or unknown: {sorted(queued ^ set(self._seqs))}"
 
-    def _run(self, plan: StepPlan) -> list[Output]:
-        logits = self._runner.forward(plan)
-        sampling = [work.seq for work in plan.work if work.samples]
+    def _run(self) -> list[Output]:
+        """One step, smaller and smaller until memory suffices. A failed try has changed no sequence."""
+        while True:
+            plan = self._scheduler.plan()
+            sampling = [work.seq for work in plan.work if work.samples]
+            try:
+                tokens = self._sample(self._runner.forward(plan), sampling)
+                break
+            except Exception as exc:
+                if not is_out_of_memory(exc):
+                    raise
+            # Here the exception is gone, and with it the frames that held the failed step's tensors.
+            self._runner.free_caches()
+            if not self._shrink(plan):
+                self._step_tokens = 0
+                return [self._too_big(plan)]
         self._scheduler.advance(plan)
-        tokens = self._sample(logits, sampling)
+        self._step_tokens = plan.tokens
+        self._grow()
         return [self._record(seq, token) for seq, token in zip(sampling, tokens, strict=True)]
+
+    def _shrink(self, plan: StepPlan) -> bool:
+        self._steps_since_shrunk = 0
+        if not self._scheduler.shrink():
+            return False
+        self._report("engine.shrunk", failed_tokens=plan.tokens, failed_seqs=len(plan.work))
+        return True
+
+    def _grow(self) -> None:
+        self._steps_since_shrunk += 1
+        if self._steps_since_shrunk % GROW_AFTER_STEPS == 0 and self._scheduler.grow():
+            self._report("engine.grown")
+
+    def _report(self, event: str, **more: int) -> None:
+        sizes = {"step_tokens": self._scheduler.step_tokens, "max_running": self._scheduler.max_running}
+        log.warning(event, extra={**sizes, **more})
+
+    def _too_big(self, plan: StepPlan) -> Output:
+        """End the one sequence for which not even the smallest step has memory."""
+        seq = plan.work[0].seq
+        self._end(seq)
+        return Output(
+            id=seq.id,
+            token_ids=[],
+            finish="error",
+            error_code=OUT_OF_MEMORY,
+            error=f"memory ran out for {plan.tokens} tokens of this sequence of {len(seq.tokens):,}, alone "
+            "in the engine; lower max_batch_total_tokens to leave more for a step, or add memory",
+        )
 
     def _sample(self, logits: Tensor, seqs: list[Sequence]) -> list[int | None]:
         return self._sampler.sample(logits, seqs) if seqs else []

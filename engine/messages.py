@@ -91,6 +91,10 @@ class Stats:
     step_s: float
     tokens: int
     """Fed to the model in this step, prompt and output."""
+    step_tokens: int = 0
+    """The budget of a step as it is now: less than ``EngineInfo``'s once memory ran out."""
+    max_running: int = 0
+    """Likewise, sequences that may run together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,4 +222,6 @@ class EngineProcess:
         if self._stopping:
             return Failed(STOPPED, f"the engine (pid {self.pid}) was stopped")
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        if status == -signal.SIGKILL:
+            how += "; the kernel does that when memory runs out: lower max_batch_total_tokens, or add memory"
         return Failed(DIED, f"the engine (pid {self.pid}) {how}")

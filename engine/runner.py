@@ -22,6 +22,7 @@ from .attention.torch_backend import TorchAttention
 from .batch import Piece, pack
 from .kv_cache import KVCache, block_bytes, spare_bytes
 from .layers.elementwise import Elementwise, TorchElementwise
+from .memory import is_out_of_memory
 from .models.config import Config
 from .models.decoder import Decoder
 from .models.families import from_hf
@@ -76,7 +77,6 @@ class Runner:
             )
         with self._timed("warm_up"):
             self.num_blocks = self._warm_up(settings)
-            self._use_cache(self.num_blocks)
         log.info("runner.ready", extra=self._summary())
 
     @property
@@ -129,10 +129,12 @@ class Runner:
     def _warm_up(self, settings: EngineSettings) -> int:
         """Run the largest step this engine can be asked for, then count the blocks that fit beside it."""
         work = _largest_step(self.step_tokens, settings.max_num_seqs, self.max_model_len, self.block_size)
-        self._use_cache(1 + max(max(piece.seq.block_table) for piece in work))
         try:
+            self._use_cache(1 + max(max(piece.seq.block_table) for piece in work))
             self.forward(_WarmUp(work))
-        except torch.OutOfMemoryError as exc:
+        except Exception as exc:
+            if not is_out_of_memory(exc):
+                raise
             raise Misconfigured(
                 f"a step of {self.step_tokens} tokens does not fit this device's memory; "
                 f"lower max_batch_prefill_tokens or max_num_seqs: {exc}"
@@ -149,12 +151,38 @@ class Runner:
                 f"no memory is left for the KV cache (a block is {size:,} bytes); "
                 "use a smaller model, lower max_batch_prefill_tokens, or raise memory_fraction"
             )
+        blocks = self._fit_cache(blocks)
         if blocks < per_sequence:  # one sequence alone must fit, or it could never finish
             self.max_model_len = blocks * self.block_size
             log.warning(
                 "runner.context_shortened", extra={"max_model_len": self.max_model_len, "blocks": blocks}
             )
         return blocks
+
+    def _fit_cache(self, num_blocks: int) -> int:
+        """Allocate so many blocks, or half, or half of that … Returns how many. Raises Misconfigured."""
+        blocks = num_blocks
+        while True:
+            try:
+                self._use_cache(blocks)
+            except Exception as exc:
+                if not is_out_of_memory(exc):
+                    raise
+                if blocks < 2:
+                    raise Misconfigured(
+                        f"no memory for a KV cache of {num_blocks} blocks of {self.block_size} tokens, "
+                        "nor for one block; lower max_batch_total_tokens or memory_fraction, or add memory"
+                    ) from exc
+            else:
+                return blocks
+            self.free_caches()
+            log.warning("runner.cache_halved", extra={"blocks": blocks // 2, "wanted": num_blocks})
+            blocks //= 2
+
+    def free_caches(self) -> None:
+        """Give memory back that torch keeps for the next allocation."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _use_cache(self, num_blocks: int) -> None:
         shape = self._attention.block_shape()

@@ -10,6 +10,9 @@ from ..schemas.errors import PromptTooLong
 from .block_pool import BlockPool
 from .sequence import Sequence
 
+SMALLEST_STEP = 16
+"""Tokens, or one block if that is more: what a step is shrunk to when memory runs out."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -59,6 +62,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.preemptions = 0
+        self._full = (self.step_tokens, self.max_running)
         self._work: dict[Sequence, int] = {}
         self._preempted: set[Sequence] = set()
 
@@ -101,6 +105,31 @@ class Scheduler:
         """The model has run ``plan``: its tokens have keys and values now."""
         for work in plan.work:
             work.seq.computed += work.count
+
+    def shrink(self) -> bool:
+        """Ask for less at a time: half the budget, then half as many sequences. False: it cannot be less.
+
+        Whoever is too many goes back to the queue. Between steps, or after one that failed.
+        """
+        floor = max(SMALLEST_STEP, self.block_size)
+        if self.step_tokens > floor:
+            self.step_tokens = max(floor, self.step_tokens // 2)
+            self.max_running = min(self.max_running, self.step_tokens)
+        elif self.max_running > 1 and len(self.running) > 1:
+            self.max_running = max(1, min(self.max_running, len(self.running)) // 2)
+        else:
+            return False
+        while len(self.running) > self.max_running:
+            self._preempt(self.running[-1])
+        return True
+
+    def grow(self) -> bool:
+        """Take one ``shrink`` back. False: there is nothing to take back."""
+        if (self.step_tokens, self.max_running) == self._full:
+            return False
+        self.step_tokens = min(self._full[0], 2 * self.step_tokens)
+        self.max_running = min(self._full[1], 2 * self.max_running)
+        return True
 
     def _next_prefill(self, prefilling: deque[Sequence]) -> Sequence | None:
         """The best ranked of those half-way through and the first that waits, if that can be admitted."""

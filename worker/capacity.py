@@ -38,15 +38,19 @@ def claimable(held: Sequence[Held], info: EngineInfo, stats: Stats | None) -> li
     return [priority for priority in Priority if _has_room(priority.rank, held, info, stats)]
 
 
-def max_places(info: EngineInfo) -> int:
-    """Jobs that a class may have in hand: those that run, and a few so that a place is never empty."""
-    return info.max_num_seqs + max(1, info.max_num_seqs // 16)
+def max_places(info: EngineInfo, stats: Stats | None = None) -> int:
+    """Jobs that a class may have in hand: those that run, and a few so that a place is never empty.
+
+    Fewer run once memory ran out, as ``stats`` says; without it, the most there can be.
+    """
+    running = stats.max_running if stats and stats.max_running else info.max_num_seqs
+    return running + max(1, running // 16)
 
 
 def _has_room(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats | None) -> bool:
     """Beyond this an idle neighbour should have the next one."""
     firm = [job for job in held if job.rank <= rank]  # the others would make way
-    if len(firm) >= max_places(info):
+    if len(firm) >= max_places(info, stats):
         return False
     if (
         stats is not None
@@ -56,7 +60,8 @@ def _has_room(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats | 
         return False
     unstarted = [job for job in firm if not job.started]
     prefill = sum(job.tokens for job in unstarted)
-    return prefill < PREFILL_STEPS * info.step_tokens and len(unstarted) < MAX_UNSTARTED
+    step_tokens = stats.step_tokens if stats and stats.step_tokens else info.step_tokens
+    return prefill < PREFILL_STEPS * step_tokens and len(unstarted) < MAX_UNSTARTED
 
 
 def _free_blocks(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats) -> int:

@@ -53,6 +53,9 @@ class Metrics:
         self._waiting = self._gauge("requests_waiting", "Sequences in the engine that wait for KV blocks.")
         self._kv_usage = self._gauge("kv_cache_usage_ratio", "Part of the KV blocks in use, 0 to 1.")
         self._kv_blocks = self._gauge("kv_cache_blocks", "KV blocks in all.")
+        self._step_tokens = self._gauge(
+            "engine_step_token_budget", "Tokens a step may feed: less once memory ran out."
+        )
         self._preemptions = self._counter("num_preemptions", "Sequences that gave their KV blocks up.")
         self._engine_tokens = self._counter(
             "engine_tokens", "Tokens fed to the model, recomputed ones included."
@@ -124,6 +127,7 @@ class Metrics:
         now = self._clock()
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
+        self._step_tokens.set(stats.step_tokens)
         self._kv_usage.set(1 - stats.free_blocks / max(1, stats.total_blocks))
         self._step_s.observe(stats.step_s)
         self._engine_tokens.inc(stats.tokens)

@@ -161,7 +161,11 @@ def test_a_killed_engine_is_the_last_word(tiny: EngineSettings) -> None:
     while isinstance(report, Step):
         report = engine.recv(10)
     assert time.monotonic() - killed_at < 5.0
-    assert report == Failed("engine_died", f"the engine (pid {pid}) was ended by SIGKILL")
+    assert isinstance(report, Failed)
+    assert report.code == "engine_died"
+    assert report.message.startswith(
+        f"the engine (pid {pid}) was ended by SIGKILL; the kernel does that when memory"
+    )
     assert engine.recv(0) == report
     assert not engine.alive
     with pytest.raises(EngineUnavailable):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gristmill.engine.messages import EngineInfo, Stats
 from gristmill.schemas.job import Priority
 from gristmill.worker.capacity import MAX_UNSTARTED, Held, claimable, max_places
@@ -84,3 +86,10 @@ held = st.builds(Held, st.integers(0, 2), st.integers(0, 2000), st.booleans())
 def test_whoever_has_room_leaves_room_for_the_more_urgent(in_hand: list[Held], now: Stats | None) -> None:
     found = claimable(in_hand, INFO, now)
     assert found == ALL[: len(found)]
+
+
+def test_an_engine_that_ran_out_of_memory_is_given_less() -> None:
+    shrunk = replace(stats(free=90, waiting=0), max_running=4, step_tokens=64)
+    assert claimable(jobs(4, NORMAL), INFO, shrunk) == ALL
+    assert claimable(jobs(5, INTERACTIVE), INFO, shrunk) == []
+    assert claimable(jobs(1, INTERACTIVE, tokens=256, started=False), INFO, shrunk) == []
