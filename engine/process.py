@@ -32,6 +32,11 @@ SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "1000"}
 """OpenMP threads wait for one another by spinning, by default for milliseconds: on cores shared with the
 consumer, or with anybody, a step became 20 times slower. A thousand turns, about 50 us, cover the pause
 between two kernels, so that a quiet machine loses nothing."""
+REPORT_BUFFER_BYTES = 8192
+"""Reports that may lie unread; the kernel takes twice this, its own overhead included. That is some ten steps
+of a small batch and one of a large: an engine whose consumer stands still would otherwise make hundreds of
+tokens that nobody writes down, and the next attempt makes them again.
+"""
 START_UP_ERRORS: dict[str, type[BadInput]] = {c.code: c for c in (Misconfigured, ModelInvalid, ModelNotFound)}
 
 
@@ -51,6 +56,7 @@ class EngineProcess:
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
         self._sock, self._child_sock = socket.socketpair()
+        self._child_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REPORT_BUFFER_BYTES)
         self._sending = threading.Lock()
         self._frames = pipe.FrameReader()
         self._received: deque[Report] = deque()

@@ -69,7 +69,7 @@ class EngineClient:
         self._lock = threading.Lock()
         self._trials = Trials()
         self._inside: set[str] = set()  # given to the live engine; not ended there
-        self._leaving: set[str] = set()  # of these: told to stop for a trial's sake
+        self._leaving: set[str] = set()  # of these: told to stop, for good or for a trial's sake
         self._arming: str | None = None  # the listener was asked to put on record that it runs alone
         self._armed: str | None = None  # and has done so
         self._proven = True  # the engine has answered the canary, or its own warm-up
@@ -136,9 +136,6 @@ class EngineClient:
         """Free the request's blocks within a step. Unknown ids are ignored."""
         with self._lock:
             self._trials.remove(request_id)
-            if self._process is not None and request_id in self._inside - self._leaving:
-                with suppress(EngineUnavailable):
-                    self._process.abort([request_id])
             self._arrange()
 
     def stop(self) -> None:

@@ -120,4 +120,6 @@ def test_on_sqs_a_drained_worker_hands_back_and_a_lost_state_repeats_nothing(
     assert finished.usage.completion_tokens == TOKENS
     wait_until(lambda: server.counts(server.queues[1]) == (0, 0), 30, "both messages are deleted")
     assert stack.client.get(done.id).result(10).text == text
+    again = [event for _, event in stack.state.read_log(done.id)]
+    assert not any(isinstance(event, Delta) for event in again), "it was run a second time"
     assert second.said("job.finished")
