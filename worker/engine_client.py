@@ -34,8 +34,9 @@ class Listener(Protocol):
         """The engine died. Returns the suspects that the listener gives up for it."""
         ...
 
-    def arm(self, request_id: str) -> None:
-        """It is about to run alone: put that on record, then call ``armed``."""
+    def arm(self, request_id: str) -> bool:
+        """It is about to run alone: put that on record, then call ``armed``. False: it is over."""
+        ...
 
     def resume(self, request_ids: set[str]) -> list[Request]:
         """What the engine has to continue, tokens so far included. Those left out are forgotten."""
@@ -165,9 +166,10 @@ class EngineClient:
         while coming := self._trials.runnable - self._inside:
             alone = self._trials.alone
             if alone in coming and self._armed != alone:
-                if self._arming != alone:
-                    self._arming = alone
-                    self._listener.arm(alone)
+                if self._arming != alone and not self._listener.arm(alone):
+                    self._trials.remove(alone)  # it ended just before it was submitted
+                    continue
+                self._arming = alone
                 return
             requests = self._listener.resume(set(coming))
             for request_id in coming.difference(request.id for request in requests):
@@ -237,7 +239,7 @@ class EngineClient:
         if self._process is not None:
             self._process.stop(HUNG_S)  # without our lock: whoever waits for a hung engine to listen holds it
         with self._lock:
-            self._process = None
+            self._process, self._proven = None, False  # who is submitted now waits for the next one
             verdict = self._trials.crashed(self._inside)
             self._inside, self._leaving, self._arming, self._armed = set(), set(), None, None
         self.stats = None  # the next one's cache is empty: room must not be judged by these
@@ -277,4 +279,4 @@ class EngineClient:
         """
         with self._lock:
             process.add([CANARY])
-            self._process, self._heard_at, self._proven = process, time.monotonic(), False
+            self._process, self._heard_at = process, time.monotonic()

@@ -388,13 +388,15 @@ class JobHandler:
         log.error("job.given_up", extra={"job_id": job_id, "crashes": history.strikes, "code": last.code})
         generation.fail(ErrorInfo(code=MAX_ATTEMPTS, message=text), now)
 
-    def arm(self, request_id: str) -> None:
+    def arm(self, request_id: str) -> bool:
         """It is to run alone: should this worker die of it, the next one finds that in the log."""
         with self.publisher.lock:
             generation = self._generation(request_id)
-            if generation is not None and generation.done is None:
-                generation.note(Trial(at=time.time()))
-                self.publisher.wake()
+            if generation is None or generation.done is not None:
+                return False
+            generation.note(Trial(at=time.time()))
+            self.publisher.wake()
+            return True
 
     def _on_armed(self, generation: Generation) -> None:
         log.info("job.tried_alone", extra={"job_id": generation.job.id, "attempt": generation.attempt})

@@ -33,6 +33,7 @@ class Jobs:
         self.client: EngineClient
         self.crashes: list[tuple[str, Verdict]] = []
         self.armed: list[str] = []
+        self.late: list[Request] = []
 
     def on_step(self, outputs: list[Output], _stats: Stats, _now: float) -> None:
         for output in outputs:
@@ -42,11 +43,16 @@ class Jobs:
 
     def on_crash(self, reason: str, verdict: Verdict, _now: float) -> set[str]:
         self.crashes.append((reason, verdict))
+        for request in self.late:
+            self.client.submit(request)
         return set()
 
-    def arm(self, request_id: str) -> None:
+    def arm(self, request_id: str) -> bool:
+        if request_id == "over":
+            return False
         self.armed.append(request_id)
         threading.Thread(target=self.client.armed, args=[request_id]).start()
+        return True
 
     def resume(self, request_ids: set[str]) -> list[Request]:
         self.resumed.append(request_ids)
@@ -110,6 +116,31 @@ def test_a_hung_engine_is_replaced_and_frees_who_waits_for_it(tiny: EngineSettin
         assert jobs.armed == ["giant"]
         assert jobs.resumed == [{"giant"}, {"a"}]
         assert not jobs.gone
+
+
+def test_a_request_that_comes_while_there_is_no_engine_is_given_to_the_next_one(
+    tiny: EngineSettings, jobs: Jobs
+) -> None:
+    """It counted as given, and waited until the stall of an idle engine was blamed on it."""
+    with client_of(tiny, jobs, restarts=1) as client:
+        jobs.late.append(jobs.request("late", []))
+        client.submit(jobs.request("a", []))
+        wait_until(lambda: jobs.tokens.get("a"), 20, "the first token")
+        os.kill(engine_pid(client), signal.SIGKILL)
+        wait_until(lambda: jobs.ended.keys() == {"a", "late"}, READY_S, "the next engine ends both")
+        assert jobs.crashes[0][1].suspects == set()
+        assert len(jobs.tokens["late"]) == 400
+
+
+def test_a_suspect_that_ended_just_before_it_was_submitted_holds_nobody_up(
+    tiny: EngineSettings, jobs: Jobs
+) -> None:
+    """Cancelled between the two: the worker waited for its turn alone, which never came."""
+    with client_of(tiny, jobs) as client:
+        client.submit(jobs.request("over", []), suspect=True)
+        client.submit(jobs.request("b", []))
+        wait_until(lambda: jobs.ended.get("b") == "length", 20, "the next one ends")
+        assert not client.on_trial
 
 
 def test_an_engine_that_may_not_be_started_again_is_given_up(tiny: EngineSettings, jobs: Jobs) -> None:
