@@ -152,6 +152,8 @@ class Committer:
 
     def _failed(self, parcel: Parcel, failure: GristmillError) -> None:
         known, self._failure = self._failure, failure
+        if self._closing:  # nobody waits for its end, nor for a place
+            self._changed.notify_all()
         if known is None:
             self._failing_since, self._pause_s = time.monotonic(), PAUSE_FIRST_S
         elif self._prober is parcel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from gristmill.backends.store import FileStore
 from gristmill.schemas import keys
 from gristmill.schemas.job import JobState
 from gristmill.schemas.result import Choice, FinishReason, Result
-from gristmill.worker.committer import Committer
+from gristmill.worker.committer import AT_ONCE, Committer
 from gristmill.worker.metrics import Metrics
 from gristmill.worker.spool import remove_dead
 
@@ -32,9 +33,12 @@ class Store(FileStore):
         root.mkdir()
         super().__init__(root)
         self.tries: list[str] = []
+        self.answers = Event()
+        self.answers.set()
 
     def put_new(self, name: str, body: bytes) -> bool:
         self.tries.append(name)
+        self.answers.wait(10)
         return super().put_new(name, body)
 
     def go(self) -> None:
@@ -196,6 +200,17 @@ def test_closing_lets_those_go_who_wait_and_nobody_else(bench: Bench) -> None:
     bench.committer.close()
     assert waiting.result(5) is None
     assert bench.committer.waiting == 0
+
+
+def test_who_waits_for_a_place_at_the_end_is_let_go_when_the_store_goes_away_then(bench: Bench) -> None:
+    """They were told of a place that came free, and no place ever did."""
+    bench.store.answers.clear()
+    commits = bench.finish(AT_ONCE + 8)
+    wait_until(lambda: len(bench.store.tries) == AT_ONCE, 10, "all places are taken")
+    bench.committer.close()
+    bench.store.go()
+    bench.store.answers.set()
+    assert [commit.result(10) for commit in commits] == [None] * len(commits)
 
 
 def test_while_nothing_is_wrong_results_are_stored_even_at_the_end(bench: Bench) -> None:
