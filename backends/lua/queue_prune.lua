@@ -1,10 +1,11 @@
 -- Throw away waiting messages of jobs that have ended: cancelled or expired in the queue, say. A claim would find
--- that out too, but there may be nobody to claim. Looks at a few of one tenant's messages, the oldest first.
+-- that out too, but there may be nobody to claim. Those of failed jobs stay: whoever claims one knows whether it
+-- belongs among the dead letters. Looks at a few of one tenant's messages, the oldest first.
 -- KEYS    (none)
 -- ARGV    1 queue   2 which tenant (0, 1, ...)   3 how many of its oldest to pass over   4 how many to look at
 --         5 how many bytes to look at   6 a job's state key with %s for its id
 -- returns {messages thrown away, where to go on: tenant, messages to pass over}; tenant -1: there is no such one
-local FINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
+local ENDED = {succeeded = true, cancelled = true, expired = true}
 local HEADERS = 4096  -- they stand behind the body, which may be long
 
 local tenants = string.format(TENANTS, ARGV[1])
@@ -28,7 +29,7 @@ while looked < tonumber(ARGV[4]) and bytes < tonumber(ARGV[5]) do
   end
   looked, bytes = looked + 1, bytes + #entry
   local job = string.match(string.sub(entry, -HEADERS), '"id": ?"([%w_.-]+)"')
-  if job and FINAL[redis.call('HGET', string.format(ARGV[6], job), 'state')] then
+  if job and ENDED[redis.call('HGET', string.format(ARGV[6], job), 'state')] then
     gone = gone + redis.call('LREM', list, -1, entry)
   else
     start = start + 1

@@ -16,6 +16,7 @@ from gristmill.backends.state import State
 from gristmill.keeper.health import HealthPage
 from gristmill.schemas import keys
 from gristmill.schemas.errors import StoreUnavailable
+from gristmill.schemas.events import End
 from gristmill.schemas.job import JobState
 from gristmill.schemas.result import FinishReason
 from gristmill.schemas.settings import Settings
@@ -32,6 +33,16 @@ def fleet(valkey: Valkey, settings: Settings, tmp_path: Path) -> Iterator[Fleet]
     fleet.state.register("w1", WORKER, 15)
     fleet.state.unregister("w1")
     yield fleet
+    fleet.close()
+
+
+def test_the_message_of_a_failed_job_is_left_to_a_worker_which_may_bury_it(fleet: Fleet) -> None:
+    """Its worker died between the job's end and the dead letter, and the message was thrown away here."""
+    failed, other = fleet.submit(make_job()), fleet.submit(make_job())
+    fleet.state.finish(failed.id, End(state=JobState.FAILED))
+    fleet.state.finish(other.id, End(state=JobState.SUCCEEDED))
+    assert fleet.keeper().round().pruned == 1
+    assert fleet.claim().payload.count(failed.id.encode())
     fleet.close()
 
 
