@@ -269,7 +269,7 @@ class Channel(stock.Channel):
             properties, headers = message["properties"], message["headers"]
             info = properties["delivery_info"]
         except (ValueError, KeyError, TypeError) as exc:
-            self.claims.bury(claimed.tag, f"not a message: {exc!r}")
+            self.claims.bury(claimed.tag, f"not a message: {type(exc).__name__}")
             return None
         properties.update(delivery_tag=claimed.tag, delivery_count=claimed.deliveries)
         info.update(redelivered=claimed.deliveries > 1, queue=claimed.queue, tenant=claimed.tenant)

@@ -220,10 +220,13 @@ def test_a_rejected_message_is_kept_among_the_dead(put, inbox, queue, valkey) ->
 def test_what_is_no_message_is_buried_and_the_next_one_delivered(put, inbox, queue, valkey) -> None:
     queue.put("q", "default", "x", "not JSON")
     queue.put("q", "default", "y", '{"properties": {}}')
+    queue.put("q", "default", "z", b"secret \xff")
     valkey.client().rpush(keys.queue_messages("q", "default"), "pushed by hand")
     put("hello")
     assert inbox().read(1) == ["hello"]
-    assert DeadLetters(valkey.client()).count("q") == 3
+    reasons = [letter.reason for letter in DeadLetters(valkey.client()).letters("q")]
+    assert len(reasons) == 4
+    assert not any("secret" in reason for reason in reasons), "the log tells the reason"
     assert queue.claimed() == 1
 
 
