@@ -166,7 +166,7 @@ def _details(found: DeadJob, show_prompt: bool) -> dict[str, Any]:
 
 def _history(found: DeadJob) -> list[dict[str, Any]]:
     """What died with the job, as its result remembers."""
-    return [crash.model_dump(mode="json") for crash in getattr(found.result, "crashes", ())]
+    return [crash.model_dump(mode="json") for crash in (found.result.crashes if found.result else ())]
 
 
 def _lines(found: DeadJob, show_prompt: bool) -> Iterator[tuple[str, Any]]:

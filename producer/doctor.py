@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any, Literal
 
 from ..schemas.errors import GristmillError, Transient
-from ..schemas.queues import queue_names
+from ..schemas.queues import dead_queue_name, queue_names
 from ..schemas.settings import Settings
 from .link import EMBEDDED, Link
 
@@ -182,9 +182,10 @@ def _queues(link: Link) -> Check:
     """Paused queues and dead letters: two ways for jobs not to run although all is well."""
     from ..backends import broker
 
-    every = [queue for model in sorted(link.state.models()) for queue in queue_names(model)]
+    models = sorted(link.state.models())
+    every = [queue for model in models for queue in queue_names(model)]
     paused = [queue for queue in every if broker.paused(link.app, queue)]
-    dead = sum(link.dead.count(queue) for queue in every)
+    dead = sum(link.dead.count(queue) for queue in (*every, *map(dead_queue_name, models)))
     data: dict[str, Any] = {"paused": paused, "dead_letters": dead}
     if paused:
         step = "gristmill queues resume --model NAME, if that is over"
