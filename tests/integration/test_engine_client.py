@@ -139,7 +139,7 @@ def test_a_suspect_that_ended_just_before_it_was_submitted_holds_nobody_up(
     with client_of(tiny, jobs) as client:
         client.submit(jobs.request("over", []), suspect=True)
         client.submit(jobs.request("b", []))
-        wait_until(lambda: jobs.ended.get("b") == "length", 20, "the next one ends")
+        wait_until(lambda: jobs.ended.get("b") == "length", READY_S, "the next one ends")
         assert not client.on_trial
 
 
