@@ -141,6 +141,7 @@ class Engine:
 
     def _run(self) -> list[Output]:
         """One step, smaller and smaller until memory suffices. A failed try has changed no sequence."""
+        size = self._scheduler.step_tokens, self._scheduler.max_running
         while True:
             plan = self._scheduler.plan()
             sampling = [work.seq for work in plan.work if work.samples]
@@ -154,6 +155,7 @@ class Engine:
             self._runner.free_caches()
             if not self._shrink(plan):
                 self._step_tokens = 0
+                self._scheduler.step_tokens, self._scheduler.max_running = size  # it was this one's doing
                 return [self._too_big(plan)]
         self._scheduler.advance(plan)
         self._step_tokens = plan.tokens

@@ -130,8 +130,9 @@ class EngineClient:
     def armed(self, request_id: str) -> None:
         """The answer to ``Listener.arm``, any time later."""
         with self._lock:
-            self._armed = request_id
-            self._arrange()
+            if request_id == self._arming:  # not for a trial that a crash has ended
+                self._armed = request_id
+                self._arrange()
 
     def abort(self, request_id: str) -> None:
         """Free the request's blocks within a step. Unknown ids are ignored."""

@@ -59,6 +59,7 @@ class Lifecycle:
         self._ended = threading.Event()
         self._started_at = time.monotonic()
         self._beat_at = self._reconciled_at = 0.0
+        self._left = False  # the registration is withdrawn
         self._threads = (
             threading.Thread(target=self._tick_forever, name="lifecycle", daemon=True),
             threading.Thread(target=self._listen_forever, name="control", daemon=True),
@@ -149,6 +150,7 @@ class Lifecycle:
         deadline = time.monotonic() + RETURN_S
         while self._handler.in_hand and time.monotonic() < deadline:
             time.sleep(0.02)
+        self._left = True
         if self._handler.publisher.healthy:  # the registration also expires by itself
             with suppress(Transient, Misconfigured):
                 self._state.unregister(self._worker_id)
@@ -180,8 +182,8 @@ class Lifecycle:
 
     def _tick(self, now: float) -> None:
         self._handler.expire(now)
-        if now - self._beat_at >= self._settings.heartbeat_every_s and not self.draining:
-            self._beat(now)
+        if now - self._beat_at >= self._settings.heartbeat_every_s and not self._left:
+            self._beat(now)  # while draining, too: its jobs are not anybody else's yet
             self._waiting()  # for /metrics
         if now - self._reconciled_at >= RECONCILE_EVERY_S:
             self._reconciled_at = now

@@ -55,6 +55,8 @@ class Publisher:
         with self.lock:
             if self._live.get(generation.job.id) is generation:
                 del self._live[generation.job.id]
+            if not self._live:  # nothing is left to find out with whether the server is back
+                self.healthy = True
 
     def wake(self) -> None:
         """Something may be due now. The caller holds ``lock``."""

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.producer.client import JobHandle
-from gristmill.schemas.events import Delta, Done, End, Event, Started
+from gristmill.schemas.events import Delta, Done, End, Event, Released, Started
 from gristmill.schemas.job import JobState
 
 from ..support.faultpoints.sitecustomize import POINTS
@@ -146,7 +146,10 @@ def check(kill_range: Range, job: JobHandle, followed: list[Any], tokens: int) -
     assert [delta.offset for delta in deltas] == [
         sum(len(d.ids) for d in deltas[:n]) for n in range(len(deltas))
     ]
-    assert [type(event) for event in events if not isinstance(event, Delta | Started)] == [Done, End]
+    assert [type(event) for event in events if not isinstance(event, Delta | Started | Released)] == [
+        Done,
+        End,
+    ]
     assert isinstance(events[-1], End)
     wait_until(lambda: not kill_range.claims_left(), 30, "its message is acknowledged")
     return events

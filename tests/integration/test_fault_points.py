@@ -38,7 +38,7 @@ def run(engine: EngineProcess, request_id: str, *prompt_ids: int) -> Step | Fail
             return report
 
 
-@pytest.mark.parametrize(("how", "says"), [("kill", "SIGKILL"), ("oom", "poisoned")])
+@pytest.mark.parametrize(("how", "says"), [("kill", "SIGKILL"), ("raise", "poisoned")])
 def test_a_poisoned_token_ends_the_engine_that_is_fed_it_as_often_as_asked(
     how: str, says: str, settings: EngineSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
