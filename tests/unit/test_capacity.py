@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gristmill.engine.messages import EngineInfo, Stats
+from gristmill.engine.messages import Stats
 from gristmill.schemas.job import Priority
 from gristmill.worker.capacity import MAX_UNSTARTED, Held, claimable, max_places
 from hypothesis import given
 from hypothesis import strategies as st
 
-INFO = EngineInfo(
-    vocab_size=1000,
-    max_model_len=2048,
-    num_blocks=100,
-    block_size=16,
-    max_num_seqs=16,
-    step_tokens=512,
-    dtype="float32",
-    attention="torch",
-    eos_token_ids=[0],
-    load_s={},
-)
+from ..support.played import PlayedEngine
+
+INFO = PlayedEngine.info
 ALL = list(Priority)
 INTERACTIVE, NORMAL, BATCH = ALL
 
@@ -72,7 +63,7 @@ def test_prompts_that_have_not_started_keep_back_their_own_class_and_those_below
     waiting = jobs(4, NORMAL, tokens=512, started=False)
     assert claimable(waiting, INFO, None) == [INTERACTIVE]
     assert claimable(jobs(4, NORMAL, tokens=512), INFO, None) == ALL
-    many = EngineInfo(**{**{f: getattr(INFO, f) for f in INFO.__slots__}, "max_num_seqs": 500})
+    many = replace(INFO, max_num_seqs=500)
     assert claimable(jobs(MAX_UNSTARTED, NORMAL, tokens=1, started=False), many, None) == [INTERACTIVE]
 
 
