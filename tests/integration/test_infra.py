@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def environment(text: str) -> set[str]:
 def test_every_variable_that_is_set_is_a_setting(path: Path) -> None:
     own = {"valkey_password"}  # compose.yaml's, for the server itself
     assert environment(path.read_text()) - own <= set(WorkerSettings.model_fields)
+
+
+@pytest.mark.parametrize("path", [*DOCKERFILES, INFRA.parent / ".dockerignore"], ids=lambda path: path.name)
+def test_every_package_is_copied_and_inside_the_build_context(path: Path) -> None:
+    """The image of a tree that lacks one does not build: keeper/ was forgotten in all of them."""
+    project = tomllib.loads((INFRA.parent / "pyproject.toml").read_text())
+    wanted = {folder.partition("/")[0] for folder in project["tool"]["setuptools"]["package-dir"].values()}
+    assert wanted <= set(re.findall(r"^(?:!|COPY )(\w+)", path.read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
