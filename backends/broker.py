@@ -127,7 +127,7 @@ def close(app: Celery) -> None:
 
 
 def claims_of(app: Celery) -> ClaimBook:
-    """What this process holds: hooks ``on_lost``, ``should_renew`` and ``on_overdue`` are set there."""
+    """What this process holds: its hook ``on_overdue`` is set there."""
     return app.conf.broker_transport_options["claims"]
 
 

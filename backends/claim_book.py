@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import ClassVar
 
@@ -32,9 +32,8 @@ class Debt(Enum):
 class ClaimBook(ABC):
     """Thread-safe. ``errors`` is what its broker raises while it does not answer.
 
-    ``on_lost(tag)`` hears of a claim that is no longer ours (in the thread that noticed, so be quick);
-    ``should_renew(tag)`` may let a lease run out by saying no; ``on_overdue(job_id)`` hears of a job whose
-    claim the broker will not prolong much longer: hand it back.
+    ``on_overdue(job_ids)`` hears, in a thread of its own, of jobs whose claims the broker will not prolong
+    much longer: hand them back.
     """
 
     errors: ClassVar[tuple[type[Exception], ...]]
@@ -42,9 +41,7 @@ class ClaimBook(ABC):
     def __init__(self, *, lease_s: float, renew_every_s: float | None = None) -> None:
         self.lease_s = lease_s
         self.renew_every_s = min(renew_every_s or lease_s / 3, lease_s / 3)
-        self.on_lost: Callable[[str], None] = lambda _tag: None
-        self.should_renew: Callable[[str], bool] = lambda _tag: True
-        self.on_overdue: Callable[[str], None] = lambda _job_id: None
+        self.on_overdue: Callable[[Sequence[str]], None] = lambda _job_ids: None
         self._held: dict[str, None] = {}  # in the order they were claimed
         self._owed: dict[str, Debt] = {}
         self._lock = threading.Lock()
@@ -146,7 +143,6 @@ class ClaimBook(ABC):
             with self._lock:
                 self._held.pop(tag, None)
             log.warning("claim.lost", extra={"tag": tag})
-            self.on_lost(tag)
 
     def _wake(self) -> None:
         with self._lock:

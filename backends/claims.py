@@ -53,7 +53,7 @@ class Claims(ClaimBook):
         try:
             self.settle()
             lost: list[str] = []
-            tags = [tag for tag in self.held if self.should_renew(tag)]
+            tags = self.held
             for start in range(0, len(tags), RENEW_BATCH):
                 lost += self.queue.renew(tags[start : start + RENEW_BATCH])
         except REDIS_ERRORS:

@@ -13,7 +13,7 @@ from .claim_book import Renewer
 
 
 class LeaseRenewer(bootsteps.StartStopStep):
-    """Add it to ``app.steps["consumer"]``. The hooks are those of ``claims_of(app)``: on_lost, should_renew.
+    """Add it to ``app.steps["consumer"]``.
 
     Reconnecting stops and starts every step of the consumer, and a warm shutdown stops them while jobs
     still run: the renewal goes on through both. What was claimed and never started is handed back at the

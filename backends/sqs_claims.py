@@ -88,7 +88,7 @@ class SqsClaims(ClaimBook):
     def renew(self) -> list[str]:
         """See ClaimBook."""
         asked_at = self.clock()
-        tags = [tag for tag in self.held if self.should_renew(tag)]
+        tags = self.held
         lost: list[str] = []
         try:  # what is owed has a thread of its own: a queue that deletes nothing must not cost the leases
             for start in range(0, len(tags), RENEW_BATCH):
@@ -214,8 +214,9 @@ class SqsClaims(ClaimBook):
             self._overdue.update(over)
         for tag, job_id in over.items():
             log.warning("claim.overdue", extra={"tag": tag, "job_id": job_id})
-            if job_id is not None:
-                self.on_overdue(job_id)
+        if jobs := [job_id for job_id in over.values() if job_id is not None]:
+            # Who hands them back waits for the state server: not in the thread that renews every lease.
+            threading.Thread(target=self.on_overdue, args=(jobs,), name="sqs-overdue", daemon=True).start()
 
     def _messages(self, tags: Iterable[str]) -> list[SqsMessage]:
         with self._lock:

@@ -7,7 +7,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE_FIRST_S, PATIENCE_MAX_S = 0.05, 5.0
 GIVE_BACK_FLUSH_S = 2.0
-"""It is the lease renewal that waits for it."""
+"""Beyond it the state server is away: what is not journalled is made again."""
 LOOK_AGAIN_S = 1.0
 """How often a fenced delivery looks what has become of its job."""
 
@@ -462,22 +462,26 @@ class JobHandler:
         self.engine.abort(generation.request_id)
         log.info("job.ended_early", extra={"job_id": job_id, "reason": reason.value})
 
-    def give_back(self, job_id: str) -> None:
-        """Journal a running job's tokens and give its delivery back: it goes on from there, somewhere.
+    def give_back(self, job_ids: Sequence[str]) -> None:
+        """Journal running jobs' tokens and give their deliveries back: they go on from there, somewhere.
 
-        For claims that the broker will not prolong much longer. Unknown ids are ignored.
+        For claims that the broker will not prolong much longer. Unknown ids are ignored. Returns within
+        ``GIVE_BACK_FLUSH_S``, however many they are.
         """
         with self._slots_lock:
-            slot = self._slots.get(job_id)
-        generation = slot.generation if slot else None
-        if slot is None or generation is None or slot.ended.is_set():
-            return
-        self.publisher.flush(GIVE_BACK_FLUSH_S)
-        request_id = generation.request_id
+            slots = [slot for job_id in job_ids if (slot := self._slots.get(job_id)) is not None]
+        running = [(slot, slot.generation) for slot in slots if not slot.ended.is_set()]
+        if any(generation is not None for _, generation in running):
+            self.publisher.flush(GIVE_BACK_FLUSH_S)
+        for slot, generation in running:
+            if generation is not None:
+                self._give_back(slot, generation.request_id)
+
+    def _give_back(self, slot: Slot, request_id: str) -> None:
         # Not before the attempt is over: the engine's answer to it would end the job.
         slot.disposition.add_done_callback(lambda _: self.engine.abort(request_id))
         self._end(slot, Disposition.REQUEUE)
-        log.info("job.given_back", extra={"job_id": job_id})
+        log.info("job.given_back", extra={"job_id": slot.job.id})
 
     def hand_back(self, flush_s: float) -> int:
         """Journal every running job's tokens, then give the deliveries back to the queue. How many.

@@ -193,13 +193,32 @@ def test_a_job_given_back_goes_on_from_its_journal(played: Played, state: State)
     delivery = played.deliver(job)
     request = played.running(job)
     played.step(job, 28)
-    played.handler.give_back("somebody else's")
-    played.handler.give_back(job.id)
+    played.handler.give_back(["somebody else's", job.id])
     assert delivery.result(5) is Disposition.REQUEUE
     assert played.engine.aborted == [request.id]
     played.engine.submitted.clear()
     played.deliver(job)
     assert played.running(job).output_ids == [28]
+
+
+def test_many_jobs_given_back_wait_for_a_frozen_state_server_once(
+    played: Played, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waited for itself: a hundred held everybody's lease renewals up for minutes."""
+    monkeypatch.setattr("gristmill.worker.handler.GIVE_BACK_FLUSH_S", 0.5)
+    jobs = [make_job() for _ in range(12)]
+    deliveries = [played.deliver(job) for job in jobs]
+    for job in jobs:
+        played.running(job)
+        played.step(job, 28)
+    valkey.freeze()
+    try:
+        began = time.monotonic()
+        played.handler.give_back([job.id for job in jobs])
+        assert time.monotonic() - began < 3
+        assert {d.result(20) for d in deliveries} == {Disposition.REQUEUE}
+    finally:
+        valkey.thaw()
 
 
 def test_a_fenced_delivery_comes_back_if_the_newer_attempts_worker_is_gone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -218,17 +219,28 @@ def test_a_buried_message_is_a_dead_letter_with_its_job(bench: Bench) -> None:
 
 
 def test_a_claim_held_for_eleven_hours_is_told_of_once(bench: Bench) -> None:
-    bench.put("job-1")
+    """Who was told waited for the state server, and meanwhile no lease was renewed."""
+    bench.put("job-1"), bench.put("job-2")
     box = bench.inbox()
-    box.read(1)
-    overdue: list[str] = []
-    box.claims.on_overdue = overdue.append
+    box.read(2)
+    overdue: list[list[str]] = []
+    heard, go_on = threading.Event(), threading.Event()
+
+    def hear(job_ids: list[str]) -> None:
+        overdue.append(sorted(job_ids))
+        heard.set()
+        go_on.wait(30)
+
+    box.claims.on_overdue = hear
     box.claims.renew()
     assert not overdue
     now = time.monotonic()
     box.claims.clock = lambda: now + 11 * 3600
-    box.claims.renew(), box.claims.renew()
-    assert overdue == ["job-1"]
+    assert box.claims.renew() == box.claims.renew() == []
+    assert heard.wait(10)
+    assert box.claims.renew() == [], "although nobody has come back from hearing of it"
+    go_on.set()
+    assert overdue == [["job-1", "job-2"]]
 
 
 def test_a_paused_queue_gives_nothing_until_it_goes_on(bench: Bench) -> None:

@@ -7,6 +7,7 @@ Run as ``python consumer.py URL FILE LEASE_S JOB_S QUEUE…``; each event is a l
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def main(url: str, notes: str, lease_s: str, job_s: str, *queues: str) -> None:
     ready: list[bool] = []
     gate = broker.Gate(claimable)
     app = broker.make_app(settings, gate=gate, queue_names=queues)
-    broker.claims_of(app).on_lost = lambda tag: note("lost", tag=tag)
+    logging.getLogger("gristmill.backends.claim_book").addFilter(
+        lambda record: record.getMessage() != "claim.lost" or note("lost", tag=record.__dict__["tag"])
+    )
     app.steps["consumer"].add(LeaseRenewer)
 
     def generate(task: Any, body: str) -> str:
