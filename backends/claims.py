@@ -68,9 +68,8 @@ class Claims(ClaimBook):
         """Hand back what others let expire. Raises redis-py's exceptions."""
         if self.queue is None:
             return 0
-        outage = self._outage
         try:
-            swept = self.queue.sweep(period_s=period_s, outage=outage)
+            swept = self.queue.sweep(period_s=period_s)
         except REDIS_ERRORS:
             self._outage = True
             raise

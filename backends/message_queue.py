@@ -93,6 +93,7 @@ class MessageQueue:
         self.replicas, self.replica_wait_s = replicas, replica_wait_s
         self.lease_ms = int(lease_s * 1000)
         self.now_ms = now_ms
+        self._swept_ms: int | str = ""
 
     def put(
         self, queue: str, tenant: str, base: str, payload: str | bytes, expires_ms: int | None = None
@@ -154,15 +155,15 @@ class MessageQueue:
             else []
         )
 
-    def sweep(self, *, period_s: float = 0.0, outage: bool = False, server: Sequence[Any] = ()) -> Sweep:
+    def sweep(self, *, period_s: float = 0.0, server: Sequence[Any] = ()) -> Sweep:
         """Hand expired claims back, unless their owners could not renew: see queue_sweep.lua for the rule.
 
-        ``outage``: the caller itself could not reach the server since its last sweep. ``server`` is for
-        tests.
+        One caller's life is one MessageQueue: what it swept before tells a standstill from an empty fleet.
+        ``server`` is for tests.
         """
-        args = (self._now, self.lease_ms, int(period_s * 1000), int(outage), SWEEP_LIMIT, *server)
-        returned, hold_ms = run_script(self.client, SWEEP, *args)
-        return Sweep(int(returned), int(hold_ms) / 1000)
+        args = (self._now, self.lease_ms, int(period_s * 1000), self._swept_ms, SWEEP_LIMIT, *server)
+        returned, hold_ms, self._swept_ms = map(int, run_script(self.client, SWEEP, *args))
+        return Sweep(returned, hold_ms / 1000)
 
     def release_orphans(self) -> int:
         """Hand every claim back at once. Only for who knows that no owner lives."""

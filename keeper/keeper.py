@@ -86,7 +86,6 @@ class Keeper:
         self._state, self._dead, self._queue = state, dead, queue
         self._endings = Endings(state, sink, keeper_id)
         self._pruner = Pruner(queue) if queue is not None and prunes else None
-        self._outage = False
         self._check_store, self._store_failed = check_store, False
         self._tidied_at = -TIDY_EVERY_S
         self._sqs_drained_at = -SQS_EVERY_S
@@ -107,7 +106,7 @@ class Keeper:
             except (Transient, Misconfigured) as exc:  # a password that was revoked may come back
                 if not failing:
                     log.warning("keeper.unavailable", extra={"code": exc.code, "reason": exc.message})
-                failing = self._outage = True
+                failing = True
                 self._revive()
             except Exception:  # the thread's edge: a keeper inside a worker must not take it down
                 log.critical("keeper.crashed", exc_info=True)
@@ -263,8 +262,7 @@ class Keeper:
         with redis_errors("broker"):
             if self._queue is not None:
                 period_s = 0.9 * self._settings.keeper_every_s
-                done.swept += self._queue.sweep(period_s=period_s, outage=self._outage).returned
-                self._outage = False
+                done.swept += self._queue.sweep(period_s=period_s).returned
             if self._pruner is not None:
                 models = self._state.models().values()
                 done.pruned += self._pruner.walk([name for model in models for name in model.queues])

@@ -39,7 +39,7 @@ class Days:
         self.back: list[float] = []
         """When a lease ran out, in seconds since the beginning."""
         run_id = fleet.valkey.client().info("server")["run_id"]
-        self.server = (run_id, round(self.began * 1000) - 1, 0, 10)
+        self.server = (run_id, round(self.began * 1000) - 1)
 
     def pass_by(self, seconds: float) -> None:
         fleet, end = self.fleet, self.fleet.clock.now + seconds

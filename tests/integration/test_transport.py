@@ -447,8 +447,7 @@ def test_an_acknowledgement_nobody_heard_is_said_after_the_restart(put, inbox, v
     assert box.claims.troubled
     valkey.restart()
     queue = MessageQueue(valkey.client(), lease_s=LEASE_S)
-    assert queue.claimed() == 1
-    box.claims.renew()
+    box.claims.renew()  # unless the renewals' own thread was faster
     assert queue.claimed() == queue.depth("q") == 0
     assert box.claims.held == ()
 

@@ -19,7 +19,7 @@ LEASE_S = 10.0
 LEASE_MS = 10_000
 QUEUES = ("gm-a-interactive", "gm-a-batch")
 TENANTS = ("ann", "bob", "cy")
-SERVER = ("run", 0, 10**9, 10)
+SERVER = ("run", 0)
 
 
 @dataclass

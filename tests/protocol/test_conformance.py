@@ -88,7 +88,7 @@ class Real:
         self.client.zadd(keys.CLAIM_EXPIRY, {tag(at): self.queue.now_ms or 0}, xx=True)
 
     def _sweep(self) -> tuple[int, float]:
-        swept = self.queue.sweep(server=(f"run{self.run}", 0, 10**9, 10))
+        swept = self.queue.sweep(server=(f"run{self.run}", 0))
         return swept.returned, swept.hold_s
 
     def _let_pass_a_hold(self) -> None:
