@@ -125,6 +125,15 @@ def test_importing_the_engine_loads_no_client_of_any_service() -> None:
     assert not loaded & {"redis", "kombu", "celery", "boto3", "huggingface_hub", "transformers"}
 
 
+def test_starting_the_engine_loads_no_computer_algebra() -> None:
+    """torch.testing.assert_close brings sympy along by way of torch.distributed: a second of every start."""
+    loaded = imported_modules(
+        "import torch, gristmill.engine.engine; from gristmill.engine.layers.linear import packing_works; "
+        "[packing_works(dtype) for dtype in (torch.float32, torch.bfloat16)]"
+    )
+    assert not loaded & {"sympy", "torch.distributed.tensor"}
+
+
 def test_relative_imports_stay_inside_a_package_and_absolute_ones_never_name_gristmill() -> None:
     named = {
         f"{name_of(path)}:{node.lineno}"
