@@ -1,7 +1,8 @@
 """SqsQueues: what we say to SQS, one method per operation, and botocore's exceptions as ours.
 
 START HERE for SQS. ``sqs_receiver.py`` decides when to receive, ``sqs_claims.py`` keeps the leases,
-``sqs_transport.py`` is kombu's view of both, ``sqs_admin.py`` creates queues and drains the dead ones.
+``sqs_transport.py`` is kombu's view of both, ``sqs_admin.py`` creates queues, ``sqs_dead.py`` drains the dead
+ones.
 
 Every method raises BrokerUnavailable while SQS does not answer, and Misconfigured where only a change of
 settings, rights or queues helps.

@@ -20,11 +20,12 @@ from ..backends.dead import DeadLetters, job_of, open_dead
 from ..backends.message_queue import MessageQueue
 from ..backends.redis import redis_errors
 from ..backends.sink import ResultSink
+from ..backends.sqs_dead import SqsDead
 from ..backends.state import Due, State, open_state, state_url
 from ..backends.store import open_store
 from ..schemas.dead import DeadLetter
 from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
-from ..schemas.job import DEFAULT_TENANT, JOB_ID_PATTERN
+from ..schemas.job import JOB_ID_PATTERN
 from ..schemas.result import ErrorInfo, FinishReason
 from ..schemas.settings import Settings
 from .endings import Ending, Endings
@@ -40,8 +41,6 @@ OWNED_AGAIN_S = 5.0
 CRASHED_AGAIN_S = 300.0
 """A job that we cannot end for a mistake of ours stands in nobody's way for so long."""
 TIDY_EVERY_S = 60.0
-SQS_EVERY_S = 60.0
-"""Each look at a dead-letter queue is a request that AWS counts."""
 RETRY_S = 1.0
 EMBEDDED_RETRY_S = 15.0
 
@@ -68,7 +67,8 @@ class Round:
 
 
 class Keeper:
-    """``queue``: the broker, if that is a Redis. ``prunes``: it holds the states of jobs, too."""
+    """``queue``: the broker, if that is a Redis; ``sqs_dead``: if it is SQS. ``prunes``: it holds the jobs'
+    states, too."""
 
     def __init__(
         self,
@@ -80,15 +80,15 @@ class Keeper:
         dead: DeadLetters,
         queue: MessageQueue | None,
         prunes: bool,
+        sqs_dead: SqsDead | None = None,
         check_store: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings, self.id = settings, keeper_id
-        self._state, self._dead, self._queue = state, dead, queue
+        self._state, self._dead, self._queue, self._sqs_dead = state, dead, queue, sqs_dead
         self._endings = Endings(state, sink, keeper_id)
         self._pruner = Pruner(queue) if queue is not None and prunes else None
         self._check_store, self._store_failed = check_store, False
         self._tidied_at = -TIDY_EVERY_S
-        self._sqs_drained_at = -SQS_EVERY_S
         self.leads = False
         self.heard_at = time.monotonic()
         """When the last round that did not fail was over; by the monotonic clock."""
@@ -190,30 +190,29 @@ class Keeper:
 
         done.ended += sum(_all(threads, end, ready))
 
-    def _drain_sqs(self) -> None:
-        """What SQS gave up on becomes a dead letter like any other: recorded first, deleted second."""
-        if not self._settings.broker.startswith("sqs:"):
+    def _drain_sqs(self, done: Round, threads: ThreadPoolExecutor) -> None:
+        """What SQS gave up on becomes a dead letter like any other. A few queues in each round."""
+        sqs = self._sqs_dead
+        if sqs is None:
             return
-        from ..backends.sqs_admin import drain_dead
 
-        if time.monotonic() - self._sqs_drained_at < SQS_EVERY_S:
-            return
-        self._sqs_drained_at = time.monotonic()
-        for model in self._state.models():
-            for message in drain_dead(self._settings, model):
-                self._dead.add(
-                    message.queue,
-                    message.message_id,
-                    message.body,
-                    tenant=message.tenant or DEFAULT_TENANT,
-                    reason=f"received {message.receives:,} times",
-                    job_id=message.job_id,
-                )
-                message.delete()
+        def drain(model: str) -> bool:
+            try:
+                return sqs.drain(model)
+            except (
+                Transient,
+                Misconfigured,
+            ) as exc:  # one queue's trouble; another look in a minute
+                text = {"model": model, "code": exc.code, "reason": exc.message}
+                log.warning("dead_queue.not_drained", extra=text)
+                return False
+
+        due = sqs.due(self._state.models())
+        done.full |= any(_all(threads, drain, due[: self._settings.keeper_threads]))
 
     def _drain_the_dead(self, done: Round, threads: ThreadPoolExecutor) -> None:
         """Jobs whose message will not be delivered again fail, if they have no final state yet."""
-        self._drain_sqs()
+        self._drain_sqs(done, threads)
         letters = self._dead.undrained(self._settings.keeper_batch)
 
         def drain(letter: DeadLetter) -> bool:
@@ -235,6 +234,8 @@ class Keeper:
                 return False  # its worker's to end
             if found.state is None or not found.state.final:
                 ended = self._end(_ending_of_the_dead(found, letter))
+            if self._sqs_dead is not None and (ended or (found.state is not None and found.state.final)):
+                self._sqs_dead.forget(letter)
         self._dead.drained(letter.queue, letter.id)
         return ended
 
@@ -282,6 +283,7 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
         state = opened.enter_context(open_state(settings))
         dead = opened.enter_context(closing(open_dead(settings)))
         store = open_store(settings.results, settings)
+        sqs_dead = opened.enter_context(closing(SqsDead(settings, dead))) if sqs else None
         yield Keeper(
             settings,
             keeper_id,
@@ -290,6 +292,7 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
             dead=dead,
             queue=None if sqs else MessageQueue(dead.client, lease_s=settings.visibility_timeout_s),
             prunes=state_url(settings) == settings.broker,
+            sqs_dead=sqs_dead,
             check_store=store.check,
         )
 

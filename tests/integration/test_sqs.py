@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from celery import Celery
 from gristmill.backends import broker
 from gristmill.backends.dead import job_of, open_dead
 from gristmill.backends.gate import Gate
-from gristmill.backends.sqs_admin import drain_dead
+from gristmill.backends.sqs_dead import SqsDead
+from gristmill.backends.state import open_state
 from gristmill.backends.store import open_store
+from gristmill.keeper.keeper import open_keeper
+from gristmill.keeper.settings import KeeperSettings
+from gristmill.producer import Client
 from gristmill.schemas import keys
 from gristmill.schemas.errors import BrokerUnavailable, InvalidRequest, Misconfigured
+from gristmill.schemas.job import JobState
 from gristmill.schemas.settings import Settings
 from kombu.message import Message
 
@@ -188,9 +194,14 @@ def test_a_message_nobody_can_read_ends_among_the_dead_and_acknowledged_by_nobod
         return sqs.counts(sqs.dead)[0] == 1
 
     wait_until(given_up, 25, "SQS gives it up", poll_s=0.2)
-    (dead,) = drain_dead(settings, sqs.model)
-    assert (dead.body, dead.job_id, dead.queue) == ("no message of ours", None, sqs.dead)
-    dead.delete()
+    letters = open_dead(settings)
+    dead = SqsDead(settings, letters)
+    assert dead.due([sqs.model]) == [sqs.model]
+    assert not dead.drain(sqs.model)
+    assert dead.due([sqs.model]) == []
+    (letter,) = letters.letters(sqs.dead)
+    assert (letter.payload, letter.job_id) == ("no message of ours", None)
+    dead.close(), letters.close()
     assert sqs.counts(sqs.dead) == (0, 0)
     bench.close()
 
@@ -216,6 +227,54 @@ def test_a_buried_message_is_a_dead_letter_with_its_job(bench: Bench) -> None:
         job,
     )
     dead.close()
+
+
+def test_a_large_request_that_sqs_gave_up_on_can_be_sent_again(
+    moto_sqs: SqsServer, valkey: Valkey, tmp_path: Path
+) -> None:
+    """Its letter held a pointer: nobody could show it, or send it again."""
+    settings = moto_sqs.settings(valkey, tmp_path)
+    moto_sqs.create(settings, max_receives=1)
+    store = open_store(settings.results, settings)
+    with open_state(settings) as state:
+        state.announce(moto_sqs.model, moto_sqs.queues)
+    with Client(settings) as client, open_keeper(keeper_settings(settings), "k1") as keeper:
+        job = client.submit("Once", metadata={"note": "x" * 70_000})
+        name = keys.request_object(job.id)
+        assert store.exists(name)
+        url = moto_sqs.queue_url(moto_sqs.queues[1])
+        for _ in range(2):
+            moto_sqs.client.receive_message(QueueUrl=url, VisibilityTimeout=0, WaitTimeSeconds=0)
+        wait_until(lambda: keeper.round().drained, 10, "its job has an end")
+        assert moto_sqs.counts(moto_sqs.dead) == (0, 0)
+        assert job.result(5, check=False).state is JobState.FAILED
+        assert not store.exists(name), "nobody needs it any more"
+        again = client.dead.requeue(client.dead.find(job.id))
+        assert (again.retry_of, again.metadata) == (job.id, {"note": "x" * 70_000})
+        assert store.exists(keys.request_object(again.id))
+
+
+def test_a_full_dead_letter_queue_is_taken_out_in_turns(
+    moto_sqs: SqsServer, valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of messages held up every job's end until the last of them was out."""
+    monkeypatch.setattr("gristmill.backends.sqs_dead.AT_ONCE", 10)
+    settings = moto_sqs.settings(valkey, tmp_path)
+    moto_sqs.create(settings)
+    for number in range(12):
+        moto_sqs.client.send_message(QueueUrl=moto_sqs.queue_url(moto_sqs.dead), MessageBody=f"no. {number}")
+    with closing(open_dead(settings)) as letters, closing(SqsDead(settings, letters)) as dead:
+        assert dead.drain(moto_sqs.model)
+        assert letters.count(moto_sqs.dead) == 10
+        assert dead.due([moto_sqs.model]) == [moto_sqs.model], "at once"
+        while dead.drain(moto_sqs.model):
+            pass
+        assert letters.count(moto_sqs.dead) == 12
+        assert dead.due([moto_sqs.model]) == []
+
+
+def keeper_settings(settings: Settings) -> KeeperSettings:
+    return KeeperSettings(**{name: getattr(settings, name) for name in Settings.model_fields})
 
 
 def test_a_claim_held_for_eleven_hours_is_told_of_once(bench: Bench) -> None:
