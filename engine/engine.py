@@ -14,8 +14,9 @@ from .block_pool import BlockPool
 from .memory import OUT_OF_MEMORY, is_out_of_memory
 from .messages import EngineInfo, Finish, Output, Request, Stats
 from .native.sampling import NativeSampling, load_sampling
+from .processors import check_processors
 from .runner import Runner
-from .sampler import Sampler
+from .sampler import NONE_LEFT, Sampler
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 from .settings import EngineSettings
@@ -27,6 +28,8 @@ GROW_AFTER_STEPS = 1_000
 may have gone. Should it fail, that costs one step's time."""
 BAD_LOGITS = "invalid_logits"
 """Error code of a sequence whose logits were not numbers: a model or a kernel is broken for this input."""
+NOTHING_ALLOWED = "nothing_allowed"
+"""Error code of a sequence whose own processors leave it no token to sample."""
 
 
 class Engine:
@@ -112,10 +115,10 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its blocks; nothing more comes out of it. False: it is not here."""
-        seq = self._seqs.pop(request_id, None)
+        seq = self._seqs.get(request_id)
         if seq is None:
             return False
-        self._scheduler.remove(seq)
+        self._end(seq)
         return True
 
     def step(self) -> list[Output]:
@@ -138,6 +141,7 @@ class Engine:
         self._scheduler.check()
         queued = {seq.id for seq in (*self._scheduler.running, *self._scheduler.waiting)}
         assert queued == set(self._seqs), f"lost or unknown: {sorted(queued ^ set(self._seqs))}"
+        self._sampler.processing.check(self._seqs.keys())
 
     def _run(self) -> list[Output]:
         """One step, smaller and smaller until memory suffices. A failed try has changed no sequence."""
@@ -205,6 +209,16 @@ class Engine:
                 error_code=BAD_LOGITS,
                 error=f"the model gave no numbers after {len(seq.tokens):,} tokens of this sequence",
             )
+        if token == NONE_LEFT:
+            self._end(seq)
+            return Output(
+                id=seq.id,
+                token_ids=[],
+                finish="error",
+                error_code=NOTHING_ALLOWED,
+                error=f"after {seq.output_len:,} tokens of output the request rules out every token: "
+                "allowed_token_ids, bad_words and min_tokens leave none; allow more",
+            )
         if token in seq.end_ids:
             self._end(seq)
             return Output(id=seq.id, token_ids=[], finish="stop", stop_token_id=token)
@@ -217,6 +231,7 @@ class Engine:
 
     def _end(self, seq: Sequence) -> None:
         del self._seqs[seq.id]
+        self._sampler.processing.forget(seq.id)
         self._scheduler.remove(seq)
 
     def _end_ids(self, request: Request) -> frozenset[int]:
@@ -242,6 +257,7 @@ class Engine:
         for name, fine, rule in _ranges(request):
             if not fine:
                 raise InvalidRequest(f"{name} is {getattr(request, name)}; it must be {rule}", param=name)
+        check_processors(request, vocab)
 
 
 def _native(settings: EngineSettings, runner: Runner) -> NativeSampling | None:

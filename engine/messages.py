@@ -13,6 +13,56 @@ Finish = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Dry:
+    """Penalty on going on with what has been said before ("don't repeat yourself", by p-e-w).
+
+    A token that once followed the last ``m >= allowed_length`` tokens loses
+    ``multiplier * base ** (m - allowed_length)``. A match counts as 64 tokens at most.
+    """
+
+    multiplier: float
+    base: float = 1.75
+    allowed_length: int = 2
+    range: int = 0
+    """How many of the last tokens, prompt included, are looked at; 0: all."""
+    breakers: list[list[int]] = field(default_factory=list[list[int]])
+    """Token sequences; no match reaches across the end of one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watermark:
+    """Tokens that a hash of the token before them calls green gain ``delta``; ``gamma`` of them are green."""
+
+    gamma: float = 0.5
+    delta: float = 2.0
+    key: int = 15_485_863
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processors:
+    """What a request changes in its logits, all but the last in this order, before temperature and filters.
+
+    ``typical_p`` is the last of the filters.
+    """
+
+    watermark: Watermark | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict[int, float])
+    """Added to the logits of these tokens."""
+    repetition_penalty: float = 1.0
+    """Divides the positive and multiplies the negative logits of tokens in prompt and output."""
+    frequency_penalty: float = 0.0
+    """Times how often it is in the output, off a token's logit."""
+    presence_penalty: float = 0.0
+    """Once, off the logit of each token that is in the output."""
+    dry: Dry | None = None
+    bad_words: list[list[int]] = field(default_factory=list[list[int]])
+    """Token sequences that are never completed."""
+    allowed_token_ids: list[int] | None = None
+    """No other is sampled."""
+    typical_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One sequence to generate. ``Engine.add`` validates it.
 
@@ -32,6 +82,8 @@ class Request:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    processors: Processors | None = None
+    """None: nothing of it, and it costs nothing."""
     seed: int = 0
     """0 .. 2**64 - 1."""
     choice: int = 0

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from .messages import Request
 from .native.sampling import NativeSampling
-from .noise import FMIX32, GOLDEN32, M32, MAX_GUMBEL, noise_key
+from .noise import MAX_GUMBEL, noise_key
+from .processors import Processed, Processing
 from .sequence import Sequence
+from .torch_noise import gumbel, int32, key_rows, noise_bits
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing by it would only overflow."""
 WIDTHS = (64, 1024)
 """How many of the best tokens are looked at, first and if that was not enough; then all of them, sorted."""
+NONE_LEFT = -1
+"""In place of a token: the request rules every one of them out."""
 NOISE_ROWS = 16
 """Rows of full-vocabulary noise made at once: bounds memory."""
 
@@ -26,8 +30,9 @@ NOISE_ROWS = 16
 class Sampler:
     """Greedy rows take the largest logit, ties the lowest id; others the largest logit / temperature + noise.
 
-    The filters are, in this order: temperature, top_k, top_p (of what top_k left), min_p. Among equal logits
-    the lower id ranks first, so that exactly ``top_k`` tokens pass whatever the dtype of the logits.
+    First comes what a request wants changed in its logits (``processors.py``). The filters are, in this
+    order: temperature, top_k, top_p (of what top_k left), min_p, typical_p (of what these left). Among equal
+    logits the lower id ranks first, so that exactly ``top_k`` tokens pass whatever the dtype of the logits.
 
     No row is sorted in full unless its filters reach beyond the best ``WIDTHS`` tokens. A row without
     filters needs none of that: outside of the best few, only a token with enough noise can win, and how much
@@ -40,20 +45,42 @@ class Sampler:
         """``native`` does the same on the CPU, 10 to 50 times as fast; what is written here is its test."""
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self.processing = Processing(vocab_size, self.device)
         self._native = native
         self._tokens = torch.arange(vocab_size, dtype=torch.int32, device=self.device)
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, seqs: Rows[Sequence]) -> list[int | None]:
-        """The next token of each row; None where the row's logits are not numbers.
+        """The next token of each row; None where the row's logits are not numbers, NONE_LEFT where every
+        token was ruled out.
 
-        logits: [rows, vocab], float32 or bfloat16; may be written to. One row for each of ``seqs``.
+        logits: [rows, vocab], float32 or bfloat16; not written to. One row for each of ``seqs``.
         """
         assert logits.shape == (len(seqs), self.vocab_size), f"{tuple(logits.shape)} for {len(seqs)} rows"
-        _forbid_early_end(logits, seqs)
+        processed = self.processing.apply(logits, seqs)
         if self._native:
-            return _sample_natively(self._native, logits, seqs)
-        noisy = [row for row, seq in enumerate(seqs) if seq.request.temperature >= GREEDY_BELOW]
+            tokens = _sample_natively(self._native, logits, processed, seqs)
+        else:
+            tokens = self._sample(logits, seqs)
+            if processed:
+                again = self._sample(processed.logits, [seqs[row] for row in processed.rows])
+                for row, token in zip(processed.rows, again, strict=True):
+                    tokens[row] = token
+        if processed:
+            self._finish(processed, seqs, tokens)
+        return tokens
+
+    def _finish(self, processed: Processed, seqs: Rows[Sequence], tokens: list[int | None]) -> None:
+        """What only few rows need."""
+        for place, row in enumerate(processed.rows):
+            request = seqs[row].request
+            if tokens[row] is None:
+                tokens[row] = NONE_LEFT if processed.nothing_left(row) else None
+            elif request.processors and request.processors.typical_p < 1.0 and not _greedy_one(request):
+                tokens[row] = self._typical(processed.logits[place : place + 1], seqs[row])
+
+    def _sample(self, logits: Tensor, seqs: Rows[Sequence]) -> list[int | None]:
+        noisy = [row for row, seq in enumerate(seqs) if not _greedy_one(seq.request)]
         if not noisy:
             return _greedy(logits)
         tokens: list[int | None] = [None] * len(seqs)
@@ -69,9 +96,8 @@ class Sampler:
 
     def _noisy(self, logits: Tensor, knobs: _Knobs) -> list[int | None]:
         """Each row at the smallest width that settles it. logits: [rows, vocab] float32."""
-        first = min(WIDTHS[0], self.vocab_size)
+        first, *wider = self._widths
         tokens, settled = self._choose(logits, knobs, first)
-        wider = [width for width in WIDTHS[1:] if width < self.vocab_size] + [self.vocab_size]
         for row in (i for i, done in enumerate(settled) if not done):
             for width in wider:
                 token, done = self._choose(logits[row : row + 1], knobs.row(row), width)
@@ -80,25 +106,37 @@ class Sampler:
                     break
         return tokens
 
+    @property
+    def _widths(self) -> list[int]:
+        return [*(width for width in WIDTHS if width < self.vocab_size), self.vocab_size]
+
     def _choose(self, logits: Tensor, knobs: _Knobs, width: int) -> tuple[list[int | None], list[bool]]:
         """Token of each row, looking at its best ``width`` tokens, and whether more could change it."""
-        values, ids = _best(logits, width)
-        whole = width == self.vocab_size
-        scaled = values.double() / knobs.temperature
-        keep, known = _filter(scaled, logits, knobs, whole=whole)
-        # An equal logit outside may have the lower id: then who is in and who is out is not known yet.
-        last_kept = values.masked_fill(~keep, math.inf).amin(1)
-        known &= ~knobs.filtered | (~keep[:, -1] & (last_kept > values[:, -1])) | whole
-
-        noise = _gumbel(noise_bits(ids.int(), knobs.keys))
-        best, column = (scaled + noise).masked_fill(~keep, -math.inf).max(1)
+        best_few = _Best.of(logits, knobs, width)
+        ids, scaled, known = best_few.ids, best_few.scaled, best_few.known
+        noise = gumbel(noise_bits(ids.int(), knobs.keys))
+        best, column = (scaled + noise).masked_fill(~best_few.keep, -math.inf).max(1)
         tokens: list[int | None] = [*_ints(ids.gather(1, column[:, None])[:, 0])]
-        if not whole:
+        if width < self.vocab_size:
             self._look_outside(logits, knobs, best, scaled[:, -1], tokens)
-        for row, top in enumerate(_floats(values[:, 0])):
+        for row, top in enumerate(_floats(scaled[:, 0])):
             if not math.isfinite(top):
                 tokens[row], known[row] = None, True
         return tokens, [bool(k) for k in _ints(known)]
+
+    def _typical(self, logits: Tensor, seq: Sequence) -> int:
+        """Token of one row that has ``typical_p``. logits: [1, vocab] float32."""
+        request = seq.request
+        assert request.processors is not None
+        knobs = _Knobs.of([seq], self.device)
+        ids, scaled = self._tokens, logits[0].double() / knobs.temperature[0]
+        if _filters(request):
+            few = next(few for width in self._widths if (few := _Best.of(logits, knobs, width)).known[0])
+            passed = int(few.keep.sum())
+            ids, scaled = few.ids[0, :passed].int(), few.scaled[0, :passed]
+        noise = gumbel(noise_bits(ids, knobs.keys))[0]
+        keep = typical(scaled, request.processors.typical_p)
+        return int(ids[(scaled + noise).masked_fill(~keep, -math.inf).argmax()])
 
     def _look_outside(
         self, logits: Tensor, knobs: _Knobs, best: Tensor, edge: Tensor, tokens: list[int | None]
@@ -115,15 +153,39 @@ class Sampler:
             # gumbel(bits) > need, as a comparison of integers; a few too many are harmless.
             least = ((-(-need[some]).exp()).exp() * 2.0**32 - 2.0).floor().clamp(min=0.0)
             signed = (least - 2.0**31).int()[:, None]
-            at, token = (bits ^ _int32(1 << 31) >= signed).nonzero(as_tuple=True)
+            at, token = (bits ^ int32(1 << 31) >= signed).nonzero(as_tuple=True)
             row = some[at]
-            score = logits[row, token].double() / knobs.temperature[row, 0] + _gumbel(bits[at, token])
+            score = logits[row, token].double() / knobs.temperature[row, 0] + gumbel(bits[at, token])
             better = score > best[row]
             beaten: dict[int, float] = {}
             found = zip(_ints(row[better]), _ints(token[better]), _floats(score[better]), strict=True)
             for r, t, s in found:
                 if s > beaten.get(r, -math.inf):
                     beaten[r], tokens[r] = s, t
+
+
+@dataclass(frozen=True, slots=True)
+class _Best:
+    """The best few tokens of each row, [rows, width], largest first; those that pass come first."""
+
+    ids: Tensor
+    scaled: Tensor
+    """Logits / temperature, float64."""
+    keep: Tensor
+    """Which of them pass the filters."""
+    known: Tensor
+    """[rows]: those outside do not pass, or the row has no filters."""
+
+    @classmethod
+    def of(cls, logits: Tensor, knobs: _Knobs, width: int) -> _Best:
+        values, ids = _best(logits, width)
+        whole = width == logits.shape[1]
+        scaled = values.double() / knobs.temperature
+        keep, known = _filter(scaled, logits, knobs, whole=whole)
+        # An equal logit outside may have the lower id: then who is in and who is out is not known yet.
+        last_kept = values.masked_fill(~keep, math.inf).amin(1)
+        known &= ~knobs.filtered | (~keep[:, -1] & (last_kept > values[:, -1])) | whole
+        return cls(ids, scaled, keep, known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +212,7 @@ class _Knobs:
             top_k=column([r.top_k for r in requests], torch.int64),
             top_p=column([r.top_p for r in requests], torch.float64),
             min_p=column([r.min_p for r in requests], torch.float64),
-            keys=torch.tensor([[_int32(w) for w in k] for k in keys], dtype=torch.int32, device=device),
+            keys=key_rows(keys, device),
             filtered=torch.tensor([_filters(r) for r in requests], device=device),
         )
 
@@ -170,14 +232,32 @@ def _filters(request: Request) -> bool:
     return request.top_k > 0 or request.top_p < 1.0 or request.min_p > 0.0
 
 
-def _forbid_early_end(logits: Tensor, seqs: Rows[Sequence]) -> None:
-    """Rows that are short of ``min_tokens`` cannot sample an end token."""
-    for row, seq in enumerate(seqs):
-        if seq.output_len < seq.request.min_tokens and seq.end_ids:
-            logits[row, list(seq.end_ids)] = -math.inf
+def _greedy_one(request: Request) -> bool:
+    return request.temperature < GREEDY_BELOW
 
 
-def _sample_natively(native: NativeSampling, logits: Tensor, seqs: Rows[Sequence]) -> list[int | None]:
+def typical(scaled: Tensor, mass: float) -> Tensor:
+    """Which tokens are typical: the fewest whose information is closest to what is expected, and that have
+    ``mass`` between them; of equally close ones all.
+
+    scaled: [n] float64, any order, minus infinity allowed. Method: Meister et al. 2022, as in transformers.
+    """
+    log_p = scaled.log_softmax(0)
+    p = log_p.exp()
+    expected = -(p * log_p).nansum()
+    distance = (-log_p - expected).abs()
+    for width in (*(width for width in WIDTHS[1:] if width < len(scaled)), len(scaled)):
+        nearest, order = distance.topk(width, largest=False)
+        gathered = p[order].cumsum(0)
+        if width == len(scaled) or gathered[-1] >= mass:
+            last = min(int((gathered < mass).sum()), width - 1)
+            return distance <= nearest[last]
+    raise AssertionError("the last width is everything")
+
+
+def _sample_natively(
+    native: NativeSampling, logits: Tensor, processed: Processed | None, seqs: Rows[Sequence]
+) -> list[int | None]:
     requests = [seq.request for seq in seqs]
     keys = [noise_key(s.request.seed, s.request.choice, s.output_len) for s in seqs]
     tokens = native.sample(
@@ -185,6 +265,7 @@ def _sample_natively(native: NativeSampling, logits: Tensor, seqs: Rows[Sequence
         np.array([(r.temperature, r.top_p, r.min_p) for r in requests], np.float64),
         np.array([r.top_k for r in requests], np.int64),
         np.array(keys, np.uint32),
+        None if processed is None else (processed.rows, processed.logits),
     )
     return [None if token < 0 else token for token in tokens]
 
@@ -243,38 +324,9 @@ def _mass(logits: Tensor, temperature: Tensor) -> Tensor:
     return ((logits - logits.max()) / temperature.to(logits.dtype)).exp().sum(dtype=torch.float64)
 
 
-def noise_bits(tokens: Tensor, keys: Tensor) -> Tensor:
-    """``noise.noise_bits`` as int32 with the same bit pattern.
-
-    tokens: int32 [n] or [rows, n]; keys: int32 [rows, 2]. Returns [rows, n]. Multiplications wrap.
-    """
-    bits = _fmix32(tokens * _int32(GOLDEN32) ^ keys[:, :1])
-    return _fmix32(bits.bitwise_xor_(keys[:, 1:]))
-
-
-def _fmix32(x: Tensor) -> Tensor:
-    """In place. int32 has no logical shift, hence the masks."""
-    for shift, factor in FMIX32:
-        x.bitwise_xor_((x >> shift).bitwise_and_(M32 >> shift))
-        if factor != 1:
-            x.mul_(_int32(factor))
-    return x
-
-
-def _gumbel(bits: Tensor) -> Tensor:
-    """``noise.gumbel`` in float64."""
-    uniform = ((bits.long() & M32).double() + 0.5) * 2.0**-32
-    return -(-uniform.log()).log()
-
-
 def _ints(x: Tensor) -> list[int]:
     return x.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  (untyped in torch)
 
 
 def _floats(x: Tensor) -> list[float]:
     return x.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-
-def _int32(x: int) -> int:
-    """The int32 with the bits of ``x``."""
-    return x - (1 << 32) if x >> 31 else x

@@ -15,12 +15,14 @@ from .support.relay import relay
 from .support.s3 import moto_client, s3, s3_proxy
 from .support.sqs import ministack_endpoint, moto_sqs, sqs
 from .support.stack import stack, tiny, tiny_stack
+from .support.threads import one_thread
 from .support.valkey import valkey, valkey_replica
 
 __all__ = [
     "ministack_endpoint",
     "moto_client",
     "moto_sqs",
+    "one_thread",
     "played",
     "relay",
     "s3",

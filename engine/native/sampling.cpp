@@ -239,22 +239,19 @@ template <class T> struct Row {
 };
 
 template <class T>
-void sample_rows(const T* logits, int64_t rows, int vocab, const double* knobs, const int64_t* top_k, const uint32_t* keys,
-                 int64_t* tokens, int threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows > 1)
-  for (int64_t r = 0; r < rows; r++) {
-    Row<T> row{logits + r * vocab, vocab, knobs[3 * r], top_k[r], knobs[3 * r + 1], knobs[3 * r + 2], keys[2 * r],
-               keys[2 * r + 1]};
-    tokens[r] = row.sample();
-  }
+int sample_row(const void* logits, int vocab, const double* knobs, int64_t top_k, const uint32_t* key) {
+  return Row<T>{static_cast<const T*>(logits), vocab, knobs[0], top_k, knobs[1], knobs[2], key[0], key[1]}.sample();
 }
 
 }  // namespace
 
-// logits [rows, vocab], float if `wide`, else bf16. knobs [rows, 3]: temperature (below 1e-5: greedy), top_p, min_p.
-// keys [rows, 2]. tokens [rows] is written: the next token, or -1 where the logits are not numbers.
-extern "C" void gm_sample(int wide, const void* logits, int64_t rows, int vocab, const double* knobs, const int64_t* top_k,
-                          const uint32_t* keys, int64_t* tokens, int threads) {
-  if (wide) sample_rows(static_cast<const float*>(logits), rows, vocab, knobs, top_k, keys, tokens, threads);
-  else sample_rows(static_cast<const bf16*>(logits), rows, vocab, knobs, top_k, keys, tokens, threads);
+// logits [rows]: where each row begins, float if `wide`, else bf16. knobs [rows, 3]: temperature (below 1e-5: greedy),
+// top_p, min_p. keys [rows, 2]. tokens [rows] is written: the next token, or -1 where the logits are not numbers.
+extern "C" void gm_sample(const void* const* logits, const uint8_t* wide, int64_t rows, int vocab, const double* knobs,
+                          const int64_t* top_k, const uint32_t* keys, int64_t* tokens, int threads) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    auto sample = wide[r] ? sample_row<float> : sample_row<bf16>;
+    tokens[r] = sample(logits[r], vocab, knobs + 3 * r, top_k[r], keys + 2 * r);
+  }
 }

@@ -23,7 +23,7 @@ class NativeSampling:
 
     def __init__(self, path: Path, threads: int) -> None:
         self._sample = ctypes.CDLL(str(path)).gm_sample
-        self._sample.argtypes, self._sample.restype = (_i, _p, _q, _i, _p, _p, _p, _p, _i), None
+        self._sample.argtypes, self._sample.restype = (_p, _p, _q, _i, _p, _p, _p, _p, _i), None
         self._threads = threads
 
     def sample(
@@ -32,21 +32,25 @@ class NativeSampling:
         knobs: NDArray[np.float64],
         top_k: NDArray[np.int64],
         keys: NDArray[np.uint32],
+        instead: tuple[list[int], Tensor] | None = None,
     ) -> list[int]:
         """The next token of each row; -1 where the logits are not numbers.
 
         logits: [rows, vocab], contiguous. knobs: [rows, 3], temperature, top_p, min_p. keys: [rows, 2].
+        instead: some rows, and [those, vocab] to take in their place.
         """
         rows, vocab = logits.shape
-        assert logits.is_contiguous()
-        assert logits.dtype in (torch.float32, torch.bfloat16), logits.dtype
         assert knobs.shape == (rows, 3)
         assert top_k.shape == (rows,)
         assert keys.shape == (rows, 2)
+        places, wide = _rows_of(logits)
+        if instead is not None:
+            assert instead[1].shape == (len(instead[0]), vocab)
+            places[instead[0]], wide[instead[0]] = _rows_of(instead[1])
         tokens = np.empty(rows, np.int64)
         self._sample(
-            int(logits.dtype == torch.float32),
-            logits.data_ptr(),
+            places.ctypes.data,
+            wide.ctypes.data,
             rows,
             vocab,
             knobs.ctypes.data,
@@ -56,6 +60,15 @@ class NativeSampling:
             self._threads,
         )
         return tokens.tolist()
+
+
+def _rows_of(logits: Tensor) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Where each row begins, and whether it is float32."""
+    assert logits.is_contiguous()
+    assert logits.dtype in (torch.float32, torch.bfloat16), logits.dtype
+    rows, vocab = logits.shape
+    places = np.arange(rows, dtype=np.uint64) * np.uint64(vocab * logits.element_size())
+    return places + np.uint64(logits.data_ptr()), np.full(rows, logits.dtype == torch.float32, np.uint8)
 
 
 def load_sampling(cache: Path, threads: int) -> NativeSampling | None:
