@@ -49,6 +49,7 @@ class Engine:
             block_size=runner.block_size,
             step_tokens=runner.step_tokens,
             max_num_seqs=settings.max_num_seqs,
+            prefix_cache=settings.prefix_cache,
         )
         self._sampler = Sampler(runner.spec.vocab_size, runner.device, _native(settings, runner))
         self._seqs: dict[str, Sequence] = {}
@@ -92,6 +93,8 @@ class Engine:
             tokens=self._step_tokens,
             step_tokens=scheduler.step_tokens,
             max_running=scheduler.max_running,
+            prefix_queries=scheduler.cache.queries,
+            prefix_hits=scheduler.cache.hits,
         )
 
     def add(self, request: Request) -> None:
@@ -144,7 +147,7 @@ class Engine:
         self._sampler.processing.check(self._seqs.keys())
 
     def _run(self) -> list[Output]:
-        """One step, smaller and smaller until memory suffices. A failed try has changed no sequence."""
+        """One step, smaller and smaller until memory suffices. A failed try has computed nothing."""
         size = self._scheduler.step_tokens, self._scheduler.max_running
         while True:
             plan = self._scheduler.plan()
@@ -201,7 +204,7 @@ class Engine:
     def _record(self, seq: Sequence, token: int | None) -> Output:
         """Append the token, or end the sequence because of it."""
         if token is None:
-            self._end(seq)
+            self._end(seq, spoiled=True)
             return Output(
                 id=seq.id,
                 token_ids=[],
@@ -219,20 +222,22 @@ class Engine:
                 error=f"after {seq.output_len:,} tokens of output the request rules out every token: "
                 "allowed_token_ids, bad_words and min_tokens leave none; allow more",
             )
+        first = seq.output_len == len(seq.request.output_ids)
+        cached = seq.cached_tokens if first else None
         if token in seq.end_ids:
             self._end(seq)
-            return Output(id=seq.id, token_ids=[], finish="stop", stop_token_id=token)
+            return Output(id=seq.id, token_ids=[], finish="stop", stop_token_id=token, cached_tokens=cached)
         seq.tokens.append(token)
         finish: Finish | None = None
         if len(seq.tokens) >= seq.limit:
             self._end(seq)
             finish = "length"
-        return Output(id=seq.id, token_ids=[token], finish=finish)
+        return Output(id=seq.id, token_ids=[token], finish=finish, cached_tokens=cached)
 
-    def _end(self, seq: Sequence) -> None:
+    def _end(self, seq: Sequence, *, spoiled: bool = False) -> None:
         del self._seqs[seq.id]
         self._sampler.processing.forget(seq.id)
-        self._scheduler.remove(seq)
+        self._scheduler.remove(seq, spoiled=spoiled)
 
     def _end_ids(self, request: Request) -> frozenset[int]:
         model = () if request.ignore_eos else self._runner.eos_token_ids

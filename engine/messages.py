@@ -93,6 +93,14 @@ class Request:
     """0 interactive, 1 normal, 2 batch: lower is served strictly first."""
     arrival: float = 0.0
     """Orders requests of one class; any clock, as long as it is one clock."""
+    cache_salt: str = ""
+    """Only requests with the same salt share keys and values: the worker puts the tenant here, so that nobody
+    learns from the time an answer takes what somebody else has asked."""
+
+    @property
+    def cache_root(self) -> bytes:
+        """What keys and values depend on besides the tokens: who has another root shares none."""
+        return self.cache_salt.encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +116,8 @@ class Output:
     """New in this step; may be empty."""
     finish: Finish | None = None
     stop_token_id: int | None = None
+    cached_tokens: int | None = None
+    """Of the prompt, found in the prefix cache; said with what the first sampled token brings."""
     error_code: str | None = None
     error: str | None = None
 
@@ -147,6 +157,10 @@ class Stats:
     """The budget of a step as it is now: less than ``EngineInfo``'s once memory ran out."""
     max_running: int = 0
     """Likewise, sequences that may run together."""
+    prefix_queries: int = 0
+    """Tokens looked up in the prefix cache since the start, each sequence once …"""
+    prefix_hits: int = 0
+    """… and those found there."""
 
 
 @dataclass(frozen=True, slots=True)

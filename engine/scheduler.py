@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..schemas.errors import PromptTooLong
 from .block_pool import BlockPool
+from .prefix_cache import PrefixCache
 from .sequence import Sequence
 
 SMALLEST_STEP = 16
@@ -45,6 +46,9 @@ class Scheduler:
     step's token budget lets ``computed`` catch up. Sequences with one token to go come first, each gets it;
     the rest of the budget goes to the others, running or waiting, by rank.
 
+    A prompt begins with what the prefix cache has of it. Who would compute a block next that somebody ahead
+    computes in this very step waits for that step instead, admitted and without work.
+
     Rank is (priority, arrival, number). Whoever ranks first can take blocks from everybody behind, and fits
     alone; so it always advances, and within a class nobody waits for ever. Classes are strict: a lower one
     waits for as long as a higher one fills the engine.
@@ -53,8 +57,17 @@ class Scheduler:
     blocks; blocks held by running ones and free ones add up to the pool.
     """
 
-    def __init__(self, pool: BlockPool, *, block_size: int, step_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        step_tokens: int,
+        max_num_seqs: int,
+        prefix_cache: bool = True,
+    ) -> None:
         self.pool = pool
+        self.cache = PrefixCache(pool, block_size, enabled=prefix_cache)
         self.block_size = block_size
         self.step_tokens = step_tokens
         # No more than the budget feeds with a token each: a running sequence never waits for budget.
@@ -65,6 +78,7 @@ class Scheduler:
         self._full = (self.step_tokens, self.max_running)
         self._work: dict[Sequence, int] = {}
         self._preempted: set[Sequence] = set()
+        self._coming: dict[bytes, Sequence] = {}
 
     @property
     def has_work(self) -> bool:
@@ -78,17 +92,20 @@ class Scheduler:
                 max_tokens=seq.limit - seq.prompt_len,
                 limit=self.pool.capacity * self.block_size,
             )
+        self.cache.name_blocks(seq)
         insort(self.waiting, seq, key=_rank)
 
-    def remove(self, seq: Sequence) -> None:
-        """Forget ``seq``, finished or aborted, and free its blocks."""
+    def remove(self, seq: Sequence, *, spoiled: bool = False) -> None:
+        """Forget ``seq``, finished or aborted, and free its blocks. ``spoiled``: they hold nothing good."""
+        if spoiled:
+            self.cache.forget(seq.block_table)
         queue = self.running if seq in self.running else self.waiting
         queue.remove(seq)
         self._free(seq)
 
     def plan(self) -> StepPlan:
         """Choose the tokens of the next step and reserve blocks for them. Not empty while there is work."""
-        self._work, self._preempted = {}, set()
+        self._work, self._preempted, self._coming = {}, set(), {}
         for seq in list(self.running):
             if seq.pending == 1 and seq not in self._preempted:
                 self._grant(seq, 1)
@@ -98,13 +115,17 @@ class Scheduler:
             seq = self._next_prefill(prefilling)
             if seq is None:
                 break
-            self._grant(seq, min(seq.pending, budget))
+            self.cache.attach(seq)
+            if not self._worth_waiting(seq):
+                self._grant(seq, min(seq.pending, budget))
         return StepPlan(tuple(Work(seq, count) for seq, count in self._work.items()))
 
     def advance(self, plan: StepPlan) -> None:
         """The model has run ``plan``: its tokens have keys and values now."""
         for work in plan.work:
+            before = work.seq.computed
             work.seq.computed += work.count
+            self.cache.publish(work.seq, before)
 
     def shrink(self) -> bool:
         """Ask for less at a time: half the budget, then half as many sequences. False: it cannot be less.
@@ -144,25 +165,35 @@ class Scheduler:
         """Move the first that waits to the running, at the cost of lower classes if need be."""
         if seq in self._preempted:  # it just had to go, and nobody overtakes it
             return False
-        keep = list(self.running)
+        keep = len(self.running)
         while not self._fits(seq, keep):
-            if not keep or keep[-1].request.priority <= seq.request.priority:
+            if not keep or self.running[keep - 1].request.priority <= seq.request.priority:
                 return False
-            keep.pop()
-        for victim in reversed(self.running[len(keep) :]):
+            keep -= 1
+        for victim in reversed(self.running[keep:]):
             self._preempt(victim)
         assert self.waiting[0] is seq
         insort(self.running, self.waiting.pop(0), key=_rank)
+        self.cache.started(seq)
         return True
 
-    def _fits(self, seq: Sequence, beside: list[Sequence]) -> bool:
-        """Whether ``seq`` can run beside these and each still has a block's worth of tokens to grow.
+    def _fits(self, seq: Sequence, keep: int) -> bool:
+        """Whether ``seq`` can run beside the first ``keep`` and each has a block's worth of tokens to grow.
 
-        Without that margin an admission would soon cost a preemption.
+        Without that margin an admission would soon cost a preemption. A block that several hold counts once;
+        one that is being computed for several counts for each of them, until it is there.
         """
-        if len(beside) >= self.max_running:
+        if keep >= self.max_running:
             return False
-        return sum(self._soon(other) for other in beside) + self._soon(seq) <= self.pool.capacity
+        beside, freed = self.running[:keep], self._held_only_by(self.running[keep:])
+        shared = sum(self.pool.refs(b) > 0 and b not in freed for b in self.cache.find(seq))
+        growth = sum(self._soon(other) - len(other.block_table) for other in beside)
+        return growth + self._soon(seq) - shared <= self.pool.free + len(freed)
+
+    def _worth_waiting(self, seq: Sequence) -> bool:
+        """Whether the next block of ``seq`` will be there after this step without its doing."""
+        name = self.cache.next_name(seq)
+        return name is not None and self._coming.get(name) in self._work
 
     def _soon(self, seq: Sequence) -> int:
         """Blocks ``seq`` holds after one more block's worth of output."""
@@ -181,20 +212,29 @@ class Scheduler:
             need = self._blocks(seq.computed + count) - len(seq.block_table)
         while (blocks := self.pool.allocate(max(0, need))) is None:
             self._preempt(self.running[-1])
+        self.cache.forget(blocks)
         seq.block_table += blocks
         self._work[seq] = count
+        first, end = seq.computed // self.block_size, (seq.computed + count) // self.block_size
+        for name in seq.hashes[first:end]:
+            self._coming.setdefault(name, seq)
 
     def _room(self, seq: Sequence) -> int:
         """Tokens ``seq`` could still be given if it took all free blocks and those ranked behind it."""
         behind = self.running[self.running.index(seq) + 1 :]
-        # Blocks are not shared yet; with a prefix cache only those with one holder count here.
-        reachable = self.pool.free + sum(len(other.block_table) for other in behind)
+        reachable = self.pool.free + len(self._held_only_by(behind))
         return (len(seq.block_table) + reachable) * self.block_size - seq.computed
 
+    def _held_only_by(self, seqs: list[Sequence]) -> set[int]:
+        """Blocks that would be free if these gave theirs up."""
+        counts = Counter(block for seq in seqs for block in seq.block_table)
+        return {block for block, count in counts.items() if count == self.pool.refs(block)}
+
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the queue, at its old place; what it had computed is computed again."""
+        """Back to the queue, at its old place; what the cache loses of it is computed again."""
         self.running.remove(seq)
         self._free(seq)
+        seq.preempted = True
         insort(self.waiting, seq, key=_rank)
         self._work.pop(seq, None)
         self._preempted.add(seq)
@@ -226,6 +266,7 @@ class Scheduler:
         holders = Counter(block for seq in self.running for block in seq.block_table)
         assert all(self.pool.refs(block) == count for block, count in holders.items())
         assert len(holders) + self.pool.free == self.pool.capacity, "a block is held by nobody"
+        self.cache.check(self.running)
 
 
 def _rank(seq: Sequence) -> tuple[int, float, int]:

@@ -25,6 +25,12 @@ class Sequence:
     tokens: list[int] = field(init=False)
     computed: int = field(init=False, default=0)
     block_table: list[int] = field(init=False, default_factory=list[int])
+    hashes: list[bytes] = field(init=False, default_factory=list[bytes])
+    """Names of its full blocks' contents, the first ones; made by the prefix cache."""
+    cached_tokens: int = field(init=False, default=0)
+    """Of the prompt, found in the prefix cache before it was first preempted."""
+    preempted: bool = field(init=False, default=False)
+    """It has lost its blocks once."""
     rank: tuple[int, float, int] = field(init=False)
     """Smaller is served first, and preempted last."""
 

@@ -35,6 +35,8 @@ class EngineSettings(BaseModel):
     max_batch_total_tokens: PositiveInt | None = None
     """Tokens in the KV cache, all sequences together. None: as many as the memory warm-up says."""
     kv_block_size: PositiveInt = 16
+    prefix_cache: bool = True
+    """Keep the keys and values of what was computed for as long as there is room, for who begins likewise."""
     memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
     """CUDA only: the part of the card's memory that weights, activations and KV cache may take together."""
 

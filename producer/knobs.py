@@ -19,6 +19,7 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "max-total-tokens": (click.IntRange(1), "Prompt and output of one sequence."),
     "max-batch-total-tokens": (click.IntRange(1), "Tokens in the KV cache."),
     "kv-block-size": (click.IntRange(1), "Tokens per KV block."),
+    "prefix-cache": (bool, "Keep what was computed for prompts that begin alike; default: yes."),
     "memory-fraction": (click.FloatRange(0, 1, min_open=True), "CUDA: part of the card's memory to use."),
     "num-threads": (click.IntRange(1), "CPU threads of the engine."),
     "default-max-tokens": (click.IntRange(1), "Output tokens for a request that names no number."),
@@ -28,7 +29,10 @@ KNOBS: dict[str, tuple[Any, str]] = {
 def engine_knobs(command: F) -> F:
     """The options above; they arrive as keyword arguments."""
     for name, (kind, text) in reversed(KNOBS.items()):
-        command = click.option(f"--{name}", type=kind, help=text)(command)
+        if kind is bool:
+            command = click.option(f"--{name}/--no-{name}", default=None, help=text)(command)
+        else:
+            command = click.option(f"--{name}", type=kind, help=text)(command)
     return command
 
 
@@ -37,6 +41,8 @@ def worker_flags(given: Mapping[str, Any]) -> list[str]:
     flags: list[str] = []
     for name in KNOBS:
         value = given.get(name.replace("-", "_"))
-        if value is not None:
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
             flags += [f"--{name}", str(value)]
     return flags

@@ -65,6 +65,8 @@ class Delta(Answer):
     """What the worker allowed a job that named no number, so that the next worker allows the same; set on the
     first delta.
     """
+    cached_tokens: Int = 0
+    """Of the prompt, that the first attempt need not compute; set on the first delta."""
 
 
 class Released(Answer):

@@ -40,6 +40,11 @@ def cli() -> None:
 @click.option("--max-total-tokens", type=int, help="Prompt + output of one sequence.")
 @click.option("--max-batch-total-tokens", type=int, help="Tokens in the KV cache.")
 @click.option("--kv-block-size", type=int, help="Tokens per KV block.")
+@click.option(
+    "--prefix-cache/--no-prefix-cache",
+    default=None,
+    help="Keep what was computed for prompts that begin alike; default: yes.",
+)
 @click.option("--memory-fraction", type=float, help="CUDA: part of the card's memory to use.")
 @click.option("--num-threads", type=int, help="CPU threads of the engine.")
 @click.option("--default-max-tokens", type=int, help="Output tokens for a request that names no number.")

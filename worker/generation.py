@@ -46,6 +46,8 @@ class Generation:
     done: Done | None = None
     first_token_at: float | None = None
     flushed_at: float = 0.0
+    cached_tokens: int | None = None
+    """Of the prompt, as the attempt found that made the first token; None: there is no token yet."""
     stop_tokens: int = 0
     """1 once an end or stop token was drawn: it counts as usage and has no text."""
     history: History = field(default_factory=History)
@@ -113,6 +115,8 @@ class Generation:
             return
         if self.first_token_at is None:
             self.first_token_at = event.at
+        if self.cached_tokens is None:
+            self.cached_tokens = event.cached_tokens
         self.max_tokens = event.max_tokens or self.max_tokens
         self.parts.append(event.text)
         for token in fresh:
@@ -128,6 +132,8 @@ class Generation:
         """Take one step's tokens. True: a stop string ended the job, and the engine must be told."""
         if self.done is not None:
             return False
+        if self.cached_tokens is None:
+            self.cached_tokens = output.cached_tokens
         for token in output.token_ids:
             if self.first_token_at is None:
                 self.first_token_at = now
@@ -254,7 +260,14 @@ class Generation:
         if self._journalled:
             return Delta(offset=self._journalled, ids=ids, text=text)
         limit = self.max_tokens if self.job.sampling.max_tokens is None else None
-        return Delta(offset=0, ids=ids, text=text, at=self.first_token_at, max_tokens=limit)
+        return Delta(
+            offset=0,
+            ids=ids,
+            text=text,
+            at=self.first_token_at,
+            max_tokens=limit,
+            cached_tokens=self.cached_tokens or 0,
+        )
 
     def _add(self, event: Delta | Crashed | Trial | Done) -> None:
         self._seq += 1
@@ -277,7 +290,11 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Tokens so far, over all attempts."""
-        return Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.ids) + self.stop_tokens)
+        return Usage(
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.ids) + self.stop_tokens,
+            cached_tokens=self.cached_tokens or 0,
+        )
 
     def result(self) -> Result:
         """The record to commit. Only once ``done`` is set."""

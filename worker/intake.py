@@ -80,4 +80,5 @@ def engine_request(generation: Generation) -> Request:
         ignore_eos=sampling.ignore_eos,
         priority=job.priority.rank,
         arrival=generation.started_at,
+        cache_salt=job.tenant,
     )

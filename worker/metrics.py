@@ -39,7 +39,7 @@ class Metrics:
     def __init__(self, model: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
         self._model, self._clock = model, clock
-        self._preemptions_seen = 0
+        self._seen: dict[str, int] = {}
         self._last_step_at: float | None = None
         ProcessCollector(registry=self.registry)
         if (gpu := GpuCollector.if_there()) is not None:
@@ -57,6 +57,10 @@ class Metrics:
             "engine_step_token_budget", "Tokens a step may feed: less once memory ran out."
         )
         self._preemptions = self._counter("num_preemptions", "Sequences that gave their KV blocks up.")
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Tokens looked up in the prefix cache, each request once."
+        )
+        self._prefix_hits = self._counter("prefix_cache_hits", "Tokens found there.")
         self._engine_tokens = self._counter(
             "engine_tokens", "Tokens fed to the model, recomputed ones included."
         )
@@ -78,6 +82,9 @@ class Metrics:
         )
         self._failure = self._counters("request_failure", "Requests that ended in an error.", "code")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
+        self._prompt_tokens_cached = self._counter(
+            "prompt_tokens_cached", "Prompt tokens of ended requests that the prefix cache had."
+        )
         self._generation_tokens = self._counter("generation_tokens", "Generated tokens of ended requests.")
         self._first_token_s = self._histogram(
             "time_to_first_token_seconds",
@@ -131,13 +138,18 @@ class Metrics:
         self._kv_usage.set(1 - stats.free_blocks / max(1, stats.total_blocks))
         self._step_s.observe(stats.step_s)
         self._engine_tokens.inc(stats.tokens)
-        # A number below the last one seen is a new engine's, which counts from zero.
-        fresh = stats.preemptions - self._preemptions_seen
-        self._preemptions.inc(fresh if fresh >= 0 else stats.preemptions)
-        self._preemptions_seen = stats.preemptions
+        self._catch_up(self._preemptions, "preemptions", stats.preemptions)
+        self._catch_up(self._prefix_queries, "prefix_queries", stats.prefix_queries)
+        self._catch_up(self._prefix_hits, "prefix_hits", stats.prefix_hits)
         if self._last_step_at is not None:
             self._inter_token_s.observe(now - self._last_step_at)
         self._last_step_at = now if stats.running else None
+
+    def _catch_up(self, counter: Counter, name: str, total: int) -> None:
+        """Add what is new in the engine's own count. Less than before: a new engine, which began at zero."""
+        before = self._seen.get(name, 0)
+        counter.inc(total - before if total >= before else total)
+        self._seen[name] = total
 
     def on_engine_restart(self) -> None:
         """An engine process died, and another takes its work."""
@@ -159,6 +171,7 @@ class Metrics:
         elif result.state is JobState.SUCCEEDED and result.finish_reason is not None:
             self._success.labels(model, result.finish_reason.value).inc()
         self._prompt_tokens.inc(usage.prompt_tokens)
+        self._prompt_tokens_cached.inc(usage.cached_tokens)
         self._generation_tokens.inc(usage.completion_tokens)
         self._request_prompt.observe(usage.prompt_tokens)
         self._request_output.observe(usage.completion_tokens)

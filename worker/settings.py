@@ -39,6 +39,7 @@ class WorkerSettings(Settings):
         PositiveInt | None, Field(validation_alias=_tgi("max_batch_total_tokens"))
     ] = None
     kv_block_size: PositiveInt = 16
+    prefix_cache: bool = True
     memory_fraction: Annotated[
         float,
         Field(

@@ -112,7 +112,9 @@ def answers(model: Any, prompts: list[list[int]]) -> list[Answer]:
 
 
 def settings(model: Path, **knobs: Any) -> EngineSettings:
-    return EngineSettings(model=str(model), dtype="float32", **{"max_batch_total_tokens": 32_768} | knobs)
+    """Without the prefix cache: an engine that others use too would find what it is asked to compute."""
+    given: dict[str, Any] = {"max_batch_total_tokens": 32_768, "prefix_cache": False}
+    return EngineSettings(model=str(model), dtype="float32", **given | knobs)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +217,19 @@ def test_resumed_in_the_middle_equals_transformers(
     compare(
         [replace(one, tokens=ids + one.tokens) for one, ids in zip(rest, done, strict=True)], answers, model
     )
+
+
+def test_with_prompts_found_in_the_prefix_cache_equals_transformers(
+    smollm2: Path, prompts: list[list[int]], answers: list[Answer], model: Any
+) -> None:
+    """The second time each prompt is there, but for its last block."""
+    prompts, answers = prompts[::4], answers[::4]
+    caching = Engine(settings(smollm2, prefix_cache=True))
+    run(caching, [replace(request, max_tokens=1) for request in greedy(prompts)])
+    before = caching.stats.prefix_hits
+    compare(run(caching, greedy(prompts)), answers, model)
+    usable = sum((len(ids) - 1) // caching.info.block_size for ids in prompts)
+    assert caching.stats.prefix_hits - before == usable * caching.info.block_size
 
 
 def test_an_end_token_ends_the_sequence_and_is_not_among_its_tokens(

@@ -1,4 +1,7 @@
-"""Any order of add, step, abort and finish, in pools too small for comfort, loses no sequence."""
+"""Any order of add, step, abort and finish, in pools too small for comfort, loses no sequence.
+
+Nor does any sequence ever read keys and values of other tokens than its own, whoever computed them.
+"""
 
 from __future__ import annotations
 
@@ -19,46 +22,100 @@ from hypothesis.stateful import (
 )
 
 
-def make(number: int, prompt: int, max_tokens: int, *, resumed: int = 0, priority: int = 1) -> Sequence:
+def make(
+    number: int,
+    prompt: int | list[int],
+    max_tokens: int,
+    *,
+    resumed: int = 0,
+    priority: int = 1,
+    salt: str = "",
+) -> Sequence:
+    """A prompt given by its length has nothing in common with another number's."""
+    ids = [100 + number] * prompt if isinstance(prompt, int) else prompt
     request = Request(
         id=f"s{number}",
-        prompt_ids=[1] * prompt,
+        prompt_ids=ids,
         output_ids=[2] * resumed,
         max_tokens=max_tokens,
         priority=priority,
         arrival=float(number),
+        cache_salt=salt,
     )
-    return Sequence(request, limit=prompt + max_tokens, end_ids=frozenset(), number=number)
+    return Sequence(request, limit=len(ids) + max_tokens, end_ids=frozenset(), number=number)
+
+
+class Cells:
+    """The KV tensors: what stands in each place of each block. Keys depend on all tokens up to theirs."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.cells: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
+
+    def feed(self, seq: Sequence, count: int) -> None:
+        for at in range(seq.computed, seq.computed + count):
+            self.cells[self._place(seq, at)] = self._meaning(seq, at)
+
+    def verify(self, seq: Sequence) -> None:
+        for at in range(seq.computed):
+            assert self.cells.get(self._place(seq, at)) == self._meaning(seq, at), (
+                f"{seq.id} reads another's token {at}"
+            )
+
+    def _place(self, seq: Sequence, at: int) -> tuple[int, int]:
+        return seq.block_table[at // self.block_size], at % self.block_size
+
+    def _meaning(self, seq: Sequence, at: int) -> tuple[str, tuple[int, ...]]:
+        return seq.request.cache_salt, tuple(seq.tokens[: at + 1])
+
+
+TEXTS = ([1] * 30, [1] * 7 + [2] * 23, [1, 2, 3] * 10)
+"""Prompts are beginnings of these."""
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """The model is a fake one: it answers every sampling row with the token 7, and never ends by itself."""
+    """The model is a fake one: it answers every sampling row with the token 1, and never ends by itself.
+
+    So outputs too continue prompts, and others find them.
+    """
 
     @initialize(
         capacity=st.integers(1, 12),
         block_size=st.sampled_from([1, 2, 4]),
         step_tokens=st.integers(1, 12),
         max_num_seqs=st.integers(1, 6),
+        prefix_cache=st.booleans(),
     )
-    def start(self, capacity: int, block_size: int, step_tokens: int, max_num_seqs: int) -> None:
+    def start(
+        self, capacity: int, block_size: int, step_tokens: int, max_num_seqs: int, prefix_cache: bool
+    ) -> None:
         self.limit = capacity * block_size
+        self.cells = Cells(block_size)
         self.scheduler = Scheduler(
-            BlockPool(capacity), block_size=block_size, step_tokens=step_tokens, max_num_seqs=max_num_seqs
+            BlockPool(capacity),
+            block_size=block_size,
+            step_tokens=step_tokens,
+            max_num_seqs=max_num_seqs,
+            prefix_cache=prefix_cache,
         )
         self.alive: dict[str, Sequence] = {}
         self.number = 0
         self.finished = 0
 
     @rule(
+        text=st.integers(0, len(TEXTS) - 1),
         prompt=st.integers(1, 30),
         max_tokens=st.integers(1, 20),
         resumed=st.integers(0, 8),
         priority=st.integers(0, 2),
+        salt=st.sampled_from(["", "tenant"]),
     )
-    def add(self, prompt: int, max_tokens: int, resumed: int, priority: int) -> None:
+    def add(self, text: int, prompt: int, max_tokens: int, resumed: int, priority: int, salt: str) -> None:
         self.number += 1
         resumed = min(resumed, max_tokens - 1)
-        seq = make(self.number, prompt, max_tokens, resumed=resumed, priority=priority)
+        seq = make(
+            self.number, TEXTS[text][:prompt], max_tokens, resumed=resumed, priority=priority, salt=salt
+        )
         if prompt + max_tokens > self.limit:
             with pytest.raises(PromptTooLong):
                 self.scheduler.add(seq)
@@ -67,10 +124,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.alive[seq.id] = seq
 
     @precondition(lambda self: self.alive)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), spoiled=st.booleans())
+    def abort(self, data: st.DataObject, spoiled: bool) -> None:
         seq = self.alive.pop(data.draw(st.sampled_from(sorted(self.alive))))
-        self.scheduler.remove(seq)
+        self.scheduler.remove(seq, spoiled=spoiled)
+
+    @rule()
+    def run_out_of_memory(self) -> None:
+        """A step that was planned and failed; then smaller ones, and larger ones again."""
+        self.scheduler.plan()
+        self.scheduler.shrink()
+
+    @rule()
+    def recover(self) -> None:
+        self.scheduler.grow()
 
     @rule()
     def step(self) -> None:
@@ -86,21 +153,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bool(plan.work) == bool(self.alive), "an empty step, or work for nobody"
         assert plan.tokens <= self.scheduler.step_tokens
         assert len({work.seq for work in plan.work}) == len(plan.work)
-        taken: set[int] = set()
+        written: set[int] = set()
         for seq, count in ((work.seq, work.count) for work in plan.work):
             assert seq in self.scheduler.running
             assert 1 <= count <= seq.pending
             room = len(seq.block_table) * self.scheduler.block_size
             assert seq.computed + count <= room, f"{seq.id} has no block for its tokens"
-        for seq in self.scheduler.running:
-            assert not taken & set(seq.block_table), "two sequences write to one block"
-            taken |= set(seq.block_table)
+            size = self.scheduler.block_size
+            own = set(seq.block_table[seq.computed // size : -(-(seq.computed + count) // size)])
+            assert not written & own, "two sequences write to one block"
+            written |= own
+            self.cells.verify(seq)
 
     def _run(self, plan: StepPlan) -> None:
         sampling = [work.seq for work in plan.work if work.samples]
+        for work in plan.work:
+            self.cells.feed(work.seq, work.count)
         self.scheduler.advance(plan)
         for seq in sampling:
-            seq.tokens.append(7)
+            seq.tokens.append(1)
             if len(seq.tokens) == seq.limit:
                 self.scheduler.remove(seq)
                 del self.alive[seq.id]
@@ -224,3 +295,111 @@ def test_a_sequence_that_can_never_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(PromptTooLong, match=r"30 tokens.*max_tokens \(20\) is 50.*takes 40") as refused:
         scheduler(capacity=10).add(make(1, prompt=30, max_tokens=20))
     assert refused.value.limit == 40
+
+
+# ---- the prefix cache
+
+
+def fed_in_all(it: Scheduler) -> int:
+    """Run until everybody has ended; tokens that went through the model."""
+    fed = 0
+    while it.has_work:
+        plan = it.plan()
+        fed += plan.tokens
+        sampling = [work.seq for work in plan.work if work.samples]
+        it.advance(plan)
+        for seq in sampling:
+            seq.tokens.append(7)
+            if len(seq.tokens) == seq.limit:
+                it.remove(seq)
+        it.check()
+    return fed
+
+
+def test_a_prefix_that_many_share_is_computed_once() -> None:
+    """512 tokens in common and 48 of its own each, all there at once; 64 tokens of output."""
+    it = scheduler(capacity=4_000, block_size=16, step_tokens=512, max_num_seqs=128)
+    prefix = list(range(1_000, 1_512))
+    seqs = [make(n, [*prefix, *[n] * 48], max_tokens=64) for n in range(64)]
+    for seq in seqs:
+        it.add(seq)
+    assert fed_in_all(it) == 512 + 64 * (48 + 63)
+    assert [seq.cached_tokens for seq in seqs] == [0] + [512] * 63
+    assert it.cache.hits == 63 * 512
+    assert it.cache.queries == 64 * 560
+
+
+def test_without_the_cache_everybody_computes_everything() -> None:
+    it = Scheduler(BlockPool(100), block_size=4, step_tokens=16, max_num_seqs=8, prefix_cache=False)
+    for number in (1, 2):
+        it.add(make(number, [5] * 20, max_tokens=4))
+    assert fed_in_all(it) == 2 * (20 + 3)
+    assert it.cache.hits == it.cache.queries == 0
+
+
+def test_another_salt_shares_nothing() -> None:
+    it = scheduler()
+    for number, salt in ((1, "ann"), (2, "bob"), (3, "ann")):
+        it.add(make(number, [5] * 17, max_tokens=1, salt=salt))
+    assert fed_in_all(it) == 17 + 17 + 1
+
+
+def test_a_prompt_known_to_its_end_still_computes_its_last_token() -> None:
+    it = scheduler()
+    it.add(make(1, [5] * 16, max_tokens=1))
+    fed_in_all(it)
+    it.add(make(2, [5] * 16, max_tokens=1))
+    assert run(it) == {"s2": 4}
+
+
+def test_what_was_generated_is_found_by_the_next_turn() -> None:
+    it = scheduler()
+    first = make(1, [5] * 10, max_tokens=11)
+    it.add(first)
+    fed_in_all(it)
+    turn = make(2, [*first.tokens, 8, 8], max_tokens=1)
+    it.add(turn)
+    assert run(it) == {"s2": 3}, "20 tokens had keys and values, in 5 full blocks"
+    assert turn.cached_tokens == 20
+
+
+def test_a_preempted_sequence_finds_again_what_nobody_has_overwritten() -> None:
+    it = scheduler(max_num_seqs=1)
+    it.add(make(1, prompt=14, max_tokens=8, priority=2))
+    run(it)
+    it.add(make(2, prompt=2, max_tokens=1, priority=0))
+    assert run(it) == {"s2": 2}
+    urgent = it.running[0]
+    it.remove(urgent)
+    assert run(it) == {"s1": 3}, "15 tokens, of which 12 stand in full blocks"
+    assert it.running[0].cached_tokens == 0, "it had computed them itself"
+
+
+def test_who_ranks_ahead_never_waits_for_those_behind() -> None:
+    it = scheduler()
+    it.add(make(1, [5] * 40, max_tokens=4, priority=2))
+    assert run(it) == {"s1": 16}
+    it.add(make(2, [5] * 40, max_tokens=4, priority=0))
+    assert run(it) == {"s2": 16}, "it takes what is there, goes on itself, and the other waits for it"
+    assert run(it) == {"s2": 8}
+    assert run(it) == {"s2": 1, "s1": 4}
+
+
+def test_blocks_held_in_common_count_once_when_somebody_is_admitted() -> None:
+    it = scheduler(capacity=12, block_size=4, step_tokens=64)
+    for number in range(5):
+        it.add(make(number, [*[5] * 32, number], max_tokens=3))
+    run(it)
+    assert len(it.running) == 1, "the prefix is not there yet, so two would not fit"
+    run(it)
+    assert len(it.running) == 4, "8 blocks in common, and one each"
+
+
+def test_blocks_whose_contents_are_no_good_are_found_by_nobody() -> None:
+    it = scheduler()
+    bad = make(1, [5] * 12, max_tokens=4)
+    it.add(bad)
+    run(it)
+    it.remove(bad, spoiled=True)
+    it.add(make(2, [5] * 12, max_tokens=4))
+    assert run(it) == {"s2": 12}

@@ -67,6 +67,17 @@ def test_the_joined_text_of_the_journal_is_the_result(tokenizer: Tokenizer, ever
     assert made.result().timings.first_token_at == 11.0
 
 
+def test_cached_tokens_are_those_of_the_attempt_that_made_the_first_token(tokenizer: Tokenizer) -> None:
+    first = generation(tokenizer)
+    first.push(token(5, cached_tokens=2), now=11.0)
+    log: list[tuple[EntryId, Event]] = [(EntryId(7, e.seq), e.event) for e in first.take_entries(11.0)]
+    second = generation(tokenizer)
+    second.replay(log)
+    second.push(token(6, cached_tokens=3), now=12.0)
+    second.push(token(7), now=12.0)
+    assert first.usage.cached_tokens == second.usage.cached_tokens == 2
+
+
 def test_a_successor_continues_from_any_point_as_if_nothing_happened(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     whole = generation(tokenizer, stop=["STOP"])

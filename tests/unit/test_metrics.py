@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from gristmill.engine.messages import EngineInfo, Stats
 from gristmill.schemas.job import JobState
@@ -60,7 +62,7 @@ def result(
         model=MODEL,
         state=state,
         choices=(Choice(text="four words of text", finish_reason=reason),),
-        usage=Usage(prompt_tokens=7, completion_tokens=5),
+        usage=Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=4),
         timings=Timings(submitted_at=10.0, started_at=11.0, first_token_at=12.0, finished_at=14.0),
         error=error,
     )
@@ -89,6 +91,15 @@ def test_preemptions_go_on_counting_when_a_new_engine_starts_from_zero(metrics: 
     for seen in (0, 4, 5, 0, 2):
         metrics.on_step(stats(preemptions=seen))
     assert value(metrics, "num_preemptions_total") == 5 + 2
+
+
+def test_tokens_found_in_the_prefix_cache_are_counted(metrics: Metrics) -> None:
+    metrics.on_step(replace(stats(), prefix_queries=100, prefix_hits=40))
+    metrics.on_step(replace(stats(), prefix_queries=150, prefix_hits=80))
+    assert value(metrics, "prefix_cache_queries_total") == 150
+    assert value(metrics, "prefix_cache_hits_total") == 80
+    metrics.on_finish(result())
+    assert value(metrics, "prompt_tokens_cached_total") == 4
 
 
 def test_a_finished_request_counts_its_tokens_and_its_three_waits(metrics: Metrics) -> None:
