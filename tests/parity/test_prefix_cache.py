@@ -134,3 +134,26 @@ def test_tenants_share_nothing(model: Path) -> None:
         while it.has_work:
             it.step()
     assert it.stats.prefix_hits == 0
+
+
+def test_choices_of_one_prompt_share_it_and_each_says_what_it_says_alone(model: Path) -> None:
+    """The prompt goes through the model once, and its last, partial block once more for each other choice."""
+    prompt = [random.Random(3).randrange(256) for _ in range(90)]
+    choices = [
+        Request(id=f"c{n}", prompt_ids=prompt, max_tokens=20, seed=1, choice=n, ignore_eos=True)
+        for n in range(6)
+    ]
+    alone = engine(model, prefix_cache=False)
+    expected = [run(alone, [choice])[choice.id] for choice in choices]
+    assert len({tuple(ids) for ids in expected}) == len(choices), "the choices do not differ"
+    together = engine(model)
+    for choice in choices:
+        together.add(choice)
+    said: dict[str, list[int]] = {}
+    fed = 0
+    while together.has_work:
+        for output in together.step():
+            said.setdefault(output.id, []).extend(output.token_ids)
+        fed += together.stats.tokens
+    assert [said[choice.id] for choice in choices] == expected
+    assert fed == 90 + 5 * 10 + 6 * 19
