@@ -29,8 +29,8 @@ LINGER_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What the book must know of a claim. ``payload`` is the message with its request filled in, if that lay
-    in the object ``request``."""
+    """What the book must know of a claim. ``payload`` is the message as it came; once it was read, with the
+    request filled in that lay in the object ``request``."""
 
     message: SqsMessage
     payload: str
@@ -79,6 +79,14 @@ class SqsClaims(ClaimBook):
             if self._settler is None:
                 self._settler = threading.Thread(target=self._settle_forever, name="sqs-settle", daemon=True)
                 self._settler.start()
+
+    def amend(self, receipt: Receipt) -> bool:
+        """Know more of a claim. False: it is not ours any more."""
+        with self._lock:
+            ours = receipt.message.tag in self._held
+            if ours:
+                self._receipts[receipt.message.tag] = receipt
+            return ours
 
     def leave(self, tag: str) -> None:
         """See ClaimBook."""

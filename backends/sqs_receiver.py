@@ -42,7 +42,8 @@ class Delivery:
 class Receiver:
     """``take`` is for the consumer's loop and never waits; all waiting is done by threads of this class.
 
-    ``read`` makes a receipt and kombu's message of what was received, or says None: not deliverable now.
+    ``read`` makes a receipt and kombu's message of what was received, without asking anybody; None: it cannot
+    be read. ``fill_in`` completes the message of a claim, however long that takes; None: not deliverable now.
     ``paused`` says whether claims from a queue are stopped. ``wake`` says that something has come.
     """
 
@@ -52,11 +53,13 @@ class Receiver:
         claims: SqsClaims,
         *,
         read: Callable[[SqsMessage, float], tuple[Receipt, dict[str, Any]] | None],
+        fill_in: Callable[[Receipt, dict[str, Any]], dict[str, Any] | None],
         paused: Callable[[str], bool],
         wake: Callable[[], None],
     ) -> None:
         self._queues, self._claims = queues, claims
-        self._read, self._ask_paused, self._wake = read, paused, wake
+        self._read, self._fill_in = read, fill_in
+        self._ask_paused, self._wake = paused, wake
         self._changed = threading.Condition()
         self._wanted: tuple[str, ...] = ()
         self._known: dict[str, None] = {}  # whatever was wanted so far
@@ -173,24 +176,30 @@ class Receiver:
         count = self._batch
         messages = self._queues.receive(queue, count=count, lease_s=self._claims.lease_s, wait_s=wait_s)
         self._trouble_s = 0.0
-        deliveries: list[Delivery] = []
-        for message in messages:
-            if (found := self._read(message, asked_at)) is not None:
-                receipt, content = found
-                self._claims.take(receipt)
-                deliveries.append(Delivery(queue, message.tag, content, time.monotonic()))
         with self._changed:
             if len(messages) == count:
                 self._batch = min(BATCH, 2 * count)
+        found = [pair for message in messages if (pair := self._read(message, asked_at)) is not None]
+        for receipt, _ in found:  # before anything is looked up: renewed from now on, however long that takes
+            self._claims.take(receipt)
+        return sum(self._deliver(queue, *pair) for pair in found) > 0
+
+    def _deliver(self, queue: str, receipt: Receipt, message: dict[str, Any]) -> bool:
+        tag = receipt.message.tag
+        content = self._fill_in(receipt, message)
+        if content is None:
+            self._claims.leave(tag)
+            return False
+        with self._changed:
             stopped = self._stopped
             if not stopped:
-                self._waiting.extend(deliveries)
+                self._waiting.append(Delivery(queue, tag, content, time.monotonic()))
             self._changed.notify_all()
         if stopped:
-            self._claims.requeue(*(delivery.tag for delivery in deliveries))
-        elif deliveries:
+            self._claims.requeue(tag)
+        else:
             self._wake()
-        return bool(deliveries)
+        return True
 
     def _hand_back_surplus(self) -> None:
         now = time.monotonic()

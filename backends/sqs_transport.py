@@ -15,7 +15,7 @@ import logging
 import re
 import select
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty
 from time import monotonic
 from typing import Any
@@ -133,7 +133,12 @@ class Channel(virtual.Channel):
         self._ask_again_at = 0.0
         super().__init__(*args, **kwargs)
         self.receiver = Receiver(
-            self.sqs.queues, self.claims, read=self._decoded, paused=self.sqs.paused, wake=self.waker.set
+            self.sqs.queues,
+            self.claims,
+            read=self._read,
+            fill_in=self._filled_in,
+            paused=self.sqs.paused,
+            wake=self.waker.set,
         )
 
     # ---- consuming
@@ -179,34 +184,49 @@ class Channel(virtual.Channel):
         active = self._active_queues
         return active if self.gate is None else [name for name in self.gate.claimable() if name in active]
 
-    def _decoded(self, received: SqsMessage, received_at: float) -> tuple[Receipt, dict[str, Any]] | None:
+    def _read(self, received: SqsMessage, received_at: float) -> tuple[Receipt, dict[str, Any]] | None:
         """What ``Receiver.read`` is. A message that cannot be read is nobody's: its lease runs out, it comes
         again, and in the end SQS puts it into the dead-letter queue."""
         try:
             message: dict[str, Any] = loads(received.body)
-            properties, headers = message["properties"], message["headers"]
-            info, tenant = properties["delivery_info"], headers.get(TENANT_HEADER, DEFAULT_TENANT)
+            headers, _ = message["headers"], message["properties"]["delivery_info"]
+            tenant, job_id = headers.get(TENANT_HEADER, DEFAULT_TENANT), headers.get("id")
             request = self.sqs.requests.name_in(message)
-            message = self.sqs.requests.fill_in(message)
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             log.error("message.unreadable", extra=_named(received) | {"reason": type(exc).__name__})
             return None
-        except GristmillError as exc:  # the store is away: another try when the lease has run out
-            log.warning("request.unavailable", extra=_named(received) | {"reason": exc.message})
-            return None
-        payload = dumps(message) if request else received.body
-        properties.update(delivery_tag=received.tag, delivery_count=received.receives)
-        info.update(redelivered=received.receives > 1, queue=received.queue, tenant=tenant)
-        headers["redelivered"] = received.receives > 1
-        return Receipt(received, payload, headers.get("id"), tenant, received_at, request), message
+        return Receipt(received, received.body, job_id, tenant, received_at, request), message
+
+    def _filled_in(self, receipt: Receipt, message: dict[str, Any]) -> dict[str, Any] | None:
+        """What ``Receiver.fill_in`` is."""
+        received = receipt.message
+        if receipt.request is not None:
+            try:
+                message = self.sqs.requests.fill_in(message)
+            except (ValueError, KeyError, TypeError) as exc:
+                log.error("message.unreadable", extra=_named(received) | {"reason": type(exc).__name__})
+                return None
+            except GristmillError as exc:  # the store is away: another try when the lease has run out
+                log.warning("request.unavailable", extra=_named(received) | {"reason": exc.message})
+                return None
+            if not self.claims.amend(replace(receipt, payload=dumps(message))):
+                return None
+        again, info = received.receives > 1, message["properties"]["delivery_info"]
+        message["properties"].update(delivery_tag=received.tag, delivery_count=received.receives)
+        info.update(redelivered=again, queue=received.queue, tenant=receipt.tenant)
+        message["headers"]["redelivered"] = again
+        return message
 
     def basic_get(self, queue: str, no_ack: bool = False, **_: Any) -> Any:  # noqa: ARG002
         """One message without waiting, whatever the gate says; None if there is none."""
         now = self.claims.clock()
         for received in self.sqs.queues.receive(queue, count=1, lease_s=self.claims.lease_s):
-            if (found := self._decoded(received, now)) is not None:
-                self.claims.take(found[0])
-                return self.Message(found[1], channel=self)
+            if (found := self._read(received, now)) is None:
+                continue
+            self.claims.take(found[0])
+            if (message := self._filled_in(*found)) is not None:
+                return self.Message(message, channel=self)
+            self.claims.leave(received.tag)
         return None
 
     # ---- producing and managing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -228,6 +229,36 @@ def test_a_buried_message_is_a_dead_letter_with_its_job(bench: Bench) -> None:
         job,
     )
     dead.close()
+
+
+def test_a_claim_is_renewed_while_its_request_is_being_read(
+    moto_sqs: SqsServer, valkey: Valkey, tmp_path: Path
+) -> None:
+    """A store that took longer than a lease had the message given to another worker, and another."""
+    bench = Bench(
+        moto_sqs, moto_sqs.settings(valkey, tmp_path, visibility_timeout_s=2, lease_renew_every_s=0.5)
+    )
+    job = make_job(metadata={"note": "x" * 70_000})
+    broker.publish(bench.app, bench.normal, job.to_json(), job.id)
+    path = tmp_path / "results" / keys.request_object(job.id)
+    request = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)  # reading it lasts until somebody writes
+    box = bench.inbox()
+    wait_until(lambda: box.turn() or len(box.claims) == 1, 10, "it is claimed")
+    other, ends = bench.inbox(), time.monotonic() + 4
+
+    def both_turn() -> bool:
+        box.claims.renew(), other.turn()
+        return time.monotonic() > ends
+
+    wait_until(both_turn, 20, "two leases are over")
+    with path.open("wb") as pipe:
+        pipe.write(request)
+    box.read(1)
+    assert box.messages[0].payload[0] == [job.to_json()]
+    assert len(other.claims) == 0
+    bench.close()
 
 
 def test_a_large_request_that_sqs_gave_up_on_can_be_sent_again(
