@@ -15,6 +15,7 @@ from types import FrameType
 
 from ..backends.state import State, WorkerInfo
 from ..schemas.errors import GristmillError, Misconfigured, Transient
+from .depth import Depth
 from .handler import JobHandler
 from .settings import WorkerSettings
 
@@ -29,7 +30,8 @@ FLUSH_S, RETURN_S, THREAD_END_S = 5.0, 8.0, 2.0
 
 
 class Lifecycle:
-    """One thread that ticks, one that listens for cancellations, and the signal handlers.
+    """One thread that ticks, one that listens for cancellations, one that counts what waits, and the signal
+    handlers.
 
     The worker ends by ``stop`` (asked to, or out of work) or by ``give_up`` (the engine, or a thread of ours,
     is gone). Ending means: take nothing more, finish what fits in ``drain_s``, hand the rest back with its
@@ -51,7 +53,8 @@ class Lifecycle:
     ) -> None:
         self._settings, self._worker_id = settings, worker_id
         self._state, self._handler, self._queues = state, handler, queues
-        self._waiting, self._exit_loop, self._force_exit = waiting, exit_loop, force_exit
+        self._exit_loop, self._force_exit = exit_loop, force_exit
+        self._depth = Depth(waiting, settings.heartbeat_every_s)
         self._leave_s = leave_s
         self._begin = threading.Lock()  # whoever takes it drains; it is never given back
         self._stopping = threading.Event()
@@ -74,6 +77,7 @@ class Lifecycle:
     def start(self) -> None:
         """Announce the worker, then begin ticking and listening. Call once the engine is ready."""
         self._beat(time.monotonic())
+        self._depth.start()
         for thread in self._threads:
             thread.start()
 
@@ -88,6 +92,7 @@ class Lifecycle:
             self._hurry.set()
             self.stop("the consumer ended by itself")
         self._ended.wait(self._leave_s)
+        self._depth.stop(THREAD_END_S)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(THREAD_END_S)
@@ -184,7 +189,6 @@ class Lifecycle:
         self._handler.expire(now)
         if now - self._beat_at >= self._settings.heartbeat_every_s and not self._left:
             self._beat(now)  # while draining, too: its jobs are not anybody else's yet
-            self._waiting()  # for /metrics
         if now - self._reconciled_at >= RECONCILE_EVERY_S:
             self._reconciled_at = now
             for job_id in self._state.cancelled(self._handler.job_ids()):
@@ -212,9 +216,9 @@ class Lifecycle:
         settings = self._settings
         if self.draining or self._handler.in_hand or not (settings.burst or settings.idle_exit_s):
             return
-        idle_s = now - max(self._handler.last_busy_at, self._started_at)
         # A claim may be on its way from the broker to a thread: a moment's patience even in a burst.
-        if idle_s >= (settings.idle_exit_s or 1.0) and not self._waiting():
+        over_at = max(self._handler.last_busy_at, self._started_at) + (settings.idle_exit_s or 1.0)
+        if now >= over_at and self._depth.was_none(over_at):
             self.stop("burst" if settings.burst else "idle")
 
     # ---- cancellations

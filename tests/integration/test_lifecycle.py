@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from gristmill.backends.state import State
+from gristmill.schemas.job import JobState
 from gristmill.worker.disposition import Disposition
 from gristmill.worker.lifecycle import Lifecycle
 from gristmill.worker.settings import WorkerSettings
@@ -30,14 +31,19 @@ def left() -> threading.Event:
 def start(played: Played, state: State, left: threading.Event) -> Iterator[Start]:
     started: list[Lifecycle] = []
 
-    def start(leave: Callable[[int], object] = print, leave_s: float = 20.0, **settings: float) -> Lifecycle:
+    def start(
+        leave: Callable[[int], object] = print,
+        leave_s: float = 20.0,
+        waiting: Callable[[], int] = lambda: 0,
+        **settings: float,
+    ) -> Lifecycle:
         lifecycle = Lifecycle(
             WorkerSettings(model="m", heartbeat_every_s=0.3, **settings),  # type: ignore[arg-type]
             "w1",
             state=state,
             handler=played.handler,
             queues=["q"],
-            waiting=lambda: 0,
+            waiting=waiting,
             exit_loop=left.set,
             force_exit=leave,
             leave_s=leave_s,
@@ -150,6 +156,43 @@ def test_a_drain_ends_in_time_though_neither_broker_nor_store_answers(
         store_answers.set()
     assert [delivery.result(15) for delivery in deliveries] == [Disposition.ACK, Disposition.REQUEUE]
     assert left.wait(15)
+
+
+def test_a_broker_that_is_slow_to_count_delays_no_heartbeat_and_no_deadline(
+    start: Start, played: Played, state: State
+) -> None:
+    """Three HTTP calls on SQS: a worker that waited for them counted as dead, and its jobs ran on."""
+    asked, answers = threading.Event(), threading.Event()
+
+    def waiting() -> int:
+        asked.set()
+        answers.wait(60)
+        return 0
+
+    start(waiting=waiting)
+    assert asked.wait(10)
+    state.unregister("w1")
+    wait_until(lambda: "w1" in state.workers(), 10, "it beats on")
+    job = make_job(expires_at=time.time() + 0.5)
+    assert played.deliver(job).result(10) is Disposition.ACK
+    assert played.result(job.id).state is JobState.EXPIRED
+    answers.set()
+
+
+def test_a_burst_ends_when_nothing_waits_any_more(start: Start, left: threading.Event) -> None:
+    messages, counted = [1], threading.Event()
+
+    def waiting() -> int:
+        if time.monotonic() > began + 1.0:  # a moment's patience is over
+            counted.set()
+        return len(messages)
+
+    began = time.monotonic()
+    lifecycle = start(waiting=waiting, burst=True)
+    assert counted.wait(10)
+    assert not lifecycle.draining
+    messages.clear()
+    assert left.wait(10)
 
 
 def test_a_heartbeat_tells_that_results_wait_for_the_store(
