@@ -57,7 +57,9 @@ def cli(once: bool, debug: bool, **flags: Any) -> None:
 
 def keeper_id() -> str:
     """Of this process: who leads is known by it."""
-    return f"keeper-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    from .keeper import ID_PREFIX
+
+    return f"{ID_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def _once(settings: KeeperSettings) -> int:

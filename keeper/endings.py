@@ -39,17 +39,25 @@ class Endings:
     def end(self, ending: Ending) -> Result | None:
         """End the job. None: somebody else has, or will. Raises BrokerUnavailable, StoreUnavailable."""
         claim = self._state.claim(ending.job_id, self._keeper_id, ending.expires_at)
-        if isinstance(claim, Final):
+        if isinstance(claim, Final) or (result := complete(self._state, ending, claim)) is None:
             return None
-        so_far = _SoFar.of(claim.entries)
-        done = so_far.done
-        if done is None:
-            usage = Usage(completion_tokens=so_far.tokens)
-            done = Done(reason=ending.reason, error=ending.error, usage=usage, at=claim.now)
-            if self._state.publish([Write(ending.job_id, claim.attempt, 1, done.to_json())]):
-                return None
-        result, _ = self._sink.commit(_result(ending, claim, so_far, done))
-        return result
+        return self._sink.commit(result)[0]
+
+
+def complete(state: State, ending: Ending, claim: Claim) -> Result | None:
+    """Complete the log of a claimed job that is not to run. Returns the result to commit: as ``ending`` says,
+    or as the log says that it ended before.
+
+    Safe to repeat. None: fenced. Raises BrokerUnavailable.
+    """
+    so_far = _SoFar.of(claim.entries)
+    done = so_far.done
+    if done is None:
+        usage = Usage(completion_tokens=so_far.tokens)
+        done = Done(reason=ending.reason, error=ending.error, usage=usage, at=claim.now)
+        if state.publish([Write(ending.job_id, claim.attempt, 1, done.to_json())]):
+            return None
+    return _result(ending, claim, so_far, done)
 
 
 @dataclass(slots=True)

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ID_PREFIX = "keeper-"
+"""Keepers are not among the live workers; by this one knows who fenced an attempt."""
 OWNED_AGAIN_S = 5.0
 """A worker that lives has ended its job by then; if it died, we do."""
 CRASHED_AGAIN_S = 300.0

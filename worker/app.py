@@ -29,7 +29,7 @@ from ..backends.state import State, open_state
 from ..backends.store import ResultStore, open_store
 from ..engine.messages import EngineInfo
 from ..engine.tokenizer import Tokenizer
-from ..keeper.keeper import keep
+from ..keeper.keeper import ID_PREFIX, keep
 from ..schemas import queues
 from ..schemas.errors import GristmillError, ModelNotFound
 from . import spool
@@ -173,7 +173,7 @@ class WorkerApp:
         threading.excepthook = lifecycle.on_thread_died
         lifecycle.start()
         if self.settings.keeper:
-            args = (self.settings, f"keeper-{self.worker_id}", leave)
+            args = (self.settings, f"{ID_PREFIX}{self.worker_id}", leave)
             threading.Thread(target=keep, args=args, name="keeper", daemon=True).start()
         log.info(
             "worker.ready",

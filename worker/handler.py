@@ -17,10 +17,12 @@ from ..backends.sink import ResultSink
 from ..backends.state import Claim, Final, State
 from ..engine.messages import Output, Request, Stats
 from ..engine.tokenizer import Tokenizer
+from ..keeper.endings import Ending, complete
+from ..keeper.keeper import ID_PREFIX
 from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
 from ..schemas.events import Crashed, Trial
 from ..schemas.job import JOB_ID_PATTERN, Job, JobState, Priority
-from ..schemas.result import ErrorInfo, FinishReason, Result, Timings
+from ..schemas.result import ErrorInfo, FinishReason, Result
 from . import capacity, intake
 from .committer import Committer
 from .disposition import MAX_ATTEMPTS, Disposition
@@ -40,6 +42,8 @@ GIVE_BACK_FLUSH_S = 2.0
 """Beyond it the state server is away: what is not journalled is made again."""
 LOOK_AGAIN_S = 1.0
 """How often a fenced delivery looks what has become of its job."""
+KEEPER_ENDS_S = 15.0
+"""As long as a worker's registration lives on: a keeper that has not ended a job by then is gone, too."""
 
 
 @dataclass(slots=True, eq=False)
@@ -139,13 +143,9 @@ class JobHandler:
 
     def _attempt(self, slot: Slot) -> Disposition:
         job = slot.job
-        claim = self._patiently(lambda: self._state.claim(job.id, self._worker_id, job.expires_at))
-        if claim is None:
-            return Disposition.REQUEUE
-        if isinstance(claim, Final):
-            return self._after_the_end(job.id, claim.state)
-        if not claim.known and (earlier := self._patiently(lambda: self._sink.adopt(job.id))) is not None:
-            return self._disposition(earlier.error)
+        claim = self._claim(job.id, job.expires_at)
+        if isinstance(claim, Disposition):
+            return claim
         log.info(
             "job.claimed", extra={"job_id": job.id, "attempt": claim.attempt, "attempts": claim.attempts}
         )
@@ -161,6 +161,17 @@ class JobHandler:
         parcel, attempt = self.committer.take(generation.result()), generation.attempt
         slot.generation = generation = None  # it may take long, and the journal has everything
         return self._commit(parcel, attempt)
+
+    def _claim(self, job_id: str, expires_at: float) -> Claim | Disposition:
+        """The right to run an attempt; or what becomes of the delivery: the job has ended, or we are closing."""
+        claim = self._patiently(lambda: self._state.claim(job_id, self._worker_id, expires_at))
+        if claim is None:
+            return Disposition.REQUEUE
+        if isinstance(claim, Final):
+            return self._after_the_end(job_id, claim.state)
+        if not claim.known and (earlier := self._patiently(lambda: self._sink.adopt(job_id))) is not None:
+            return self._disposition(earlier.error)
+        return claim
 
     def _after_the_end(self, job_id: str, state: JobState) -> Disposition:
         """Its message is still here: who ended it died before telling the broker, or it came twice."""
@@ -178,20 +189,29 @@ class JobHandler:
         """Answer what cannot be read: its client is newer than this worker, or none of ours."""
         if not re.fullmatch(JOB_ID_PATTERN, job_id):
             return Disposition.ACK  # nobody knows whose it is
-        claim = self._patiently(lambda: self._state.claim(job_id, self._worker_id, time.time()))
-        if claim is None:
+        claim = self._claim(job_id, time.time())
+        if isinstance(claim, Disposition):
+            return claim
+        ended = self._patiently(lambda: self._refusal(job_id, exc, claim) or Disposition.DROP)
+        if ended is None:
             return Disposition.REQUEUE
-        if isinstance(claim, Final):
-            return Disposition.ACK
-        refusal = Result(
+        if isinstance(ended, Disposition):
+            return ended
+        return self._commit(self.committer.take(ended), claim.attempt)
+
+    def _refusal(self, job_id: str, exc: BadInput, claim: Claim) -> Result | None:
+        """How it ends, as a keeper would end it: by its log, if a worker that could read it came that far."""
+        _, (known,) = self._state.look([job_id])
+        ending = Ending(
             job_id=job_id,
-            model=self._settings.model_name,
-            state=JobState.FAILED,
-            timings=Timings(submitted_at=claim.now, started_at=claim.now, finished_at=claim.now),
+            model=known.model or self._settings.model_name,
+            submitted_at=known.submitted_at,
+            expires_at=known.expires_at,
+            reason=FinishReason.ERROR,
             error=ErrorInfo.of(exc),
-            attempts=claim.attempts,
+            echo=known.echo,
         )
-        return self._commit(self.committer.take(refusal), claim.attempt)
+        return complete(self._state, ending, claim)
 
     def _prepare(self, job: Job, claim: Claim) -> Generation:
         """A Generation that stands where the journal stands. Bad input, too, becomes one: with its error."""
@@ -259,17 +279,23 @@ class JobHandler:
         claim that was swept meanwhile. Were ours acknowledged now, its death would lose the job. Were ours
         left to its lease now, two messages of one job would fence each other, lease after lease.
         """
+        until = time.monotonic() + KEEPER_ENDS_S
         while not self._closing.is_set():
             status = self._patiently(lambda: self._state.status(generation.job.id))
             if status is not None and status.state.final:
                 return Disposition.ACK
             if status is None or status.attempt == generation.attempt:  # the server lost the state or the log
                 return Disposition.DROP
-            workers = self._patiently(self._state.workers) or {}
-            if status.state is not JobState.RUNNING or status.worker not in workers:
+            if status.state is not JobState.RUNNING or not self._lives(status.worker or "", until):
                 return Disposition.DROP
             self._closing.wait(LOOK_AGAIN_S)
         return Disposition.REQUEUE
+
+    def _lives(self, owner: str, keepers_until: float) -> bool:
+        """Whether a job's owner may be expected to end it. A keeper has no heartbeat, and little to do."""
+        if owner.startswith(ID_PREFIX) and time.monotonic() < keepers_until:
+            return True
+        return owner in (self._patiently(self._state.workers) or {})
 
     def _abandon(self, slot: Slot) -> None:
         if (generation := slot.generation) is not None:
@@ -505,6 +531,12 @@ class JobHandler:
     def in_hand(self) -> int:
         """Jobs claimed and not yet disposed of."""
         return len(self._slots)
+
+    @property
+    def unfinished(self) -> int:
+        """Those that may yet end here: fenced ones run elsewhere."""
+        with self._slots_lock:
+            return sum(slot.how is not Disposition.DROP for slot in self._slots.values())
 
     def job_ids(self) -> list[str]:
         """The jobs in hand."""

@@ -148,7 +148,7 @@ class Lifecycle:
         """Finish what fits in ``drain_s``, hand the rest back. Bounded, whatever does not answer."""
         log.info("worker.draining", extra={"reason": reason, "in_hand": self._handler.in_hand})
         deadline = time.monotonic() + self._settings.drain_s
-        while self._handler.in_hand and time.monotonic() < deadline and not self._hurry.is_set():
+        while self._handler.unfinished and time.monotonic() < deadline and not self._hurry.is_set():
             self._hurry.wait(0.05)
         self._set_a_limit()
         returned = self._handler.hand_back(flush_s=FLUSH_S)

@@ -14,6 +14,8 @@ from gristmill.engine.tokenizer import Tokenizer
 from gristmill.schemas import keys
 from gristmill.schemas.events import Delta, Trial
 from gristmill.schemas.job import Job, JobState, Priority
+from gristmill.schemas.result import FinishReason
+from gristmill.schemas.status import JobStatus
 from gristmill.worker.disposition import Disposition
 
 from ..support.journal import Attempt, make_job
@@ -56,6 +58,23 @@ def test_a_message_that_no_worker_can_read_is_answered(played: Played, state: St
     assert status is not None
     assert status.state is JobState.FAILED
     assert played.handler.handle("no job's id!", body) is Disposition.ACK
+
+
+def test_a_message_that_this_worker_cannot_read_ends_as_its_log_says(played: Played, state: State) -> None:
+    """A newer worker had finished it, and died before the result was stored: a failure took its place."""
+    job = make_job(metadata={"k": "v"})
+    state.submit(job)
+    newer = Attempt.begin(state, job, "a newer worker")
+    assert newer.write("once ", "upon")
+    assert newer.done(" a time")
+    body = json.dumps({**json.loads(job.to_json()), "from_the_future": 1})
+    assert played.handler.handle(job.id, body) is Disposition.ACK
+    result = played.result(job.id)
+    assert (result.state, result.text, result.metadata) == (
+        JobState.SUCCEEDED,
+        "once upon a time",
+        {"k": "v"},
+    )
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, BaseException])  # a panic in Rust is no Exception
@@ -234,6 +253,28 @@ def test_a_fenced_delivery_comes_back_if_the_newer_attempts_worker_is_gone(
     played.step(job, 28)
     assert delivery.result(5) is Disposition.DROP
     assert played.handler.in_hand == 0
+
+
+def test_a_delivery_that_a_keeper_fenced_is_kept_until_it_has_ended_the_job(
+    played: Played, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keepers are no workers: the message was left to its lease, and a minute later it came for nothing."""
+    job, looks = make_job(), list[str]()
+    status = state.status
+
+    def look(job_id: str) -> JobStatus | None:
+        looks.append(job_id)
+        return status(job_id)
+
+    monkeypatch.setattr(state, "status", look)
+    delivery = played.deliver(job)
+    played.running(job)
+    keeper = Attempt.begin(state, job, "keeper-k1")
+    played.step(job, 28)
+    wait_until(lambda: len(looks) >= 2, 10, "it looks, and looks again")
+    assert not delivery.done()
+    assert keeper.finish(reason=FinishReason.CANCELLED)
+    assert delivery.result(10) is Disposition.ACK
 
 
 def test_an_engine_that_works_for_nobody_is_told_to_stop(played: Played) -> None:

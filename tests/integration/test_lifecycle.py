@@ -13,7 +13,8 @@ from gristmill.worker.disposition import Disposition
 from gristmill.worker.lifecycle import Lifecycle
 from gristmill.worker.settings import WorkerSettings
 
-from ..support.journal import make_job
+from ..support.fleet import WORKER
+from ..support.journal import Attempt, make_job
 from ..support.played import Played
 from ..support.valkey import Valkey
 from ..support.waiting import wait_until
@@ -109,6 +110,23 @@ def test_jobs_that_end_within_the_drain_are_not_handed_back(
     assert delivery.result(5) is Disposition.ACK
     assert left.wait(5)
     assert lifecycle.exit_code == 0
+
+
+def test_a_drain_does_not_wait_for_a_job_that_runs_elsewhere(
+    start: Start, played: Played, state: State, left: threading.Event
+) -> None:
+    """Its delivery is kept while its new owner lives: the whole of ``drain_s`` went by with nothing running."""
+    lifecycle = start(drain_s=60.0)
+    job = make_job()
+    delivery = played.deliver(job)
+    played.running(job)
+    state.register("another", WORKER, 60)
+    Attempt.begin(state, job, "another")
+    played.step(job, 28)
+    wait_until(lambda: played.engine.aborted, 5, "it is fenced")
+    lifecycle.stop("SIGTERM")
+    assert left.wait(20)
+    assert delivery.result(5) is Disposition.REQUEUE
 
 
 def test_when_celery_ends_by_itself_jobs_are_handed_back_and_threads_freed(
