@@ -163,7 +163,7 @@ class JobHandler:
         return self._commit(parcel, attempt)
 
     def _claim(self, job_id: str, expires_at: float) -> Claim | Disposition:
-        """The right to run an attempt; or what becomes of the delivery: the job has ended, or we are closing."""
+        """The right to run an attempt, or what becomes of the delivery: the job has ended, or we close."""
         claim = self._patiently(lambda: self._state.claim(job_id, self._worker_id, expires_at))
         if claim is None:
             return Disposition.REQUEUE

@@ -115,7 +115,7 @@ def test_jobs_that_end_within_the_drain_are_not_handed_back(
 def test_a_drain_does_not_wait_for_a_job_that_runs_elsewhere(
     start: Start, played: Played, state: State, left: threading.Event
 ) -> None:
-    """Its delivery is kept while its new owner lives: the whole of ``drain_s`` went by with nothing running."""
+    """Its delivery is kept while its new owner lives: all of ``drain_s`` went by with nothing running."""
     lifecycle = start(drain_s=60.0)
     job = make_job()
     delivery = played.deliver(job)
