@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 GROW_AFTER_STEPS = 1_000
 """After so many steps without a failure a shrunk engine asks for twice as much again: others on the machine
 may have gone. Should it fail, that costs one step's time."""
+ADAPTER_POLL_S = 0.05
+"""How long a step waits for an adapter when there is nothing else to do: so often are commands heard then."""
 BAD_LOGITS = "invalid_logits"
 """Error code of a sequence whose logits were not numbers: a model or a kernel is broken for this input."""
 NOTHING_ALLOWED = "nothing_allowed"
@@ -51,6 +53,7 @@ class Engine:
             max_num_seqs=settings.max_num_seqs,
             prefix_cache=settings.prefix_cache,
         )
+        self._desk = runner.adapter_desk(settings)
         self._sampler = Sampler(runner.spec.vocab_size, runner.device, _native(settings, runner))
         self._seqs: dict[str, Sequence] = {}
         self._number = 0
@@ -85,7 +88,7 @@ class Engine:
         scheduler = self._scheduler
         return Stats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._desk.waiting),
             free_blocks=scheduler.pool.free,
             total_blocks=scheduler.pool.capacity,
             preemptions=scheduler.preemptions,
@@ -95,6 +98,8 @@ class Engine:
             max_running=scheduler.max_running,
             prefix_queries=scheduler.cache.queries,
             prefix_hits=scheduler.cache.hits,
+            adapters=len(self._desk.loaded),
+            adapter_loads=self._desk.loads,
         )
 
     def add(self, request: Request) -> None:
@@ -112,7 +117,9 @@ class Engine:
         if len(seq.tokens) >= seq.limit:  # an earlier attempt did all the work but did not get to say so
             self._ended.append(Output(id=request.id, token_ids=[], finish="length"))
             return
-        self._scheduler.add(seq)
+        self._scheduler.check_fits(seq)
+        if seq.adapter is None or self._desk.add(seq):
+            self._scheduler.add(seq)
         self._seqs[request.id] = seq
         self._number += 1
 
@@ -132,17 +139,22 @@ class Engine:
         """
         started = time.monotonic()
         outputs, self._ended = self._ended, []
+        outputs += self._attend_to_adapters()
         if self._scheduler.has_work:
             outputs += self._run()
         else:
             self._step_tokens = 0
+            self._desk.wait(ADAPTER_POLL_S)
         self._step_s = time.monotonic() - started
         return outputs
 
     def check(self) -> None:
         """Raise AssertionError unless all books balance. Between steps only. O(blocks)."""
         self._scheduler.check()
-        queued = {seq.id for seq in (*self._scheduler.running, *self._scheduler.waiting)}
+        self._desk.check()
+        scheduled = {*self._scheduler.running, *self._scheduler.waiting}
+        assert self._desk.scheduled == {seq for seq in scheduled if seq.adapter}, "pins and queues differ"
+        queued = {seq.id for seq in (*scheduled, *self._desk.waiting)}
         assert queued == set(self._seqs), f"lost or unknown: {sorted(queued ^ set(self._seqs))}"
         self._sampler.processing.check(self._seqs.keys())
 
@@ -150,10 +162,10 @@ class Engine:
         """One step, smaller and smaller until memory suffices. A failed try has computed nothing."""
         size = self._scheduler.step_tokens, self._scheduler.max_running
         while True:
-            plan = self._scheduler.plan()
+            plan = self._plan()
             sampling = [work.seq for work in plan.work if work.samples]
             try:
-                tokens = self._sample(self._runner.forward(plan), sampling)
+                tokens = self._sample(self._runner.forward(plan, self._desk.loaded), sampling)
                 break
             except Exception as exc:
                 if not is_out_of_memory(exc):
@@ -168,6 +180,28 @@ class Engine:
         self._step_tokens = plan.tokens
         self._grow()
         return [self._record(seq, token) for seq, token in zip(sampling, tokens, strict=True)]
+
+    def _plan(self) -> StepPlan:
+        """The scheduler's plan, sequences with the same adapter beside one another."""
+        plan = self._scheduler.plan()
+        if not self._desk.loaded:
+            return plan
+        return StepPlan(tuple(sorted(plan.work, key=lambda work: work.seq.adapter or "")))
+
+    def _attend_to_adapters(self) -> list[Output]:
+        """Sequences whose adapter has come go to the scheduler; those whose adapter is no good end."""
+        turn = self._desk.turn()
+        for seq in turn.withdrawn:
+            self._scheduler.remove(seq)
+            seq.preempted = True
+        for seq in turn.ready:
+            self._scheduler.add(seq)
+        for seq, _ in turn.failed:
+            del self._seqs[seq.id]
+        return [
+            Output(id=seq.id, token_ids=[], finish="error", error_code=error.code, error=error.message)
+            for seq, error in turn.failed
+        ]
 
     def _shrink(self, plan: StepPlan) -> bool:
         self._steps_since_shrunk = 0
@@ -237,7 +271,8 @@ class Engine:
     def _end(self, seq: Sequence, *, spoiled: bool = False) -> None:
         del self._seqs[seq.id]
         self._sampler.processing.forget(seq.id)
-        self._scheduler.remove(seq, spoiled=spoiled)
+        if seq.adapter is None or not self._desk.remove(seq):
+            self._scheduler.remove(seq, spoiled=spoiled)
 
     def _end_ids(self, request: Request) -> frozenset[int]:
         model = () if request.ignore_eos else self._runner.eos_token_ids

@@ -89,6 +89,8 @@ class Request:
     choice: int = 0
     stop_token_ids: list[int] = field(default_factory=list[int])
     ignore_eos: bool = False
+    adapter: str | None = None
+    """Name of a LoRA adapter. None: the model as it is."""
     priority: int = 1
     """0 interactive, 1 normal, 2 batch: lower is served strictly first."""
     arrival: float = 0.0
@@ -100,7 +102,7 @@ class Request:
     @property
     def cache_root(self) -> bytes:
         """What keys and values depend on besides the tokens: who has another root shares none."""
-        return self.cache_salt.encode()
+        return repr((self.cache_salt, self.adapter)).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +163,10 @@ class Stats:
     """Tokens looked up in the prefix cache since the start, each sequence once …"""
     prefix_hits: int = 0
     """… and those found there."""
+    adapters: int = 0
+    """LoRA adapters in memory."""
+    adapter_loads: int = 0
+    """Since the start."""
 
 
 @dataclass(frozen=True, slots=True)

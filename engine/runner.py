@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,10 @@ from .attention.torch_backend import TorchAttention
 from .batch import Piece, pack
 from .kv_cache import KVCache, block_bytes, spare_bytes
 from .layers.elementwise import Elementwise, TorchElementwise
+from .layers.linear import unpacked
+from .lora.adapter import Adapter
+from .lora.files import Desk, open_desk
+from .lora.rows import Adapted, adapted
 from .memory import is_out_of_memory
 from .models.config import Config
 from .models.decoder import Decoder
@@ -33,6 +37,7 @@ from .weights import Checkpoint, expected_tensors
 
 log = logging.getLogger(__name__)
 
+NO_ADAPTERS: Mapping[str, Adapter] = {}
 CPU_STEP_TOKENS = 512
 CUDA_STEP_TOKENS = 8192
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -93,13 +98,20 @@ class Runner:
         return str(self.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def forward(self, plan: Plan) -> Tensor:
+    def forward(self, plan: Plan, adapters: Mapping[str, Adapter] = NO_ADAPTERS) -> Tensor:
         """Run one step and return logits [rows, vocab] in the engine's dtype.
 
         One row for each work that reaches its sequence's end, in plan order; the sequences are not changed.
+        ``adapters``: those that the sequences name.
         """
         assert plan.work, "an empty plan"
-        return self._decoder.forward(pack(plan.work, self.block_size, self.device), self._attention)
+        batch = pack(plan.work, self.block_size, self.device)
+        rows = adapted(plan.work, adapters) if adapters else Adapted()
+        return self._decoder.forward(batch, self._attention, rows)
+
+    def adapter_desk(self, settings: EngineSettings) -> Desk:
+        """Where sequences wait for adapters to this model."""
+        return open_desk(settings, self.spec, self.dtype, self.device, unpacked)
 
     def _library(self, settings: EngineSettings) -> Library | None:
         if self.device.type != "cpu" or settings.attention == "torch":
@@ -214,6 +226,7 @@ class _Dummy:
     tokens: list[int]
     block_table: list[int]
     computed: int = 0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

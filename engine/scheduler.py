@@ -84,14 +84,18 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def add(self, seq: Sequence) -> None:
-        """Queue ``seq``. Raises PromptTooLong if it could not finish even with all blocks to itself."""
+    def check_fits(self, seq: Sequence) -> None:
+        """Raise PromptTooLong if ``seq`` could not finish even with all blocks to itself."""
         if self._blocks(seq.limit) > self.pool.capacity:
             raise PromptTooLong(
                 prompt_tokens=seq.prompt_len,
                 max_tokens=seq.limit - seq.prompt_len,
                 limit=self.pool.capacity * self.block_size,
             )
+
+    def add(self, seq: Sequence) -> None:
+        """Queue ``seq``. Raises PromptTooLong, as ``check_fits``."""
+        self.check_fits(seq)
         self.cache.name_blocks(seq)
         insort(self.waiting, seq, key=_rank)
 

@@ -43,6 +43,11 @@ class Sequence:
         return self.request.id
 
     @property
+    def adapter(self) -> str | None:
+        """Name of its LoRA adapter."""
+        return self.request.adapter
+
+    @property
     def prompt_len(self) -> int:
         return len(self.request.prompt_ids)
 

@@ -40,6 +40,14 @@ class EngineSettings(BaseModel):
     memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
     """CUDA only: the part of the card's memory that weights, activations and KV cache may take together."""
 
+    lora_adapters: dict[str, Path] = Field(default_factory=dict[str, Path])
+    """LoRA adapters that requests may name: name -> PEFT directory."""
+    lora_dir: Path | None = None
+    """Every adapter directory right below this one may be named, too."""
+    lora_memory_mib: PositiveInt = 512
+    """What loaded adapters may take together."""
+    lora_max_rank: PositiveInt = 256
+
     num_threads: PositiveInt | None = None
     """CPU threads. None: as torch chooses (one per physical core it may use)."""
     kernel_cache: Path | None = None

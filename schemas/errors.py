@@ -15,6 +15,8 @@ GristmillError                  internal mistake of ours                      ex
 │   ├── ModelNotFound           nobody serves it, or it is not in the cache
 │   ├── ModelInvalid            the model directory cannot be used
 │   ├── ModelGated              its owner wants terms accepted, or a token
+│   ├── AdapterNotFound         this worker has no LoRA adapter of that name
+│   ├── AdapterInvalid          the adapter's directory cannot be used with this model
 │   ├── JobNotFound             no state, no log and no result under this id
 │   ├── JobFailed               waited for a result, and the job failed
 │   ├── IdempotencyConflict     same key, another body
@@ -158,6 +160,18 @@ class ModelGated(BadInput):
     """The model's owner wants its terms accepted, or a token that may read it."""
 
     code = "model_gated"
+
+
+class AdapterNotFound(BadInput):
+    """The worker that serves the model has no LoRA adapter of that name."""
+
+    code = "adapter_not_found"
+
+
+class AdapterInvalid(BadInput):
+    """The adapter's directory cannot be used: broken, for another model, or of a kind not supported."""
+
+    code = "adapter_invalid"
 
 
 class JobNotFound(BadInput):

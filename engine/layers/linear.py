@@ -27,6 +27,11 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return _Plain(weight, bias)
 
 
+def unpacked(weight: Tensor) -> Linear:
+    """A layer over ``weight`` as it is: for weights that come and go, and whose bytes are counted."""
+    return _Plain(weight, None)
+
+
 class _Plain:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias

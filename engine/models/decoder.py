@@ -13,10 +13,14 @@ from ..attention.backend import Attention
 from ..batch import Batch
 from ..layers.elementwise import Elementwise
 from ..layers.linear import Linear, linear
+from ..lora.rows import Adapted, project
 from .spec import ModelSpec
 
 Fetch = Callable[[str], Tensor]
 """A tensor by its Hugging Face name, in the engine's dtype on the engine's device."""
+
+
+NOBODY = Adapted()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,11 @@ class Decoder:
         self._norm = fetch("model.norm.weight")
         self._head = linear(self._embed if spec.tied_embeddings else fetch("lm_head.weight"))
 
-    def forward(self, batch: Batch, attention: Attention) -> Tensor:
+    def forward(self, batch: Batch, attention: Attention, adapted: Adapted = NOBODY) -> Tensor:
         """Logits [wanted rows, vocab] of one step, in the engine's dtype; keys and values go to the cache."""
         norm, silu_mul, eps = self._ops.rms_norm, self._ops.silu_mul, self.spec.norm_eps
         attention.begin(batch)
+        rows = adapted.fed
         residual = nnf.embedding(batch.tokens, self._embed)
         last = len(self._layers) - 1
         update: Tensor | None = None  # what the previous half-layer adds to the residual
@@ -55,11 +60,13 @@ class Decoder:
                 x = norm(residual, layer.input_norm, eps)
             else:
                 x = norm(update, layer.input_norm, eps, residual)
-            x = attention.attend(index, layer.qkv(x), layer.q_norm, layer.k_norm)
+            x = attention.attend(index, project(layer.qkv, x, rows, index, "qkv"), layer.q_norm, layer.k_norm)
             if index == last and batch.wanted is not None:
                 x, residual = x[batch.wanted], residual[batch.wanted]  # nobody reads the other rows any more
-            x = norm(layer.output(x), layer.mlp_norm, eps, residual)
-            update = layer.down(silu_mul(layer.gate_up(x)))
+                rows = adapted.wanted
+            x = norm(project(layer.output, x, rows, index, "output"), layer.mlp_norm, eps, residual)
+            inner = silu_mul(project(layer.gate_up, x, rows, index, "gate_up"))
+            update = project(layer.down, inner, rows, index, "down")
         assert update is not None, "a model without layers"
         return self._head(norm(update, self._norm, eps, residual))
 

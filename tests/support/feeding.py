@@ -17,6 +17,7 @@ class Fed:
     tokens: list[int]
     block_table: list[int] = field(default_factory=list)
     computed: int = 0
+    adapter: str | None = None
     rows: list[torch.Tensor] = field(default_factory=list)
 
 

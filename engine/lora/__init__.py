@@ -1,0 +1,1 @@
+"""LoRA adapters: which there are, which are loaded, and what they add to a step."""
