@@ -194,6 +194,17 @@ def test_adapters_evicted_and_loaded_again_equal_peft(tmp_path: Path, llama: Jud
         llama.assert_greedy(request, said[request.id])
 
 
+def test_keys_and_values_of_one_adapter_are_not_found_by_another(llama: Judge) -> None:
+    """The prefix cache holds them by what made them: one prompt, each adapter after the other, twice."""
+    prompt = list(range(100, 164))
+    names = [None, *ADAPTERS, None, *ADAPTERS]
+    todo = [replace(requests(7, 1)[0], id=f"p{i}", prompt_ids=prompt, adapter=n) for i, n in enumerate(names)]
+    one_by_one = engine(llama)
+    for request in todo:
+        llama.assert_greedy(request, run(one_by_one, [request])[request.id])
+    assert one_by_one.stats.prefix_hits == 48 * len(ADAPTERS) + 48, "found too much, or too little"
+
+
 def test_a_resumed_request_with_an_adapter_continues_as_peft(llama: Judge) -> None:
     todo = [r for r in requests(6) if r.adapter]
     whole = run(engine(llama), todo)

@@ -125,15 +125,15 @@ def _poison(token: int, how: str, times: int | None, notes: Path | None) -> None
         _die("GM_TEST_POISON_TIMES needs GM_TEST_POISON_NOTES")
 
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def poisoned(runner: Any, plan: Any) -> Any:
+        def poisoned(runner: Any, plan: Any, *more: Any) -> Any:
             # Not the step of the warm-up, whose tokens nobody asked for.
             if type(plan).__name__ == "StepPlan" and any(token in fed(work) for work in plan.work):
                 if notes is not None:
                     if times is not None and notes.exists() and len(notes.read_text().splitlines()) >= times:
-                        return forward(runner, plan)
+                        return forward(runner, plan, *more)
                     _append(notes, f"{os.getpid()} {how}\n")
                 HOW[how]()
-            return forward(runner, plan)
+            return forward(runner, plan, *more)
 
         return poisoned
 
@@ -266,10 +266,10 @@ def _keep_ledger(directory: Path) -> None:
         return noted
 
     def forward(inner: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(runner: Any, plan: Any) -> Any:
+        def noted(runner: Any, plan: Any, *more: Any) -> Any:
             if type(plan).__name__ == "StepPlan":
                 fed_now[:] = [[work.seq.id, work.seq.computed, work.count, 0] for work in plan.work]
-            return inner(runner, plan)
+            return inner(runner, plan, *more)
 
         return noted
 
