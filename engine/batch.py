@@ -66,8 +66,11 @@ class Batch:
         return self.starts + self.counts
 
 
-def pack(work: Sequence[Piece], block_size: int, device: torch.device) -> Batch:
-    """Gather a plan into arrays. O(tokens + blocks); called once per step."""
+def pack(work: Sequence[Piece], block_size: int, device: torch.device, also: Sequence[int] = ()) -> Batch:
+    """Gather a plan into arrays. O(tokens + blocks); called once per step.
+
+    ``also``: rows that are wanted, too, behind those that reach their sequence's end.
+    """
     n = len(work)
     counts = np.fromiter((piece.count for piece in work), np.int32, n)
     starts = np.fromiter((piece.seq.computed for piece in work), np.int32, n)
@@ -86,11 +89,13 @@ def pack(work: Sequence[Piece], block_size: int, device: torch.device) -> Batch:
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     lengths = np.fromiter((len(piece.seq.tokens) for piece in work), np.int32, n)
     wanted = (first_row + counts - 1)[ends == lengths]
+    if also:
+        wanted = np.concatenate([wanted, np.asarray(also, np.int32)])
     return Batch(
         tokens=tensor(tokens, device),
         positions=tensor(positions, device),
         slots=tensor(slots, device),
-        wanted=None if len(wanted) == total else tensor(wanted.astype(np.int64), device),
+        wanted=None if len(wanted) == total and not also else tensor(wanted.astype(np.int64), device),
         rows=total,
         first_row=first_row,
         counts=counts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from ..schemas.errors import InvalidRequest, PromptTooLong
 from ..schemas.settings import default_home
 from .block_pool import BlockPool
+from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
-from .messages import EngineInfo, Finish, Output, Request, Stats
+from .messages import EngineInfo, Finish, Output, Request, Stats, TokenLogprobs
 from .native.sampling import NativeSampling, load_sampling
 from .processors import check_processors
 from .runner import Runner
@@ -165,7 +167,9 @@ class Engine:
             plan = self._plan()
             sampling = [work.seq for work in plan.work if work.samples]
             try:
-                tokens = self._sample(self._runner.forward(plan, self._desk.loaded), sampling)
+                scorer = _prompt_scorer(plan)
+                logits = self._runner.forward(plan, self._desk.loaded, scorer)
+                tokens, logprobs = self._sample(logits, sampling)
                 break
             except Exception as exc:
                 if not is_out_of_memory(exc):
@@ -179,7 +183,10 @@ class Engine:
         self._scheduler.advance(plan)
         self._step_tokens = plan.tokens
         self._grow()
-        return [self._record(seq, token) for seq, token in zip(sampling, tokens, strict=True)]
+        outputs = [self._record(seq, token) for seq, token in zip(sampling, tokens, strict=True)]
+        if logprobs:
+            outputs = [_with_logprobs(output, logprobs.get(row)) for row, output in enumerate(outputs)]
+        return _with_prompts(outputs, scorer) if scorer else outputs
 
     def _plan(self) -> StepPlan:
         """The scheduler's plan, sequences with the same adapter beside one another."""
@@ -232,8 +239,15 @@ class Engine:
             "in the engine; lower max_batch_total_tokens to leave more for a step, or add memory",
         )
 
-    def _sample(self, logits: Tensor, seqs: list[Sequence]) -> list[int | None]:
-        return self._sampler.sample(logits, seqs) if seqs else []
+    def _sample(
+        self, logits: Tensor, seqs: list[Sequence]
+    ) -> tuple[list[int | None], dict[int, TokenLogprobs] | None]:
+        """A token for each row, and by row the log probabilities of those that ask."""
+        if not seqs:
+            return [], None
+        scores = Scores.take(logits, seqs)
+        tokens = self._sampler.sample(logits, seqs)
+        return tokens, scores.of(logits, tokens) if scores else None
 
     def _record(self, seq: Sequence, token: int | None) -> Output:
         """Append the token, or end the sequence because of it."""
@@ -294,10 +308,36 @@ class Engine:
             if ids and not (min(ids) >= 0 and max(ids) < vocab):
                 wrong = next(i for i in ids if not 0 <= i < vocab)
                 raise InvalidRequest(f"token id {wrong} in {name} is not below {vocab:,}", param=name)
-        for name, fine, rule in _ranges(request):
+        for name, fine, rule in _ranges(request, vocab):
             if not fine:
                 raise InvalidRequest(f"{name} is {getattr(request, name)}; it must be {rule}", param=name)
         check_processors(request, vocab)
+
+
+def _prompt_scorer(plan: StepPlan) -> PromptScorer | None:
+    """None: no prompt of this step asks."""
+    if all(work.seq.request.prompt_logprobs is None for work in plan.work):
+        return None
+    return PromptScorer(plan.work)
+
+
+def _with_logprobs(output: Output, one: TokenLogprobs | None) -> Output:
+    return replace(output, logprobs=[one]) if one and output.token_ids else output
+
+
+def _with_prompts(outputs: list[Output], scorer: PromptScorer) -> list[Output]:
+    """What the step told of prompts, with the output of its sequence if there is one."""
+    pieces = scorer.finish()
+    found = [
+        replace(output, prompt_from=piece[0], prompt_logprobs=piece[1])
+        if (piece := pieces.pop(output.id, None))
+        else output
+        for output in outputs
+    ]
+    return found + [
+        Output(id=seq_id, token_ids=[], prompt_from=start, prompt_logprobs=told)
+        for seq_id, (start, told) in pieces.items()
+    ]
 
 
 def _native(settings: EngineSettings, runner: Runner) -> NativeSampling | None:
@@ -307,7 +347,7 @@ def _native(settings: EngineSettings, runner: Runner) -> NativeSampling | None:
     return load_sampling(settings.kernel_cache or default_home() / "kernels", torch.get_num_threads())
 
 
-def _ranges(request: Request) -> tuple[tuple[str, bool, str], ...]:
+def _ranges(request: Request, vocab: int) -> tuple[tuple[str, bool, str], ...]:
     """(field, whether it is in range, the range in words). A NaN is in no range."""
     r = request
     return (
@@ -317,6 +357,8 @@ def _ranges(request: Request) -> tuple[tuple[str, bool, str], ...]:
         ("top_p", 0.0 < r.top_p <= 1.0, "above 0 and at most 1"),
         ("top_k", r.top_k >= 0, "0 (off) or more"),
         ("min_p", 0.0 <= r.min_p <= 1.0, "0 to 1"),
+        ("logprobs", 0 <= (r.logprobs or 0) <= vocab, f"0 to the size of the vocabulary ({vocab:,})"),
+        ("prompt_logprobs", 0 <= (r.prompt_logprobs or 0) <= vocab, f"0 to {vocab:,}"),
         ("seed", 0 <= r.seed < 2**64, "an unsigned 64-bit integer"),
         ("choice", 0 <= r.choice < 2**32, "an unsigned 32-bit integer"),
         ("priority", 0 <= r.priority <= 2, "0, 1 or 2"),

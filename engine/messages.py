@@ -84,6 +84,10 @@ class Request:
     min_p: float = 0.0
     processors: Processors | None = None
     """None: nothing of it, and it costs nothing."""
+    logprobs: int | None = None
+    """Tell the log probability of each token sampled, and of so many of the most likely ones."""
+    prompt_logprobs: int | None = None
+    """The same of each prompt token but the first. Nothing of such a prompt is taken from a cache."""
     seed: int = 0
     """0 .. 2**64 - 1."""
     choice: int = 0
@@ -106,6 +110,16 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """How likely the model, by itself, thought a token, and which ones it thought most likely."""
+
+    logprob: float
+    top_ids: list[int] = field(default_factory=list[int])
+    top_logprobs: list[float] = field(default_factory=list[float])
+    """Descending."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """What one step did for one request. Nothing follows an output with ``finish``.
 
@@ -116,6 +130,11 @@ class Output:
     id: str
     token_ids: list[int]
     """New in this step; may be empty."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """One for each of ``token_ids``, if the request asks."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """Of prompt tokens from position ``prompt_from`` on: a piece for each chunk of the prompt, in order."""
+    prompt_from: int = 0
     finish: Finish | None = None
     stop_token_id: int | None = None
     cached_tokens: int | None = None

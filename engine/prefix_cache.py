@@ -112,6 +112,8 @@ class PrefixCache:
                 assert named in (None, *seq.hashes[index : index + 1]), f"{seq.id} holds another's tokens"
 
     def _usable(self, seq: Sequence) -> int:
+        if seq.wants_its_prompt_fed:
+            return 0
         return min(len(seq.hashes), (len(seq.tokens) - 1) // self._block_size)
 
 

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 NO_ADAPTERS: Mapping[str, Adapter] = {}
 CPU_STEP_TOKENS = 512
 CUDA_STEP_TOKENS = 8192
+SCORED_AT_ONCE = 32
+"""Rows of a prompt whose logits exist at a time: bounds memory."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -48,6 +50,17 @@ class Plan(Protocol):
 
     @property
     def work(self) -> Sequence[Piece]: ...
+
+
+class Scorer(Protocol):
+    """Wants logits of more rows than are sampled from: the prompt's."""
+
+    @property
+    def rows(self) -> Sequence[int]: ...
+
+    def take(self, logits: Tensor) -> None:
+        """[n, vocab]: of the next ``n`` of its rows."""
+        ...
 
 
 class Runner:
@@ -98,16 +111,25 @@ class Runner:
         return str(self.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def forward(self, plan: Plan, adapters: Mapping[str, Adapter] = NO_ADAPTERS) -> Tensor:
+    def forward(
+        self, plan: Plan, adapters: Mapping[str, Adapter] = NO_ADAPTERS, scorer: Scorer | None = None
+    ) -> Tensor:
         """Run one step and return logits [rows, vocab] in the engine's dtype.
 
         One row for each work that reaches its sequence's end, in plan order; the sequences are not changed.
-        ``adapters``: those that the sequences name.
+        ``adapters``: those that the sequences name. The ``scorer`` is given the logits of its rows, a few at
+        a time.
         """
         assert plan.work, "an empty plan"
-        batch = pack(plan.work, self.block_size, self.device)
-        rows = adapted(plan.work, adapters) if adapters else Adapted()
-        return self._decoder.forward(batch, self._attention, rows)
+        also = scorer.rows if scorer else ()
+        batch = pack(plan.work, self.block_size, self.device, also)
+        owners = adapted(plan.work, adapters, also) if adapters else Adapted()
+        hidden = self._decoder.forward(batch, self._attention, owners)
+        sampled = len(hidden) - len(also)
+        for start in range(sampled, len(hidden), SCORED_AT_ONCE):
+            assert scorer is not None
+            scorer.take(self._decoder.logits(hidden[start : start + SCORED_AT_ONCE]))
+        return self._decoder.logits(hidden[:sampled])
 
     def adapter_desk(self, settings: EngineSettings) -> Desk:
         """Where sequences wait for adapters to this model."""

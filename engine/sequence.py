@@ -31,6 +31,8 @@ class Sequence:
     """Of the prompt, found in the prefix cache before it was first preempted."""
     preempted: bool = field(init=False, default=False)
     """It has lost its blocks once."""
+    prompt_scored: int = field(init=False, default=1)
+    """Prompt tokens whose log probabilities have been told, if it asks: there is none for the first."""
     rank: tuple[int, float, int] = field(init=False)
     """Smaller is served first, and preempted last."""
 
@@ -55,6 +57,11 @@ class Sequence:
     def output_len(self) -> int:
         """Tokens of output so far, earlier attempts' included: the position of the next one."""
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def wants_its_prompt_fed(self) -> bool:
+        """Log probabilities of its prompt have still to be told, and a cache does not hold what they need."""
+        return self.request.prompt_logprobs is not None and self.prompt_scored < self.prompt_len
 
     @property
     def pending(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,8 +31,11 @@ class Adapted(NamedTuple):
     wanted: tuple[Rows, ...] = ()
 
 
-def adapted(work: Sequence[Piece], adapters: Mapping[str, Adapter]) -> Adapted:
-    """Runs of neighbours with the same adapter: slices instead of gathers, and few if ``work`` is grouped."""
+def adapted(work: Sequence[Piece], adapters: Mapping[str, Adapter], also: Sequence[int] = ()) -> Adapted:
+    """Runs of neighbours with the same adapter: slices instead of gathers, and few if ``work`` is grouped.
+
+    ``also``: rows of the step, ascending, whose logits are wanted, too, behind those of the last tokens.
+    """
     fed: list[Rows] = []
     wanted: list[Rows] = []
     row = wanted_row = 0
@@ -45,6 +49,10 @@ def adapted(work: Sequence[Piece], adapters: Mapping[str, Adapter]) -> Adapted:
             if wanted_end > wanted_row:
                 wanted.append(Rows(wanted_row, wanted_end, adapters[name]))
         row, wanted_row = end, wanted_end
+    for part in fed if also else ():
+        first, end = bisect_left(also, part.first), bisect_left(also, part.end)
+        if first < end:
+            wanted.append(Rows(wanted_row + first, wanted_row + end, part.adapter))
     return Adapted(tuple(fed), tuple(wanted))
 
 

@@ -48,7 +48,7 @@ class Decoder:
         self._head = linear(self._embed if spec.tied_embeddings else fetch("lm_head.weight"))
 
     def forward(self, batch: Batch, attention: Attention, adapted: Adapted = NOBODY) -> Tensor:
-        """Logits [wanted rows, vocab] of one step, in the engine's dtype; keys and values go to the cache."""
+        """Hidden states [wanted rows, hidden] of one step, for ``logits``; keys and values are cached."""
         norm, silu_mul, eps = self._ops.rms_norm, self._ops.silu_mul, self.spec.norm_eps
         attention.begin(batch)
         rows = adapted.fed
@@ -68,7 +68,11 @@ class Decoder:
             inner = silu_mul(project(layer.gate_up, x, rows, index, "gate_up"))
             update = project(layer.down, inner, rows, index, "down")
         assert update is not None, "a model without layers"
-        return self._head(norm(update, self._norm, eps, residual))
+        return norm(update, self._norm, eps, residual)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] to [rows, vocab], in the engine's dtype."""
+        return self._head(hidden)
 
 
 def _layer(spec: ModelSpec, fetch: Fetch, index: int) -> Layer:

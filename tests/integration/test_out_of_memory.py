@@ -75,11 +75,11 @@ def run(engine: Engine) -> tuple[dict[str, list[int]], dict[str, Output]]:
 def limit_steps(engine: Engine, fits: Callable[[Any], bool], *, late: bool, monkeypatch: Any) -> None:
     forward = engine._runner.forward
 
-    def limited(plan: Any, adapters: Any) -> torch.Tensor:
-        logits = forward(plan, adapters) if late else None
+    def limited(plan: Any, *more: Any) -> torch.Tensor:
+        logits = forward(plan, *more) if late else None
         if not fits(plan):
             ask_for_a_petabyte()
-        return forward(plan, adapters) if logits is None else logits
+        return forward(plan, *more) if logits is None else logits
 
     monkeypatch.setattr(engine._runner, "forward", limited)
 

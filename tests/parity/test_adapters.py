@@ -205,6 +205,21 @@ def test_keys_and_values_of_one_adapter_are_not_found_by_another(llama: Judge) -
     assert one_by_one.stats.prefix_hits == 48 * len(ADAPTERS) + 48, "found too much, or too little"
 
 
+def test_log_probabilities_of_prompts_are_those_of_each_rows_adapter(llama: Judge) -> None:
+    made = engine(llama)
+    todo = {request.id: replace(request, prompt_logprobs=0) for request in requests(8)}
+    told: dict[str, list[float]] = {request_id: [] for request_id in todo}
+    for request in todo.values():
+        made.add(request)
+    while made.has_work:
+        for output in made.step():
+            told[output.id] += [one.logprob for one in output.prompt_logprobs]
+    for request in todo.values():
+        theirs = llama.logits(request.adapter, request.prompt_ids).double().log_softmax(-1)
+        expected = [float(row[token]) for row, token in zip(theirs, request.prompt_ids[1:], strict=False)]
+        assert told[request.id] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_resumed_request_with_an_adapter_continues_as_peft(llama: Judge) -> None:
     todo = [r for r in requests(6) if r.adapter]
     whole = run(engine(llama), todo)
