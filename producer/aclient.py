@@ -13,7 +13,7 @@ from ..schemas.events import EntryId
 from ..schemas.job import Job, JobState, Priority
 from ..schemas.result import Result
 from ..schemas.settings import Settings
-from ..schemas.status import JobStatus, ModelInfo
+from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
 from . import core
 from .core import Submission
 from .link import Link
@@ -57,6 +57,10 @@ class AsyncLink:
         """The result object's content."""
         return await asyncio.to_thread(lambda: self._link.store.get(keys.result_object(job_id)))
 
+    async def queue_is_paused(self, status: JobStatus) -> bool:
+        """See Link.queue_is_paused."""
+        return await asyncio.to_thread(self._link.queue_is_paused, status)
+
     async def dead(self, do: Callable[[Dead], T]) -> T:
         """Something done with the dead letters, in a thread."""
         from .dead import Dead
@@ -89,8 +93,14 @@ class AsyncJobHandle:
         from .stream import Chunk, follow_async
 
         last = EntryId.parse(last_id) if isinstance(last_id, str) else last_id
-        state, fetch = await self._link.state(), self._link.result_body
-        async with aclosing(follow_async(state, self.id, last, fetch=fetch, timeout_s=timeout_s)) as items:
+        state, fetch, said = await self._link.state(), self._link.result_body, False
+
+        async def say_why() -> None:
+            nonlocal said
+            said = said or await self._say_why()
+
+        follower = follow_async(state, self.id, last, fetch=fetch, timeout_s=timeout_s, on_silence=say_why)
+        async with aclosing(follower) as items:
             async for item in items:
                 if isinstance(item, Chunk):
                     yield item
@@ -101,7 +111,10 @@ class AsyncJobHandle:
         """See JobHandle.result."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         pause_s = core.POLL_FIRST_S
+        say_at: float | None = time.monotonic() + core.SAY_AFTER_S
         while (result := await self._result_now()) is None:
+            if say_at is not None and time.monotonic() >= say_at:
+                say_at = None if await self._say_why() else time.monotonic() + core.SAY_AFTER_S
             left_s = pause_s if deadline is None else deadline - time.monotonic()
             if left_s <= 0:
                 raise core.not_ended(self.id, timeout_s)
@@ -123,6 +136,12 @@ class AsyncJobHandle:
         """See JobHandle.cancel."""
         state = await self._link.state()
         return await state.cancel(self.id, None if self.job is None else self.job.model)
+
+    async def _say_why(self) -> bool:
+        """See JobHandle._say_why."""
+        state = await self._link.state()
+        status = await state.status(self.id)
+        return core.say_trouble(status, {} if status is None else await state.workers())
 
     async def _result_now(self) -> Result | None:
         status = await (await self._link.state()).status(self.id)
@@ -222,6 +241,14 @@ class AsyncClient:
     async def models(self) -> dict[str, ModelInfo]:
         """See Client.models."""
         return await (await self._link.state()).models()
+
+    async def workers(self) -> dict[str, WorkerInfo]:
+        """See Client.workers."""
+        return await (await self._link.state()).workers()
+
+    async def queue_is_paused(self, status: JobStatus) -> bool:
+        """See Client.queue_is_paused."""
+        return await self._link.queue_is_paused(status)
 
     @property
     def dead(self) -> AsyncDead:

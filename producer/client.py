@@ -9,7 +9,6 @@ print(job.result().usage)
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -17,10 +16,9 @@ from typing import TYPE_CHECKING, Any, Self
 from ..schemas import keys
 from ..schemas.events import EntryId
 from ..schemas.job import Job, JobState, Priority
-from ..schemas.queues import queue_name
 from ..schemas.result import Result
 from ..schemas.settings import Settings
-from ..schemas.status import JobStatus, ModelInfo
+from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
 from . import core
 from .core import Submission
 from .link import Link
@@ -28,9 +26,6 @@ from .link import Link
 if TYPE_CHECKING:
     from .dead import Dead
     from .stream import Chunk
-
-
-log = logging.getLogger(__name__)
 
 
 class JobHandle:
@@ -108,11 +103,7 @@ class JobHandle:
     def _say_why(self) -> bool:
         """Whether the job's worker is in trouble, which is then logged: once is enough."""
         status = self._link.state.status(self.id)
-        worker = None if status is None else self._link.state.workers().get(status.worker or "")
-        sentence = None if worker is None else core.in_trouble([worker])
-        if sentence is not None:
-            log.warning("%s", sentence)
-        return sentence is not None
+        return core.say_trouble(status, {} if status is None else self._link.state.workers())
 
     def _result_now(self) -> Result | None:
         status = self._link.state.status(self.id)
@@ -195,13 +186,13 @@ class Client:
         """Every model that a worker ever announced on this broker."""
         return self._link.state.models()
 
+    def workers(self) -> dict[str, WorkerInfo]:
+        """Who is alive and ready for work, by worker id."""
+        return self._link.state.workers()
+
     def queue_is_paused(self, status: JobStatus) -> bool:
         """Whether the queue of a waiting job is paused; False if its status does not say which that is."""
-        from ..backends import broker
-
-        if status.model is None or status.priority is None:
-            return False
-        return broker.paused(self._link.app, queue_name(status.model, status.priority))
+        return self._link.queue_is_paused(status)
 
     @property
     def dead(self) -> Dead:

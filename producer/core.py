@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -39,6 +40,8 @@ from ..schemas.wire import shown
 
 if TYPE_CHECKING:
     from ..schemas.batch_lines import Row
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded:"
 UNDECIDED = "undecided"
@@ -200,6 +203,15 @@ def in_trouble(workers: Iterable[WorkerInfo]) -> str | None:
         if info.trouble is not None:
             return f"still waiting: worker {info.pid} on {info.host} says: {shown(info.trouble)}"
     return None
+
+
+def say_trouble(status: JobStatus | None, workers: Mapping[str, WorkerInfo]) -> bool:
+    """Whether the job's worker is in trouble, which is then logged."""
+    worker = None if status is None else workers.get(status.worker or "")
+    sentence = None if worker is None else in_trouble([worker])
+    if sentence is not None:
+        log.warning("%s", sentence)
+    return sentence is not None
 
 
 def nobody_alive(model: str, settings: Settings) -> str:

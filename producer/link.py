@@ -10,6 +10,7 @@ from ..schemas import keys
 from ..schemas.job import Job
 from ..schemas.queues import queue_name
 from ..schemas.settings import Settings
+from ..schemas.status import JobStatus
 
 EMBEDDED = "embedded:"
 
@@ -81,6 +82,14 @@ class Link:
         queue = queue_name(job.model, job.priority)
         publish(self.app, queue, job.to_json(), job.id, job.tenant, job.priority)
         return fresh
+
+    def queue_is_paused(self, status: JobStatus) -> bool:
+        """Whether the queue of a waiting job is paused; False if its status does not say which that is."""
+        from ..backends import broker
+
+        if status.model is None or status.priority is None:
+            return False
+        return broker.paused(self.app, queue_name(status.model, status.priority))
 
     def result_body(self, job_id: str) -> str | bytes | None:
         """A finished job's result as JSON: the copy in Redis, else the store's object. None: not there."""

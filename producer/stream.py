@@ -414,6 +414,7 @@ async def follow_async(
     fetch: Callable[[str], Awaitable[str | bytes | None]] | None = None,
     timeout_s: float | None = None,
     idle_s: float = IDLE_S,
+    on_silence: Callable[[], Awaitable[object]] | None = None,
 ) -> AsyncGenerator[Item]:
     """``follow`` for asyncio. Close it (``contextlib.aclosing``) if you leave before the end."""
     steps = _protocol(job_id, last, timeout_s, idle_s, time.monotonic)
@@ -441,6 +442,8 @@ async def follow_async(
                         subscription = await stack.enter_async_context(state.subscribe(job_id))
                     case _Status():
                         answer = await state.status(job_id)
+                        if on_silence is not None:
+                            await on_silence()
                     case _Fetch():
                         answer = await (fetch or state.result)(job_id)
                     case _Sleep(seconds):

@@ -54,6 +54,16 @@ class WorkerInfo(Answer):
     max_model_len: Int | None = None
     trouble: str | None = None
     """Why finished jobs' results wait, or no jobs are taken, in words."""
+    state: str = "ready"
+    """``ready``, ``starting`` (its engine died, and the next one loads) or ``draining``."""
+    in_hand: Int = 0
+    """Jobs it has claimed, and which have not ended."""
+    running: Int = 0
+    """Sequences in the engine's last step …"""
+    waiting: Int = 0
+    """… and those that waited for a place in it."""
+    seen_at: Float | None = None
+    """Unix seconds of the heartbeat, by the worker's clock."""
 
 
 class ModelInfo(Answer):

@@ -200,7 +200,8 @@ class Lifecycle:
         self._beat_at = now
 
     def _describe(self) -> WorkerInfo:
-        info = self._handler.engine.info
+        engine = self._handler.engine
+        info, stats = engine.info, engine.stats
         return WorkerInfo(
             models=(self._settings.model_name,),
             queues=tuple(self._queues),
@@ -209,6 +210,11 @@ class Lifecycle:
             version=version("gristmill"),
             max_model_len=info.max_model_len,
             trouble=self._handler.trouble or self._handler.committer.waits_for,
+            state="draining" if self.draining else "ready" if engine.ready else "starting",
+            in_hand=self._handler.in_hand,
+            running=0 if stats is None else stats.running,
+            waiting=0 if stats is None else stats.waiting,
+            seen_at=time.time(),
         )
 
     def _maybe_leave(self, now: float) -> None:

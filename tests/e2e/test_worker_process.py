@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import urllib.request
+from typing import Any
 from urllib.error import HTTPError
 
 from gristmill.schemas.job import Priority
@@ -27,6 +30,15 @@ def get(worker: Worker, path: str) -> tuple[int, str]:
             return answer.code, answer.read().decode()
 
 
+def workers(stack: Stack) -> list[dict[str, Any]]:
+    """As `gristmill workers --json` has them."""
+    command = [sys.executable, "-P", "-m", "gristmill.producer.cli", "workers", "--json"]
+    told = subprocess.run(
+        [*command, "--broker", stack.valkey.url], capture_output=True, text=True, check=True
+    )
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
 def metric(worker: Worker, name: str, **labels: str) -> float:
     """One sample of /metrics; 0 where there is none."""
     wanted = {f'{key}="{value}"' for key, value in {"model_name": "m", **labels}.items()}
@@ -38,7 +50,7 @@ def metric(worker: Worker, name: str, **labels: str) -> float:
 
 
 def test_a_worker_tells_probes_how_it_is_and_prometheus_what_it_did(stack: Stack) -> None:
-    worker = stack.worker("--max-num-seqs", "1")
+    worker = stack.worker("--max-num-seqs", "1", env={"GRISTMILL_HEARTBEAT_EVERY_S": "0.5"})
     assert get(worker, "/health/live")[0] == get(worker, "/health/ready")[0] == 200
 
     job = stack.client.submit("Once upon a time", max_tokens=8, ignore_eos=True)
@@ -55,14 +67,22 @@ def test_a_worker_tells_probes_how_it_is_and_prometheus_what_it_did(stack: Stack
     wait_until(
         lambda: metric(worker, "queue_depth", queue=queue, state="ready"), 20, "the queue's depth is told"
     )
+    (told,) = wait_until(lambda: [each for each in workers(stack) if each["running"]], 20, "it tells of them")
+    assert (told["models"], told["state"], told["running"]) == (["m"], "ready", 1)
+    assert told["worker"].split("-")[-2] == str(told["pid"]) == str(worker.process.pid)
+    assert told["in_hand"] > 1
+    assert told["age_s"] < 30
+
     worker.process.send_signal(signal.SIGHUP)  # with work in hand it drains, and says so
     wait_until(lambda: worker.said("worker.draining"), 10, "the drain")
+    wait_until(lambda: [each["state"] for each in workers(stack)] == ["draining"], 10, "the next heartbeat")
     worker.process.send_signal(signal.SIGHUP)  # a terminal that closes sends two: the second adds no hurry
     status, body = get(worker, "/health/ready")
     assert (status, json.loads(body)["reason"]) == (503, "draining")
     for job in jobs:
         job.cancel()
     assert worker.process.wait(40) == 0
+    assert not workers(stack)
 
 
 def test_in_a_burst_a_worker_empties_the_queue_and_leaves(stack: Stack) -> None:

@@ -14,7 +14,7 @@ import pytest
 from gristmill.backends.state import State, WorkerInfo
 from gristmill.backends.store import open_store
 from gristmill.producer import AsyncClient, AsyncJobHandle, Client, JobHandle
-from gristmill.producer.stream import follow
+from gristmill.producer.stream import follow, follow_async
 from gristmill.schemas import keys
 from gristmill.schemas.errors import (
     BrokerUnavailable,
@@ -117,6 +117,31 @@ def test_who_waits_for_a_result_is_told_that_the_store_is_away(
     assert [record.message for record in caplog.records] == [
         f"still waiting: worker 7 on here says: {trouble}"
     ]
+
+
+async def test_who_awaits_a_result_is_told_so_as_well(
+    settings: Settings,
+    state: State,
+    worker: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gristmill.producer.core.SAY_AFTER_S", 0.1)
+    monkeypatch.setattr("gristmill.producer.stream.follow_async", partial(follow_async, idle_s=0.1))
+    info = WorkerInfo(models=(worker,), host="here", pid=7, version="0", trouble="no such bucket")
+    state.register("w1", info, 600)
+    async with AsyncClient(settings) as client:
+        job = await client.submit("hello", model=worker)
+        assert job.job is not None
+        Attempt.begin(state, job.job)
+        with pytest.raises(WaitTimeout):
+            await job.result(1.0)
+        said = ["still waiting: worker 7 on here says: no such bucket"]
+        assert [record.message for record in caplog.records] == said
+        with pytest.raises(WaitTimeout):
+            [chunk async for chunk in job.stream(timeout_s=1.0)]
+        assert [record.message for record in caplog.records] == 2 * said
+        assert list(await client.workers()) == ["w1"]
 
 
 def test_a_result_outlives_the_state(

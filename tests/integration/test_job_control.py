@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,16 +14,17 @@ from pathlib import Path
 import pytest
 from gristmill.backends import broker
 from gristmill.backends.message_queue import ClaimedMessage, MessageQueue
-from gristmill.backends.state import open_state
+from gristmill.backends.state import State, open_state
 from gristmill.keeper.keeper import open_keeper
 from gristmill.keeper.settings import KeeperSettings
-from gristmill.producer import Client
+from gristmill.producer import AsyncClient, Client
 from gristmill.producer.cli import cli
 from gristmill.producer.console import run_guarded
 from gristmill.schemas.errors import IdempotencyConflict
 from gristmill.schemas.job import JobState, Priority, idempotent_job_id
 from gristmill.schemas.queues import queue_name, queue_names
 from gristmill.schemas.settings import Settings
+from gristmill.schemas.status import WorkerInfo
 
 from ..support.journal import make_job
 from ..support.sqs import SqsServer
@@ -87,6 +90,40 @@ def test_a_paused_queue_is_claimed_from_by_nobody_until_it_is_resumed(
     _, out, _ = run("queues", "resume", "--model", "tiny", "--json")
     assert [json.loads(line)["paused"] for line in out.splitlines()] == [False] * 3
     assert isinstance(queue.claim(queue_names("tiny")), ClaimedMessage)
+
+
+async def test_who_awaits_hears_of_a_paused_queue_as_well(run: Run, settings: Settings) -> None:
+    run("queues", "pause", "--class", "batch")
+    async with AsyncClient(settings) as client:
+        batch, normal = [await client.submit("x", priority=priority) for priority in ("batch", "normal")]
+        assert await client.queue_is_paused(await batch.status())
+        assert not await client.queue_is_paused(await normal.status())
+        lost = (await batch.status()).model_copy(update={"priority": None})
+        assert not await client.queue_is_paused(lost), "a record that was lost does not say which it was"
+
+
+def test_workers_are_listed_with_what_they_do_and_what_is_wrong(run: Run, state: State) -> None:
+    code, out, err = run("workers")
+    assert (code, out) == (0, "")
+    assert "start one: gristmill-worker run --model MODEL" in err
+    busy = WorkerInfo(
+        models=("tiny",), host="h", pid=7, version="0", in_hand=3, running=2, waiting=1, seen_at=time.time()
+    )
+    odd = {"models": ("\x1b[2J",), "state": "draining", "trouble": "no such bucket", "seen_at": None}
+    state.register("h-7-aaa", busy, 60)
+    state.register("h-8-bbb", busy.model_copy(update=odd), 60)
+    _, out, err = run("workers")
+    first, second, trouble = out.splitlines()
+    assert first.split()[:9] == ["h-7-aaa", "ready", "tiny", "3", "jobs:", "2", "running,", "1", "waiting"]
+    assert re.search(r"heard of \d+ s ago$", first)
+    assert second.split()[:3] == ["h-8-bbb", "draining", "\\x1b[2J"], "a name that would move the cursor"
+    assert "heard of" not in second
+    assert (trouble, err) == ("  → no such bucket", "")
+
+    (line,) = run("workers", "--model", "tiny", "--json")[1].splitlines()
+    told = json.loads(line)
+    assert 0 <= told.pop("age_s") < 30
+    assert told == {"worker": "h-7-aaa", **busy.model_dump(mode="json")}
 
 
 def test_pausing_needs_to_know_which_model(run: Run) -> None:

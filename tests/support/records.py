@@ -211,6 +211,11 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
         version=TEXT,
         max_model_len=maybe(COUNT),
         trouble=maybe(TEXT),
+        state=NAME,
+        in_hand=COUNT,
+        running=COUNT,
+        waiting=COUNT,
+        seen_at=maybe(TIME),
     ),
     ModelInfo: st.builds(
         ModelInfo,
