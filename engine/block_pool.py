@@ -12,20 +12,20 @@ class BlockPool:
     Invariant, after every public call: each id is free or has ``refs > 0``, never both, and
     ``free + used == capacity``.
 
-    A free block keeps what was written to it until it is handed out again, least recently released first.
-    So whoever remembers what a block holds may take it back with ``share`` for as long as it is free.
+    A free block keeps what was written to it until it is handed out again: those of least worth first, and
+    among equals the one released longest ago. So whoever remembers what a block holds may take it back with
+    ``share`` for as long as it is free.
     """
 
     def __init__(self, capacity: int) -> None:
         assert capacity > 0, f"a pool of {capacity} blocks"
         self.capacity = capacity
-        self._refs = [0] * capacity
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(capacity))
-
-    @property
-    def free(self) -> int:
+        self.free = capacity
         """Blocks that nobody holds."""
-        return len(self._free)
+        self._refs = [0] * capacity
+        self._worth = [0] * capacity
+        self._free = {0: OrderedDict[int, None].fromkeys(range(capacity))}
+        """By worth; no entry is empty."""
 
     def refs(self, block: int) -> int:
         """How many holders ``block`` has."""
@@ -33,18 +33,26 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int] | None:
         """Take ``count`` blocks, all or none. None means: not now, ask again later."""
-        if count > len(self._free):
+        if count > self.free:
             return None
-        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
+        taken: list[int] = []
+        for worth in sorted(self._free) if count else ():
+            queue = self._free[worth]
+            while queue and len(taken) < count:
+                taken.append(queue.popitem(last=False)[0])
+            if queue:
+                break
+            del self._free[worth]
         for block in taken:
-            self._refs[block] = 1
+            self._refs[block], self._worth[block] = 1, 0
+        self.free -= count
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
         """Become one more holder of each block, free or not; its contents stay."""
         for block in blocks:
             if self._refs[block] == 0:
-                del self._free[block]
+                self._take_out(block)
             self._refs[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
@@ -57,11 +65,38 @@ class BlockPool:
             assert self._refs[block] > 0, f"block {block} is released once too often"
             self._refs[block] -= 1
             if self._refs[block] == 0:
-                self._free[block] = None
+                self._put_in(block)
+
+    def rate(self, block: int, worth: int) -> None:
+        """Say what the contents of ``block`` are worth, until it is handed out anew; 0 at first."""
+        if worth == self._worth[block]:
+            return
+        free = self._refs[block] == 0
+        if free:
+            self._take_out(block)
+        self._worth[block] = worth
+        if free:
+            self._put_in(block)
+
+    def _put_in(self, block: int) -> None:
+        self._free.setdefault(self._worth[block], OrderedDict())[block] = None
+        self.free += 1
+
+    def _take_out(self, block: int) -> None:
+        queue = self._free[self._worth[block]]
+        del queue[block]
+        if not queue:
+            del self._free[self._worth[block]]
+        self.free -= 1
 
     def check(self) -> None:
         """Raise AssertionError unless the class invariant holds. O(capacity)."""
         assert len(self._refs) == self.capacity
-        assert set(self._free) <= set(range(self.capacity)), "a free block that does not exist"
-        wrong = [b for b, refs in enumerate(self._refs) if refs < 0 or (refs == 0) != (b in self._free)]
+        free = [block for queue in self._free.values() for block in queue]
+        assert len(free) == len(set(free)) == self.free, "a block is free twice, or counted wrong"
+        assert set(free) <= set(range(self.capacity)), "a free block that does not exist"
+        assert all(self._free.values()), "an empty queue was kept"
+        assert all(block in self._free[self._worth[block]] for block in free), "queued by another's worth"
+        there = set(free)
+        wrong = [b for b, refs in enumerate(self._refs) if refs < 0 or (refs == 0) != (b in there)]
         assert not wrong, f"blocks {wrong} are neither free nor held, or both"

@@ -22,6 +22,7 @@ from .sampler import NONE_LEFT, Sampler
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 from .settings import EngineSettings
+from .swap import StepCosts, SwapSpace, swap_pays
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,14 @@ class Engine:
         started = time.monotonic()
         self._runner = runner = Runner(settings)
         self._max_num_seqs = settings.max_num_seqs
+        self._costs = StepCosts()
         self._scheduler = Scheduler(
             BlockPool(runner.num_blocks),
             block_size=runner.block_size,
             step_tokens=runner.step_tokens,
             max_num_seqs=settings.max_num_seqs,
             prefix_cache=settings.prefix_cache,
+            swap=self._swap_space(settings),
         )
         self._desk = runner.adapter_desk(settings)
         self._sampler = Sampler(runner.spec.vocab_size, runner.device, _native(settings, runner))
@@ -102,6 +105,8 @@ class Engine:
             prefix_hits=scheduler.cache.hits,
             adapters=len(self._desk.loaded),
             adapter_loads=self._desk.loads,
+            blocks_saved=scheduler.cache.swap.saved,
+            blocks_loaded=scheduler.cache.swap.loaded,
         )
 
     def add(self, request: Request) -> None:
@@ -148,6 +153,8 @@ class Engine:
             self._step_tokens = 0
             self._desk.wait(ADAPTER_POLL_S)
         self._step_s = time.monotonic() - started
+        if self._step_tokens:
+            self._costs.observe(self._step_tokens, self._step_s)
         return outputs
 
     def check(self) -> None:
@@ -209,6 +216,20 @@ class Engine:
             Output(id=seq.id, token_ids=[], finish="error", error_code=error.code, error=error.message)
             for seq, error in turn.failed
         ]
+
+    def _swap_space(self, settings: EngineSettings) -> SwapSpace | None:
+        """Where blocks go that are wanted again, should that cost less than computing them."""
+        made = self._runner.host_blocks(settings.swap_gib)
+        if made is None:
+            return None
+        blocks, count = made
+        costs, size, block_s = self._costs, self._runner.block_size, blocks.measure_s()
+        log.info("engine.swap_space", extra={"blocks": count, "block_s": block_s})
+        return SwapSpace(
+            count,
+            blocks,
+            lambda: swap_pays(block_tokens=size, token_s=costs.token_s, block_s=block_s),
+        )
 
     def _shrink(self, plan: StepPlan) -> bool:
         self._steps_since_shrunk = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import time
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 CPU_FRACTION = 0.5
 """Of the memory free after the warm-up: the page cache and other processes want some too."""
 CPU_LIMIT_BYTES = 4 * 1024**3
+COPIES_MEASURED = 8
 _PAGE = 4096
 
 
@@ -41,6 +43,44 @@ class KVCache:
         else:
             tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
         return cls(tuple(tensors[:layers]), tuple(tensors[layers:]), num_blocks)
+
+
+class HostBlocks:
+    """A second place for blocks in the host's memory: slots that whole blocks are copied to and from.
+
+    Copies take their place among the device's other work, in the order of the calls; nothing waits for them.
+    """
+
+    def __init__(self, cache: KVCache, capacity: int) -> None:
+        self._device = (*cache.keys, *cache.values)
+        pinned = any(tensor.is_cuda for tensor in self._device)
+        self._host = [
+            torch.empty((capacity, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=pinned)
+            for tensor in self._device
+        ]
+
+    def save(self, block: int, slot: int) -> None:
+        for device, host in zip(self._device, self._host, strict=True):
+            host[slot].copy_(device[block], non_blocking=True)
+
+    def load(self, slot: int, block: int) -> None:
+        for device, host in zip(self._device, self._host, strict=True):
+            device[block].copy_(host[slot], non_blocking=True)
+
+    def measure_s(self) -> float:
+        """Seconds to move a block one way. Overwrites a few slots; blocks keep what they hold."""
+        count = min(COPIES_MEASURED, len(self._host[0]), len(self._device[0]))
+        best = float("inf")
+        for _ in range(3):
+            started = time.monotonic()
+            for at in range(count):
+                self.save(at, at)
+            for at in range(count):
+                self.load(at, at)
+            if self._device[0].is_cuda:
+                torch.cuda.synchronize(self._device[0].device)
+            best = min(best, (time.monotonic() - started) / (2 * count))
+        return best
 
 
 def block_bytes(layers: int, block_shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -186,6 +186,10 @@ class Stats:
     """LoRA adapters in memory."""
     adapter_loads: int = 0
     """Since the start."""
+    blocks_saved: int = 0
+    """KV blocks copied to the swap space since the start …"""
+    blocks_loaded: int = 0
+    """… and back."""
 
 
 @dataclass(frozen=True, slots=True)

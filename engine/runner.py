@@ -20,7 +20,7 @@ from .attention.backend import Attention
 from .attention.native_backend import NativeAttention
 from .attention.torch_backend import TorchAttention
 from .batch import Piece, pack
-from .kv_cache import KVCache, block_bytes, spare_bytes
+from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
 from .layers.elementwise import Elementwise, TorchElementwise
 from .layers.linear import unpacked
 from .lora.adapter import Adapter
@@ -217,6 +217,20 @@ class Runner:
         """Give memory back that torch keeps for the next allocation."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def host_blocks(self, gib: float) -> tuple[HostBlocks, int] | None:
+        """A place for so many bytes of blocks, and how many those are. None: not even one."""
+        count = int(gib * 1024**3) // block_bytes(
+            self.spec.num_layers, self._attention.block_shape(), self.dtype
+        )
+        if not count:
+            return None
+        try:
+            return HostBlocks(self._cache, count), count
+        except Exception as exc:
+            if not is_out_of_memory(exc):
+                raise
+            raise Misconfigured(f"no memory for swap_gib={gib:g}; lower it, or add memory: {exc}") from exc
 
     def _use_cache(self, num_blocks: int) -> None:
         shape = self._attention.block_shape()

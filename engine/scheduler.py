@@ -10,6 +10,7 @@ from ..schemas.errors import PromptTooLong
 from .block_pool import BlockPool
 from .prefix_cache import PrefixCache
 from .sequence import Sequence
+from .swap import SwapSpace
 
 SMALLEST_STEP = 16
 """Tokens, or one block if that is more: what a step is shrunk to when memory runs out."""
@@ -65,9 +66,10 @@ class Scheduler:
         step_tokens: int,
         max_num_seqs: int,
         prefix_cache: bool = True,
+        swap: SwapSpace | None = None,
     ) -> None:
         self.pool = pool
-        self.cache = PrefixCache(pool, block_size, enabled=prefix_cache)
+        self.cache = PrefixCache(pool, block_size, enabled=prefix_cache, swap=swap)
         self.block_size = block_size
         self.step_tokens = step_tokens
         # No more than the budget feeds with a token each: a running sequence never waits for budget.
@@ -96,15 +98,17 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue ``seq``. Raises PromptTooLong, as ``check_fits``."""
         self.check_fits(seq)
-        self.cache.name_blocks(seq)
-        insort(self.waiting, seq, key=_rank)
+        self._wait(seq)
 
     def remove(self, seq: Sequence, *, spoiled: bool = False) -> None:
         """Forget ``seq``, finished or aborted, and free its blocks. ``spoiled``: they hold nothing good."""
         if spoiled:
             self.cache.forget(seq.block_table)
-        queue = self.running if seq in self.running else self.waiting
-        queue.remove(seq)
+        if seq in self.running:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+            self.cache.unwant(seq)
         self._free(seq)
 
     def plan(self) -> StepPlan:
@@ -190,7 +194,7 @@ class Scheduler:
         if keep >= self.max_running:
             return False
         beside, freed = self.running[:keep], self._held_only_by(self.running[keep:])
-        shared = sum(self.pool.refs(b) > 0 and b not in freed for b in self.cache.find(seq))
+        shared = sum(b is not None and b not in freed and self.pool.refs(b) > 0 for b in self.cache.find(seq))
         growth = sum(self._soon(other) - len(other.block_table) for other in beside)
         return growth + self._soon(seq) - shared <= self.pool.free + len(freed)
 
@@ -214,9 +218,8 @@ class Scheduler:
             if count <= 0:
                 return
             need = self._blocks(seq.computed + count) - len(seq.block_table)
-        while (blocks := self.pool.allocate(max(0, need))) is None:
+        while (blocks := self.cache.allocate(max(0, need))) is None:
             self._preempt(self.running[-1])
-        self.cache.forget(blocks)
         seq.block_table += blocks
         self._work[seq] = count
         first, end = seq.computed // self.block_size, (seq.computed + count) // self.block_size
@@ -239,10 +242,14 @@ class Scheduler:
         self.running.remove(seq)
         self._free(seq)
         seq.preempted = True
-        insort(self.waiting, seq, key=_rank)
+        self._wait(seq)
         self._work.pop(seq, None)
         self._preempted.add(seq)
         self.preemptions += 1
+
+    def _wait(self, seq: Sequence) -> None:
+        insort(self.waiting, seq, key=_rank)
+        self.cache.want(seq)
 
     def _free(self, seq: Sequence) -> None:
         self.pool.release(seq.block_table)
@@ -270,7 +277,7 @@ class Scheduler:
         holders = Counter(block for seq in self.running for block in seq.block_table)
         assert all(self.pool.refs(block) == count for block, count in holders.items())
         assert len(holders) + self.pool.free == self.pool.capacity, "a block is held by nobody"
-        self.cache.check(self.running)
+        self.cache.check(self.running, self.waiting)
 
 
 def _rank(seq: Sequence) -> tuple[int, float, int]:

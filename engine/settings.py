@@ -37,6 +37,9 @@ class EngineSettings(BaseModel):
     kv_block_size: PositiveInt = 16
     prefix_cache: bool = True
     """Keep the keys and values of what was computed for as long as there is room, for who begins likewise."""
+    swap_gib: float = Field(default=0.0, ge=0.0)
+    """Host memory for KV blocks that had to make way and are wanted again; used where copying them costs less
+    than computing them, as measured. 0: none."""
     memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
     """CUDA only: the part of the card's memory that weights, activations and KV cache may take together."""
 
@@ -60,6 +63,15 @@ class EngineSettings(BaseModel):
             raise ValueError(
                 f"max_num_seqs ({self.max_num_seqs}) must not exceed max_batch_prefill_tokens ({budget}): "
                 "a step could not feed one token to each running sequence"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _swapped_blocks_can_be_found(self) -> Self:
+        if self.swap_gib and not self.prefix_cache:
+            raise ValueError(
+                f"swap_gib ({self.swap_gib:g}) needs prefix_cache: it finds what was swapped out; "
+                "allow the one or set the other to 0"
             )
         return self
 

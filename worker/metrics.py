@@ -61,6 +61,8 @@ class Metrics:
             "prefix_cache_queries", "Tokens looked up in the prefix cache, each request once."
         )
         self._prefix_hits = self._counter("prefix_cache_hits", "Tokens found there.")
+        self._blocks_saved = self._counter("kv_blocks_swapped_out", "KV blocks copied to the host's memory.")
+        self._blocks_loaded = self._counter("kv_blocks_swapped_in", "KV blocks copied back.")
         self._engine_tokens = self._counter(
             "engine_tokens", "Tokens fed to the model, recomputed ones included."
         )
@@ -141,6 +143,8 @@ class Metrics:
         self._catch_up(self._preemptions, "preemptions", stats.preemptions)
         self._catch_up(self._prefix_queries, "prefix_queries", stats.prefix_queries)
         self._catch_up(self._prefix_hits, "prefix_hits", stats.prefix_hits)
+        self._catch_up(self._blocks_saved, "blocks_saved", stats.blocks_saved)
+        self._catch_up(self._blocks_loaded, "blocks_loaded", stats.blocks_loaded)
         if self._last_step_at is not None:
             self._inter_token_s.observe(now - self._last_step_at)
         self._last_step_at = now if stats.running else None

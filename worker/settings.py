@@ -40,6 +40,7 @@ class WorkerSettings(Settings):
     ] = None
     kv_block_size: PositiveInt = 16
     prefix_cache: bool = True
+    swap_gib: Annotated[float, Field(ge=0.0)] = 0.0
     memory_fraction: Annotated[
         float,
         Field(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from gristmill.engine.engine import Engine
+from gristmill.engine.kv_cache import HostBlocks
 from gristmill.engine.messages import Request
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.native.build import find_compiler
@@ -105,12 +106,24 @@ def test_with_and_without_the_cache_everybody_says_the_same(model: Path, attenti
 
 
 def test_preempted_in_a_cache_too_small_everybody_says_the_same(model: Path) -> None:
-    requests = [replace(request, max_tokens=70) for request in family(2, count=16)]
+    requests = [replace(request, max_tokens=50) for request in family(2, count=10)]
     plain = run(engine(model, prefix_cache=False), requests)
     cramped = engine(model, max_batch_total_tokens=256)
     assert run(cramped, requests) == plain
     assert cramped.stats.preemptions
     assert cramped.stats.prefix_hits
+
+
+def test_swapped_to_the_host_and_back_everybody_says_the_same(
+    model: Path, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiny models compute a token faster than Python copies a block: the measured cost is overruled."""
+    monkeypatch.setattr(HostBlocks, "measure_s", lambda _: 0.0)
+    requests = [replace(request, max_tokens=50) for request in family(4, count=10)]
+    plain = run(engine(model, attention, prefix_cache=False), requests)
+    swapping = engine(model, attention, max_batch_total_tokens=256, swap_gib=0.001)
+    assert run(swapping, requests) == plain
+    assert swapping.stats.blocks_loaded
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)

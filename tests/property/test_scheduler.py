@@ -5,11 +5,14 @@ Nor does any sequence ever read keys and values of other tokens than its own, wh
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from gristmill.engine.block_pool import BlockPool
 from gristmill.engine.messages import Request
 from gristmill.engine.scheduler import Scheduler, StepPlan
 from gristmill.engine.sequence import Sequence
+from gristmill.engine.swap import SwapSpace
 from gristmill.schemas.errors import PromptTooLong
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -46,7 +49,10 @@ def make(
 
 
 class Cells:
-    """The KV tensors: what stands in each place of each block. Keys depend on all tokens up to theirs."""
+    """The KV tensors: what stands in each place of each block. Keys depend on all tokens up to theirs.
+
+    Slots of the swap space are blocks with negative numbers.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -61,6 +67,16 @@ class Cells:
             assert self.cells.get(self._place(seq, at)) == self._meaning(seq, at), (
                 f"{seq.id} reads another's token {at}"
             )
+
+    def save(self, block: int, slot: int) -> None:
+        self._copy(block, -1 - slot)
+
+    def load(self, slot: int, block: int) -> None:
+        self._copy(-1 - slot, block)
+
+    def _copy(self, source: int, target: int) -> None:
+        for offset in range(self.block_size):
+            self.cells[target, offset] = self.cells[source, offset]
 
     def _place(self, seq: Sequence, at: int) -> tuple[int, int]:
         return seq.block_table[at // self.block_size], at % self.block_size
@@ -84,11 +100,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4]),
         step_tokens=st.integers(1, 12),
         max_num_seqs=st.integers(1, 6),
-        prefix_cache=st.booleans(),
+        prefix_cache=st.sampled_from([True, True, False]),
+        slots=st.integers(0, 6),
+        seed=st.integers(0, 3),
     )
     def start(
-        self, capacity: int, block_size: int, step_tokens: int, max_num_seqs: int, prefix_cache: bool
+        self,
+        capacity: int,
+        block_size: int,
+        step_tokens: int,
+        max_num_seqs: int,
+        prefix_cache: bool,
+        slots: int,
+        seed: int,
     ) -> None:
+        pays = Random(seed)
         self.limit = capacity * block_size
         self.cells = Cells(block_size)
         self.scheduler = Scheduler(
@@ -97,6 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             step_tokens=step_tokens,
             max_num_seqs=max_num_seqs,
             prefix_cache=prefix_cache,
+            swap=SwapSpace(slots, self.cells, lambda: pays.random() < 0.7),
         )
         self.alive: dict[str, Sequence] = {}
         self.number = 0
@@ -403,3 +430,72 @@ def test_blocks_whose_contents_are_no_good_are_found_by_nobody() -> None:
     it.remove(bad, spoiled=True)
     it.add(make(2, [5] * 12, max_tokens=4))
     assert run(it) == {"s2": 12}
+
+
+# ---- making way and coming back
+
+
+def crowded(*, pays: bool, slots: int = 10) -> tuple[Scheduler, Sequence]:
+    """A batch sequence of 30 tokens whose blocks an urgent one has just taken, all of them."""
+    cells = Cells(4)
+    it = Scheduler(
+        BlockPool(10),
+        block_size=4,
+        step_tokens=64,
+        max_num_seqs=1,
+        swap=SwapSpace(slots, cells, lambda: pays),
+    )
+    batch = make(1, prompt=30, max_tokens=10, priority=2)
+    it.add(batch)
+    for at in range(30):
+        for block in range(10):
+            cells.cells[block, at % 4] = ("", ())
+    assert run(it) == {"s1": 30}
+    it.add(make(2, prompt=39, max_tokens=1, priority=0))
+    assert run(it) == {"s2": 39}, "it takes all blocks of the batch sequence in the step in which it came"
+    assert it.preemptions == 1
+    it.remove(it.running[0])
+    return it, batch
+
+
+def test_blocks_that_make_way_come_back_from_the_swap_space() -> None:
+    it, batch = crowded(pays=True)
+    assert it.cache.swap.saved == 7, "as many as it had full"
+    assert run(it) == {"s1": 3}
+    assert it.cache.swap.loaded == 7
+    assert batch.cached_tokens == 0
+    it.check()
+
+
+def test_where_swapping_does_not_pay_they_are_computed_again() -> None:
+    it, _ = crowded(pays=False)
+    assert it.cache.swap.saved == 0
+    assert run(it) == {"s1": 31}
+
+
+def test_a_swap_space_that_is_too_small_keeps_what_came_last_and_that_is_the_head() -> None:
+    it, _ = crowded(pays=True, slots=3)
+    assert it.cache.swap.saved == 7, "a sequence's tail makes way before its head"
+    assert run(it) == {"s1": 31 - 3 * 4}
+
+
+def test_what_an_aborted_sequence_left_in_the_swap_space_is_dropped() -> None:
+    it, batch = crowded(pays=True)
+    it.remove(batch)
+    it.check()
+    assert not it.cache.swap.names()
+
+
+def test_what_waiting_sequences_want_is_kept_before_what_was_used_last() -> None:
+    it = scheduler(capacity=12, max_num_seqs=1, step_tokens=64)
+    it.add(make(1, [5] * 17, max_tokens=1))
+    run(it)
+    it.remove(it.running[0])
+    it.add(make(2, prompt=14, max_tokens=1))
+    it.add(make(3, [5] * 17, max_tokens=1))
+    run(it)
+    it.remove(it.running[0])
+    it.add(make(4, prompt=24, max_tokens=1, priority=0))
+    assert run(it) == {"s4": 24}, "it needs 7 blocks, and 5 hold nothing or what nobody waits for"
+    it.remove(it.running[0])
+    assert run(it) == {"s3": 1}
