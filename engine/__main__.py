@@ -21,7 +21,7 @@ from ..schemas.errors import BadInput, GristmillError
 from . import pipe
 from .engine import Engine
 from .memory import OUT_OF_MEMORY, is_out_of_memory
-from .messages import Abort, Add, Failed, Output, Ready, Report, Step, Stop
+from .messages import Abort, Add, Failed, Output, Ready, Report, Step, Stop, Taken
 from .settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,17 @@ def main() -> None:
 
 
 def serve(engine: Engine, sock: socket.socket, commands: Commands) -> None:
-    """Obey and step until Stop. One Step message a step, whether or not anything came out of it."""
+    """Obey and step until Stop. One Taken for each Add, one Step for each step, whatever came out of it."""
     while True:
         outputs: list[Output] = []
         for command in _take(commands, engine):
             if isinstance(command, Stop):
                 return
-            outputs += _add(engine, command) if isinstance(command, Add) else _abort(engine, command)
+            if isinstance(command, Add):
+                _send(sock, Taken([request.id for request in command.requests]))
+                outputs += _add(engine, command)
+            else:
+                outputs += _abort(engine, command)
         outputs += engine.step()
         _send(sock, Step(outputs, engine.stats))
 

@@ -219,6 +219,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """From the engine, before it touches them: what happens to it now may be their doing."""
+
+    ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """From the engine after each step, in order. ``outputs`` may be empty during a long prefill."""
 
@@ -235,4 +242,4 @@ class Failed:
 
 
 Command = Add | Abort | Stop
-Report = Ready | Step | Failed
+Report = Ready | Taken | Step | Failed

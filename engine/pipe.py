@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import msgspec
 
-from .messages import Abort, Add, Command, Failed, Ready, Report, Step, Stop
+from .messages import Abort, Add, Command, Failed, Ready, Report, Step, Stop, Taken
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 """Far above any real message: a longer one means that the two ends have lost step."""
 RECEIVE_BYTES = 256 * 1024
 HEAD = struct.Struct(">I")
-KINDS: tuple[type[Command | Report], ...] = (Add, Abort, Stop, Ready, Step, Failed)
+KINDS: tuple[type[Command | Report], ...] = (Add, Abort, Stop, Ready, Taken, Step, Failed)
 _DECODERS = tuple(msgspec.msgpack.Decoder(kind) for kind in KINDS)
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 _ENCODER = msgspec.msgpack.Encoder()

@@ -23,7 +23,7 @@ from ..schemas.errors import (
     ModelNotFound,
 )
 from . import pipe
-from .messages import Abort, Add, Command, EngineInfo, Failed, Ready, Report, Request, Step, Stop
+from .messages import Abort, Add, Command, EngineInfo, Failed, Ready, Report, Request, Step, Stop, Taken
 from .settings import EngineSettings
 
 DIED = "engine_died"
@@ -64,6 +64,7 @@ class EngineProcess:
         self._failed: Failed | None = None
         self._stopping = False
         self._ids: set[str] = set()
+        self._untaken: set[str] = set()
 
     def __enter__(self) -> Self:
         self.start()
@@ -79,6 +80,12 @@ class EngineProcess:
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def untaken(self) -> frozenset[str]:
+        """Requests that were sent and that the engine has not said it took: if it died of one of them, it was
+        of reading it."""
+        return frozenset(self._untaken)
 
     def start(self) -> None:
         """Start the process and return at once; ``wait_ready`` waits for the model to be loaded."""
@@ -125,6 +132,7 @@ class EngineProcess:
             if known or len(set(ids)) < len(ids):
                 raise InvalidRequest(f"running already, or given twice: {', '.join(sorted(known or ids))}")
             self._ids.update(ids)
+            self._untaken.update(ids)
             self._send(Add(batch))
 
     def abort(self, ids: Iterable[str]) -> None:
@@ -140,7 +148,7 @@ class EngineProcess:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             report = self._next(None if deadline is None else deadline - time.monotonic())
-            if not isinstance(report, Ready):
+            if not isinstance(report, Ready | Taken):
                 return report
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -182,7 +190,7 @@ class EngineProcess:
         except OSError as exc:
             raise EngineUnavailable(f"the engine (pid {self.pid}) takes no more requests: {exc}") from exc
 
-    def _next(self, timeout_s: float | None) -> Ready | Step | Failed | None:
+    def _next(self, timeout_s: float | None) -> Report | None:
         """One report off the socket; keeps the books that depend on it."""
         if not self._received:
             if self._failed:
@@ -191,6 +199,8 @@ class EngineProcess:
         report = self._received.popleft() if self._received else None
         if isinstance(report, Step):
             self._ids.difference_update(output.id for output in report.outputs if output.finish)
+        elif isinstance(report, Taken):
+            self._untaken.difference_update(report.ids)
         elif isinstance(report, Ready):
             self._info = report.info
         elif isinstance(report, Failed):
@@ -214,7 +224,7 @@ class EngineProcess:
                 self._received.append(self._end())
                 return
             for message in self._frames.feed(data):
-                assert isinstance(message, Ready | Step | Failed), f"not a report: {type(message).__name__}"
+                assert isinstance(message, Report), f"not a report: {type(message).__name__}"
                 self._received.append(message)
 
     def _end(self) -> Failed:

@@ -240,8 +240,10 @@ class EngineClient:
         if self._process is not None:
             self._process.stop(HUNG_S)  # without our lock: whoever waits for a hung engine to listen holds it
         with self._lock:
+            untaken = self._process.untaken if self._process is not None else frozenset[str]()
             self._process, self._proven = None, False  # who is submitted now waits for the next one
-            verdict = self._trials.crashed(self._inside)
+            # Who had just been sent is not to blame, unless reading it is all that the engine had to do.
+            verdict = self._trials.crashed(self._inside - untaken or self._inside)
             self._inside, self._leaving, self._arming, self._armed = set(), set(), None, None
         self.stats = None  # the next one's cache is empty: room must not be judged by these
         self._blame(reason, verdict)

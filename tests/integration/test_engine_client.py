@@ -105,17 +105,32 @@ def test_a_hung_engine_is_replaced_and_frees_who_waits_for_it(tiny: EngineSettin
         client.submit(jobs.request("a", []))
         wait_until(lambda: jobs.tokens.get("a"), 20, "the first token")
         os.kill(engine_pid(client), signal.SIGSTOP)
+        client.submit(jobs.request("b", []))
         giant = Request(id="giant", prompt_ids=[1] * 500_000, max_tokens=1)
         stuck = threading.Thread(target=client.submit, args=[giant], daemon=True)
         stuck.start()
-        wait_until(lambda: jobs.ended.get("a") == "length", READY_S, "the next engine ends the job")
+        wait_until(lambda: jobs.ended.keys() == {"a", "b"}, READY_S, "the next engine ends both jobs")
         stuck.join(5)
         assert not stuck.is_alive()
-        assert len(jobs.tokens["a"]) == 400, "none is repeated or missing"
-        assert jobs.crashes[0][1].suspects == {"giant"}, "the other one had made tokens"
-        assert jobs.armed == ["giant"]
-        assert jobs.resumed == [{"giant"}, {"a"}]
+        assert {len(jobs.tokens[name]) for name in "ab"} == {400}, "none is repeated or missing"
+        assert jobs.crashes[0][1].suspects == set(), (
+            "one had made tokens, and the others it had not even read"
+        )
+        assert jobs.armed == []
+        assert jobs.resumed == [{"giant", "a", "b"}]
         assert not jobs.gone
+
+
+def test_an_engine_that_took_nothing_may_have_died_of_what_it_was_to_take(
+    tiny: EngineSettings, jobs: Jobs
+) -> None:
+    """Else a request that kills whoever reads it would be nobody's fault, engine after engine."""
+    with client_of(tiny, jobs, stall_s=1.0, restarts=1) as client:
+        os.kill(engine_pid(client), signal.SIGSTOP)
+        client.submit(jobs.request("a", []))
+        wait_until(lambda: jobs.ended.get("a") == "length", READY_S, "the next engine ends the job")
+        assert jobs.crashes[0][1].suspects == {"a"}
+        assert jobs.armed == ["a"], "alone, to see"
 
 
 def test_a_request_that_comes_while_there_is_no_engine_is_given_to_the_next_one(
