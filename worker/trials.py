@@ -7,7 +7,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 REPEATED = 4
-"""In so many crashes in a row even a request that makes tokens each time becomes a suspect."""
+"""In so many crashes in a row even a request that makes tokens each time becomes a suspect …"""
+SOON, SOON_TOKENS = 2, 32
+"""… and in so many, if it made no more tokens than that before each: its trial is short. Of one that ran for
+long everybody would wait for as long again, and two kills from outside may happen to anybody."""
 
 
 @dataclass(slots=True)
@@ -18,6 +21,8 @@ class _Member:
     """Tokens it must make in a trial to be cleared; 0: nobody suspects it."""
     crashes: int = 0
     """Crashes in a row that it was running in."""
+    soon: int = 0
+    """Of these, the last ones, each of which came within ``SOON_TOKENS`` tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +36,10 @@ class Verdict:
 class Trials:
     """Bisects the requests that were running in a crash. Pure: no threads, no I/O.
 
-    A request that made no token since the engine started, or that was in each of the last ``REPEATED``
-    crashes, is a suspect. Suspects run in groups, and nobody else meanwhile; a group that outlives its last
-    crash by a token each is cleared, a group that crashes is halved, and one that crashes alone is the
-    culprit. It is tried again after the others, until its owner removes it.
+    A suspect is who made no token since the engine started, or was in each of the last ``REPEATED`` crashes,
+    A suspect is who made no token since the engine started, was in each of the last ``REPEATED`` crashes,
+    a group that outlives its last crash by a token each is cleared, a group that crashes is halved, and one
+    that crashes alone is the culprit. It is tried again after the others, until its owner removes it.
 
     Invariants: each suspect is in exactly one group; a group holds suspects and members cleared by it.
     """
@@ -69,6 +74,7 @@ class Trials:
         group = self._groups[0] if self._groups and ran and ran <= set(self._groups[0]) else None
         for request_id, member in self._members.items():
             member.crashes = member.crashes + 1 if request_id in ran else 0
+            member.soon = member.soon + 1 if request_id in ran and member.made <= SOON_TOKENS else 0
         verdict = self._blame_any(ran) if group is None else self._blame_group(group)
         for member in self._members.values():
             member.made = 0
@@ -111,7 +117,7 @@ class Trials:
         guilty = [
             i
             for i in sorted(ran & members.keys() - waiting)
-            if members[i].made == 0 or members[i].crashes >= REPEATED
+            if members[i].made == 0 or members[i].soon >= SOON or members[i].crashes >= REPEATED
         ]
         self._try_longer(guilty)
         self._groups.extendleft(reversed(_halves(guilty)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gristmill.worker.trials import Trials
+from gristmill.worker.trials import SOON_TOKENS, Trials
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +69,39 @@ def test_every_culprit_is_struck_out_and_everybody_else_ends(fleet: Fleet) -> No
     assert {name for name, strikes in fleet.strikes.items() if strikes} == culprits
     # Halving finds each; one crash more showed each that it is there, and a few that tokens do not clear.
     assert fleet.crashes <= len(culprits) * (math.ceil(math.log2(requests + 1)) + ATTEMPTS + 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    veterans=st.integers(0, 8),
+    newcomers=st.integers(0, 8),
+    head_start=st.integers(SOON_TOKENS, 3 * SOON_TOKENS),
+    delays=st.tuples(*[st.integers(1, SOON_TOKENS)] * 2),
+)
+def test_who_dies_soon_again_is_a_suspect_the_second_time_and_who_ran_for_long_is_not(
+    veterans: int, newcomers: int, head_start: int, delays: tuple[int, int]
+) -> None:
+    """Each engine died a few tokens after it was given the culprit: four of them, before anybody looked."""
+    trials = Trials()
+    old, new = {f"old{n}" for n in range(veterans)}, {f"new{n}" for n in range(newcomers)} | {"slow"}
+
+    def lives(tokens: int) -> set[str]:
+        """Who is in the engine when it dies of the culprit, or the culprit's trial is over."""
+        for _ in range(tokens):
+            for name in trials.runnable:
+                trials.progress(name, 1)
+        return set(trials.runnable)
+
+    for name in sorted(old):
+        trials.add(name)
+    lives(head_start)
+    for name in sorted(new):
+        trials.add(name)
+    assert trials.crashed(lives(delays[0])).suspects == frozenset()
+    verdict = trials.crashed(lives(delays[1]))
+    assert verdict.suspects == new, "those who came with it, and nobody who had run for long"
+    assert not trials.runnable & old, "who wait meanwhile"
+    trials.check()
 
 
 def test_one_culprit_among_twenty_costs_a_handful_of_crashes() -> None:
