@@ -9,12 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..schemas.errors import InvalidRequest, PromptTooLong
+from ..schemas.errors import BadInput, InvalidRequest, PromptTooLong
 from ..schemas.settings import default_home
 from .block_pool import BlockPool
+from .guided.guide import Guide
+from .guided.masks import Masks
+from .guided.state import LeftTheGrammar
 from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
-from .messages import EngineInfo, Finish, Output, Request, Stats, TokenLogprobs
+from .messages import EngineInfo, Output, Request, Stats, TokenLogprobs
 from .native.sampling import NativeSampling, load_sampling
 from .processors import check_processors
 from .runner import Runner
@@ -35,6 +38,8 @@ BAD_LOGITS = "invalid_logits"
 """Error code of a sequence whose logits were not numbers: a model or a kernel is broken for this input."""
 NOTHING_ALLOWED = "nothing_allowed"
 """Error code of a sequence whose own processors leave it no token to sample."""
+GRAMMAR_FAILED = "grammar_failed"
+"""Error code of a sequence whose grammar went beyond a limit in the middle of the text."""
 
 
 class Engine:
@@ -60,6 +65,9 @@ class Engine:
         )
         self._desk = runner.adapter_desk(settings)
         self._sampler = Sampler(runner.spec.vocab_size, runner.device, _native(settings, runner))
+        self.fast_forward = True
+        """Tokens that a grammar forces are not sampled; False is the slow way to the same."""
+        self._guide = Guide(settings.model, runner.spec.vocab_size, runner.eos_token_ids)
         self._seqs: dict[str, Sequence] = {}
         self._number = 0
         self._ended: list[Output] = []
@@ -93,7 +101,7 @@ class Engine:
         scheduler = self._scheduler
         return Stats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self._desk.waiting),
+            waiting=len(scheduler.waiting) + len(self._desk.waiting) + len(self._guide.waiting),
             free_blocks=scheduler.pool.free,
             total_blocks=scheduler.pool.capacity,
             preemptions=scheduler.preemptions,
@@ -120,15 +128,23 @@ class Engine:
             limit=min(len(request.prompt_ids) + request.max_tokens, self._runner.max_model_len),
             end_ids=self._end_ids(request),
             number=self._number,
+            fast_forward=self.fast_forward and request.logprobs is None,  # they are made of logits
         )
         if len(seq.tokens) >= seq.limit:  # an earlier attempt did all the work but did not get to say so
             self._ended.append(Output(id=request.id, token_ids=[], finish="length"))
             return
         self._scheduler.check_fits(seq)
-        if seq.adapter is None or self._desk.add(seq):
-            self._scheduler.add(seq)
+        if request.grammar:
+            self._guide.begin(seq, request.grammar)
+        else:
+            self._queue(seq)
         self._seqs[request.id] = seq
         self._number += 1
+
+    def _queue(self, seq: Sequence) -> None:
+        """To the scheduler, at once or when its adapter is here."""
+        if seq.adapter is None or self._desk.add(seq):
+            self._scheduler.add(seq)
 
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its blocks; nothing more comes out of it. False: it is not here."""
@@ -146,6 +162,8 @@ class Engine:
         """
         started = time.monotonic()
         outputs, self._ended = self._ended, []
+        for seq, begins in self._guide.ready(patiently=not (self._scheduler.has_work or outputs)):
+            outputs += self._begin(seq, begins)
         outputs += self._attend_to_adapters()
         if self._scheduler.has_work:
             outputs += self._run()
@@ -163,7 +181,7 @@ class Engine:
         self._desk.check()
         scheduled = {*self._scheduler.running, *self._scheduler.waiting}
         assert self._desk.scheduled == {seq for seq in scheduled if seq.adapter}, "pins and queues differ"
-        queued = {seq.id for seq in (*scheduled, *self._desk.waiting)}
+        queued = {seq.id for seq in (*scheduled, *self._desk.waiting, *self._guide.waiting)}
         assert queued == set(self._seqs), f"lost or unknown: {sorted(queued ^ set(self._seqs))}"
         self._sampler.processing.check(self._seqs.keys())
 
@@ -173,12 +191,15 @@ class Engine:
         while True:
             plan = self._plan()
             sampling = [work.seq for work in plan.work if work.samples]
+            masks = self._guide.start(sampling)
             try:
                 scorer = _prompt_scorer(plan)
                 logits = self._runner.forward(plan, self._desk.loaded, scorer)
-                tokens, logprobs = self._sample(logits, sampling)
+                tokens, scores = self._sample(logits, sampling, masks)
                 break
             except Exception as exc:
+                if masks:
+                    masks.drop()
                 if not is_out_of_memory(exc):
                     raise
             # Here the exception is gone, and with it the frames that held the failed step's tensors.
@@ -190,9 +211,15 @@ class Engine:
         self._scheduler.advance(plan)
         self._step_tokens = plan.tokens
         self._grow()
-        outputs = [self._record(seq, token) for seq, token in zip(sampling, tokens, strict=True)]
-        if logprobs:
-            outputs = [_with_logprobs(output, logprobs.get(row)) for row, output in enumerate(outputs)]
+        outputs = [
+            self._record_guided(seq, token, masks, row) if masks and seq.guided else self._record(seq, token)
+            for row, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
+        ]
+        if scores:
+            told = scores.of(
+                logits, [output.token_ids[-1] if output.token_ids else None for output in outputs]
+            )
+            outputs = [_with_logprobs(output, told.get(row)) for row, output in enumerate(outputs)]
         return _with_prompts(outputs, scorer) if scorer else outputs
 
     def _plan(self) -> StepPlan:
@@ -261,14 +288,15 @@ class Engine:
         )
 
     def _sample(
-        self, logits: Tensor, seqs: list[Sequence]
-    ) -> tuple[list[int | None], dict[int, TokenLogprobs] | None]:
-        """A token for each row, and by row the log probabilities of those that ask."""
+        self, logits: Tensor, seqs: list[Sequence], masks: Masks | None
+    ) -> tuple[list[int | None], Scores | None]:
+        """A token for each row, and what log probabilities are made of if any row asks."""
         if not seqs:
             return [], None
-        scores = Scores.take(logits, seqs)
-        tokens = self._sampler.sample(logits, seqs)
-        return tokens, scores.of(logits, tokens) if scores else None
+        scores = Scores.take(logits, seqs)  # the model's own: before masks
+        if masks:
+            masks.apply(logits)
+        return self._sampler.sample(logits, seqs), scores
 
     def _record(self, seq: Sequence, token: int | None) -> Output:
         """Append the token, or end the sequence because of it."""
@@ -289,23 +317,84 @@ class Engine:
                 finish="error",
                 error_code=NOTHING_ALLOWED,
                 error=f"after {seq.output_len:,} tokens of output the request rules out every token: "
-                "allowed_token_ids, bad_words and min_tokens leave none; allow more",
+                "allowed_token_ids, bad_words, the grammar and min_tokens leave none; allow more",
             )
-        first = seq.output_len == len(seq.request.output_ids)
-        cached = seq.cached_tokens if first else None
         if token in seq.end_ids:
+            cached = self._cached(seq)
             self._end(seq)
             return Output(id=seq.id, token_ids=[], finish="stop", stop_token_id=token, cached_tokens=cached)
-        seq.tokens.append(token)
-        finish: Finish | None = None
-        if len(seq.tokens) >= seq.limit:
+        return self._append(seq, [token], cached=self._cached(seq))
+
+    def _cached(self, seq: Sequence) -> int | None:
+        """``Output.cached_tokens``, once: with the first token that was sampled."""
+        first, seq.sampled = not seq.sampled, True
+        return seq.cached_tokens if first else None
+
+    def _append(self, seq: Sequence, tokens: list[int], cached: int | None = None) -> Output:
+        """Give the sequence these tokens, as many as its limit allows, and see whether it ends with them."""
+        cut = len(seq.tokens) + len(tokens) > seq.limit
+        seq.tokens += tokens[: seq.limit - len(seq.tokens)]
+        new, seq.said = seq.tokens[seq.said :], len(seq.tokens)
+        guided, finish, closed = seq.guided, None, None
+        if guided and guided.ended and not guided.closing and not cut:
+            finish = "stop"
+        elif len(seq.tokens) >= seq.limit or (guided and guided.closing and guided.ended):
+            finish, closed = "length", guided.complete and not cut if guided else None
+        if finish:
             self._end(seq)
-            finish = "length"
-        return Output(id=seq.id, token_ids=[token], finish=finish, cached_tokens=cached)
+        return Output(id=seq.id, token_ids=new, finish=finish, closed=closed, cached_tokens=cached)
+
+    def _record_guided(self, seq: Sequence, token: int | None, masks: Masks, row: int) -> Output:
+        """``_record`` for a row with a mask: its token leads further into the grammar."""
+        assert seq.guided
+        why = masks.failed.get(row)
+        if row in masks.complete:
+            cached = self._cached(seq)
+            self._end(seq)
+            return Output(id=seq.id, token_ids=[], finish="stop", cached_tokens=cached)
+        if why is None and (token is None or token == NONE_LEFT or token in seq.end_ids):
+            return self._record(seq, token)
+        try:
+            if why is None and token is not None:
+                more = seq.guided.take(token, seq.limit - len(seq.tokens))
+                return self._append(seq, more, cached=self._cached(seq))
+        except LeftTheGrammar as exc:
+            why = str(exc)
+        self._end(seq)
+        return Output(
+            id=seq.id,
+            token_ids=[],
+            finish="error",
+            error_code=GRAMMAR_FAILED,
+            error=f"after {seq.output_len:,} tokens of output the grammar could not be followed ({why}); "
+            "make it simpler",
+        )
+
+    def _begin(self, seq: Sequence, begins: list[int] | BadInput) -> list[Output]:
+        """Queue a sequence whose grammar is ready, with the tokens that are forced from the start."""
+        if isinstance(begins, BadInput):
+            del self._seqs[seq.id]
+            return [
+                Output(
+                    id=seq.id,
+                    token_ids=[],
+                    finish="error",
+                    error_code=begins.code,
+                    error=begins.message,
+                )
+            ]
+        self._queue(seq)
+        output = self._append(seq, begins)
+        if output.finish is None:  # they come out with the first sampled one: a step has one output each
+            seq.said -= len(begins)
+            return []
+        return [output]
 
     def _end(self, seq: Sequence, *, spoiled: bool = False) -> None:
         del self._seqs[seq.id]
         self._sampler.processing.forget(seq.id)
+        if self._guide.forget(seq):
+            return
         if seq.adapter is None or not self._desk.remove(seq):
             self._scheduler.remove(seq, spoiled=spoiled)
 

@@ -10,6 +10,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Finish = Literal["stop", "length", "abort", "error"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "gbnf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the output must look like."""
+
+    kind: GrammarKind
+    text: str = ""
+    """JSON of the schema, or of the list of choices; the regex; the grammar. json_object: nothing."""
+    close: bool = True
+    """Steer to the shortest end when the budget of tokens runs out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +107,7 @@ class Request:
     ignore_eos: bool = False
     adapter: str | None = None
     """Name of a LoRA adapter. None: the model as it is."""
+    grammar: Grammar | None = None
     priority: int = 1
     """0 interactive, 1 normal, 2 batch: lower is served strictly first."""
     arrival: float = 0.0
@@ -137,6 +150,9 @@ class Output:
     prompt_from: int = 0
     finish: Finish | None = None
     stop_token_id: int | None = None
+    """None with ``finish="stop"``: the grammar was complete."""
+    closed: bool | None = None
+    """With a grammar and ``finish="length"``: whether the text satisfies the grammar all the same."""
     cached_tokens: int | None = None
     """Of the prompt, found in the prefix cache; said with what the first sampled token brings."""
     error_code: str | None = None

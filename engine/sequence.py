@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .messages import Request
+
+if TYPE_CHECKING:
+    from .guided.state import GuidedState
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +26,13 @@ class Sequence:
     """Sampling one of these ends it."""
     number: int = 0
     """Order of arrival at the engine: breaks ties."""
+    fast_forward: bool = True
+    """Take tokens that the grammar forces without sampling them."""
+    guided: GuidedState | None = field(init=False, default=None)
+    said: int = field(init=False)
+    """So many of ``tokens`` are the prompt, an earlier attempt's, or have been given out."""
+    sampled: bool = field(init=False, default=False)
+    """A token of it was."""
     tokens: list[int] = field(init=False)
     computed: int = field(init=False, default=0)
     block_table: list[int] = field(init=False, default_factory=list[int])
@@ -38,6 +49,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.request.output_ids]
+        self.said = len(self.tokens)
         self.rank = (self.request.priority, self.request.arrival, self.number)
 
     @property

@@ -6,6 +6,7 @@ GristmillError                  internal mistake of ours                      ex
 │   │   ├── MissingParameter    a required field is not there
 │   │   ├── InvalidMethod       a batch line whose method is not POST
 │   │   ├── UrlMismatch         a batch line for an endpoint that is not served
+│   │   ├── InvalidSchema       a schema or grammar for the output that cannot be used
 │   │   └── Unsupported         a known feature that this version does not have
 │   ├── InvalidJson             not JSON, or not UTF-8
 │   ├── EmptyFile               a bulk input with no rows
@@ -82,6 +83,12 @@ class UrlMismatch(InvalidRequest):
     """A batch line for an endpoint that is not served."""
 
     code = "url_mismatch"
+
+
+class InvalidSchema(InvalidRequest):
+    """A JSON schema, regex or grammar for the output that is wrong, too big, or not to be satisfied."""
+
+    code = "invalid_schema"
 
 
 class Unsupported(InvalidRequest):
