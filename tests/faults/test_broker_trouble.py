@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from gristmill.backends.state import State, Write, open_state
+from gristmill.engine.models.tiny import write_tiny
 from gristmill.producer import Client
 from gristmill.schemas import keys
 from gristmill.schemas.errors import BrokerUnavailable
@@ -72,6 +76,39 @@ def test_after_a_failover_running_jobs_end_with_the_same_text(
     assert texts(stack, ids) == expected
     assert not worker.said("job.fenced")
     wait_until(lambda: not valkey_replica.client().hlen(keys.CLAIMS), 30, "all are acknowledged")
+
+
+def test_a_broker_that_still_loads_its_data_costs_no_attempt_and_no_text(
+    valkey: Valkey, tmp_path: Path
+) -> None:
+    """A restarted Redis with gigabytes to read says LOADING for minutes, to everything."""
+    model = write_tiny(tmp_path / "model", tokenizer=True, max_position_embeddings=4096)
+    with closing(Stack(valkey, tmp_path, model)) as stack:
+        worker = stack.worker("--num-threads", "1")
+        request = {
+            "prompt": "A long one",
+            "max_tokens": 4000,
+            "temperature": 0.9,
+            "seed": 7,
+            "ignore_eos": True,
+        }
+        expected = stack.client.submit(**request).result(90).text
+        with ThreadPoolExecutor() as threads:
+            job = stack.client.submit(**request, stream=True)
+            following = threads.submit(lambda: list(job.stream(timeout_s=150)))
+            wait_until(lambda: tokens_so_far(stack, job.id), 60, "it has some tokens")
+            with valkey.loading():
+                wait_until(lambda: worker.said("journal.unavailable"), 30, "its tokens cannot be written")
+                with pytest.raises(BrokerUnavailable, match="loading"):
+                    stack.client.submit("Not now", max_tokens=4)
+                with pytest.raises(BrokerUnavailable, match="loading"):
+                    job.status()
+                wait_until(lambda: worker.said("lease.not_renewed"), 30, "nor its lease be renewed")
+            followed = "".join(chunk.text for chunk in following.result())
+        assert followed == expected == job.result(30).text
+        assert job.status().attempts == 1, "nobody ran it a second time"
+        assert stack.client.submit("And now", max_tokens=4).result(60).state is JobState.SUCCEEDED
+        wait_until(lambda: not valkey.client().hlen(keys.CLAIMS), 30, "both are acknowledged")
 
 
 @pytest.fixture

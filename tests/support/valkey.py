@@ -30,6 +30,7 @@ class Valkey:
         self.socket = directory / "v.sock"
         self.config = {"appendonly": "yes", "appendfsync": "everysec", "save": "", "port": "0"} | config
         self.process: subprocess.Popen[bytes] | None = None
+        self.loads_slowly = False
         self._clients: list[redis.Redis] = []
 
     @property
@@ -59,6 +60,29 @@ class Valkey:
         if self.process is not None and self.process.poll() is None:
             self.kill()
         self.start()
+
+    @contextmanager
+    def loading(self) -> Generator[None]:
+        """Killed and started again, with so much to load that until the block ends it answers LOADING."""
+        client = self.client()
+        client.config_set("rdbcompression", "no")
+        with client.pipeline() as pads:
+            for n in range(1000):  # between two of 1 KiB it looks at its connections
+                pads.set(f"pad:{n}", "x" * 1024, ex=3600)
+            pads.execute()
+        client.bgrewriteaof()
+        busy = ("aof_rewrite_in_progress", "aof_rewrite_scheduled")
+        wait_until(lambda: not any(client.info("persistence")[name] for name in busy), 20, "it is rewritten")
+        self.config |= {"key-load-delay": "50000", "loading-process-events-interval-bytes": "1024"}
+        self.loads_slowly = True
+        self.restart()
+        try:
+            yield
+        finally:
+            self.loads_slowly = False
+            self.config["key-load-delay"] = "0"
+            self.client().config_set("key-load-delay", 0)
+            wait_until(self._answers, 20, "everything is loaded")
 
     def freeze(self) -> None:
         """SIGSTOP: connected, but silent."""
@@ -125,6 +149,8 @@ class Valkey:
         try:
             with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=1, retry=None) as probe:
                 return bool(probe.ping())
+        except redis.BusyLoadingError:
+            return self.loads_slowly
         except redis.RedisError:
             return False
 
