@@ -64,6 +64,11 @@ class PrefixCache:
                 self.swap.drop(name)
             self._rate(name)
 
+    def trail(self, seq: Sequence) -> list[bytes]:
+        """Names of its 1st, 2nd, 4th, 8th … block, the last first: beginnings that others may have too."""
+        usable = self._usable(seq)
+        return [seq.hashes[2**power - 1] for power in reversed(range(usable.bit_length()))]
+
     # ---- what running sequences take and give
 
     def find(self, seq: Sequence) -> list[int | None]:

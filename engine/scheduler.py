@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..schemas.errors import PromptTooLong
 from .block_pool import BlockPool
+from .planner import Planner
 from .prefix_cache import PrefixCache
 from .sequence import Sequence
 from .swap import SwapSpace
@@ -50,8 +51,9 @@ class Scheduler:
     A prompt begins with what the prefix cache has of it. Who would compute a block next that somebody ahead
     computes in this very step waits for that step instead, admitted and without work.
 
-    Rank is (priority, arrival, number). Whoever ranks first can take blocks from everybody behind, and fits
-    alone; so it always advances, and within a class nobody waits for ever. Classes are strict: a lower one
+    Rank is (priority, arrival, number). Whoever ranks first of the running can take blocks from everybody
+    behind, and fits alone; so it always advances. Who is admitted next is the planner's choice: it lets the
+    later come first within bounds, so within a class nobody waits for ever. Classes are strict: a lower one
     waits for as long as a higher one fills the engine.
 
     Invariant, between steps: every known sequence is either running or waiting; a waiting one holds no
@@ -67,9 +69,11 @@ class Scheduler:
         max_num_seqs: int,
         prefix_cache: bool = True,
         swap: SwapSpace | None = None,
+        planner: Planner | None = None,
     ) -> None:
         self.pool = pool
         self.cache = PrefixCache(pool, block_size, enabled=prefix_cache, swap=swap)
+        self.planner = planner or Planner()
         self.block_size = block_size
         self.step_tokens = step_tokens
         # No more than the budget feeds with a token each: a running sequence never waits for budget.
@@ -108,6 +112,7 @@ class Scheduler:
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
+            self.planner.remove(seq)
             self.cache.unwant(seq)
         self._free(seq)
 
@@ -161,16 +166,16 @@ class Scheduler:
         return True
 
     def _next_prefill(self, prefilling: deque[Sequence]) -> Sequence | None:
-        """The best ranked of those half-way through and the first that waits, if that can be admitted."""
+        """The best ranked of those half-way through, or who is to be admitted next, if that can be."""
         while prefilling and prefilling[0] in self._preempted:
             prefilling.popleft()
-        head = self.waiting[0] if self.waiting else None
+        head = self.planner.next()
         if head and (not prefilling or head.rank < prefilling[0].rank) and self._admit(head):
             return head
         return prefilling.popleft() if prefilling else None
 
     def _admit(self, seq: Sequence) -> bool:
-        """Move the first that waits to the running, at the cost of lower classes if need be."""
+        """Move one that waits to the running, at the cost of lower classes if need be."""
         if seq in self._preempted:  # it just had to go, and nobody overtakes it
             return False
         keep = len(self.running)
@@ -180,8 +185,9 @@ class Scheduler:
             keep -= 1
         for victim in reversed(self.running[keep:]):
             self._preempt(victim)
-        assert self.waiting[0] is seq
-        insort(self.running, self.waiting.pop(0), key=_rank)
+        self.waiting.remove(seq)
+        self.planner.admit(seq)
+        insort(self.running, seq, key=_rank)
         self.cache.started(seq)
         return True
 
@@ -250,6 +256,7 @@ class Scheduler:
     def _wait(self, seq: Sequence) -> None:
         insort(self.waiting, seq, key=_rank)
         self.cache.want(seq)
+        self.planner.add(seq, self.cache.trail(seq))
 
     def _free(self, seq: Sequence) -> None:
         self.pool.release(seq.block_table)
@@ -278,6 +285,7 @@ class Scheduler:
         assert all(self.pool.refs(block) == count for block, count in holders.items())
         assert len(holders) + self.pool.free == self.pool.capacity, "a block is held by nobody"
         self.cache.check(self.running, self.waiting)
+        self.planner.check(self.waiting)
 
 
 def _rank(seq: Sequence) -> tuple[int, float, int]:

@@ -5,11 +5,13 @@ Nor does any sequence ever read keys and values of other tokens than its own, wh
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 
 import pytest
 from gristmill.engine.block_pool import BlockPool
 from gristmill.engine.messages import Request
+from gristmill.engine.planner import Planner
 from gristmill.engine.scheduler import Scheduler, StepPlan
 from gristmill.engine.sequence import Sequence
 from gristmill.engine.swap import SwapSpace
@@ -103,6 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_cache=st.sampled_from([True, True, False]),
         slots=st.integers(0, 6),
         seed=st.integers(0, 3),
+        overtakes=st.integers(0, 3),
     )
     def start(
         self,
@@ -113,7 +116,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_cache: bool,
         slots: int,
         seed: int,
+        overtakes: int,
     ) -> None:
+        self.overtakes = overtakes
+        self.overtaken: Counter[str] = Counter()
         pays = Random(seed)
         self.limit = capacity * block_size
         self.cells = Cells(block_size)
@@ -124,6 +130,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             prefix_cache=prefix_cache,
             swap=SwapSpace(slots, self.cells, lambda: pays.random() < 0.7),
+            planner=Planner((overtakes, overtakes, overtakes)),
         )
         self.alive: dict[str, Sequence] = {}
         self.number = 0
@@ -169,12 +176,26 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         first = min(self.alive.values(), key=lambda seq: seq.rank, default=None)
+        if first not in self.scheduler.running:
+            first = None  # others may be admitted before it, within bounds
         before = first and (len(first.tokens), first.computed)
+        waited = list(self.scheduler.waiting)
         plan = self.scheduler.plan()
         self._check_plan(plan)
+        self._count_overtaken(waited)
         self._run(plan)
         if first is not None:
             assert (len(first.tokens), first.computed) > (before or ()), "the best ranked stood still"
+
+    def _count_overtaken(self, waited: list[Sequence]) -> None:
+        for seq in waited:
+            if seq in self.scheduler.running:
+                passed = [one for one in waited if one in self.scheduler.waiting and one.rank < seq.rank]
+                assert all(one.request.priority == seq.request.priority for one in passed)
+                assert not any(one.preempted for one in passed), "a preempted one was overtaken"
+                self.overtaken.update(one.id for one in passed)
+                del self.overtaken[seq.id]
+        assert all(count <= self.overtakes for count in self.overtaken.values()), "overtaken too often"
 
     def _check_plan(self, plan: StepPlan) -> None:
         assert bool(plan.work) == bool(self.alive), "an empty step, or work for nobody"
@@ -216,7 +237,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         # Alone, a sequence needs at most one step a token; classes and ranks make the worst case serial.
-        bound = sum(seq.limit for seq in self.alive.values()) + 1
+        # And whoever is admitted late and takes blocks makes those who overtook it begin again.
+        bound = sum(seq.limit for seq in self.alive.values()) * (1 + self.overtakes) + 1
         for _ in range(bound):
             if not self.alive:
                 break
@@ -491,11 +513,11 @@ def test_what_waiting_sequences_want_is_kept_before_what_was_used_last() -> None
     it.add(make(1, [5] * 17, max_tokens=1))
     run(it)
     it.remove(it.running[0])
-    it.add(make(2, prompt=14, max_tokens=1))
+    it.add(make(2, prompt=14, max_tokens=1, priority=0))
     it.add(make(3, [5] * 17, max_tokens=1))
     run(it)
     it.remove(it.running[0])
-    it.add(make(4, prompt=24, max_tokens=1, priority=0))
-    assert run(it) == {"s4": 24}, "it needs 7 blocks, and 5 hold nothing or what nobody waits for"
+    it.add(make(4, prompt=31, max_tokens=1, priority=0))
+    assert run(it) == {"s4": 31}, "it needs 8 blocks, and 8 hold nothing or what nobody waits for"
     it.remove(it.running[0])
     assert run(it) == {"s3": 1}
