@@ -66,12 +66,14 @@ class WorkerApp:
         spool.remove_dead(self.settings.home)
         state, store = open_state(self.settings), open_store(self.settings.results, self.settings)
         handler = self._handler(state, store, model_dir)
-        handler.engine = EngineClient(
-            self.settings.engine(model_dir),
-            handler,
-            start_timeout_s=self.settings.engine_start_s,
-            stall_s=self.settings.engine_stall_s,
-            restarts=self.settings.engine_restarts,
+        handler.attach(
+            EngineClient(
+                self.settings.engine(model_dir),
+                handler.listener,
+                start_timeout_s=self.settings.engine_start_s,
+                stall_s=self.settings.engine_stall_s,
+                restarts=self.settings.engine_restarts,
+            )
         )
         handler.engine.launch()  # torch loads in the child while Celery and the rest load here
         try:
@@ -146,28 +148,10 @@ class WorkerApp:
             exit_loop=self._exit_loop,
         )
         self._gate.claimable = lambda: self._claimable(lifecycle, handler)
-        controller = app.WorkController(
-            pool_cls=EnginePool,
-            # A thread for each job that runs, was evicted or waits to be stored: more than are let in.
-            concurrency=len(self.queues) * max_places(handler.engine.info)
-            + 16
-            + self.settings.spool_max_results,
-            queues=self.queues,
-            hostname=self.worker_id,
-            without_mingle=True,
-            without_gossip=True,
-            without_heartbeat=True,
-            loglevel="WARNING",
-        )
+        controller = self._controller(app, handler)
+        health = self._health(app, state, handler)
         leave = threading.Event()
         handler.publisher.start()
-        health = HealthServer(
-            self.settings.health_host,
-            self.settings.health_port,
-            self.metrics.registry,
-            live=lambda: self._dead(handler, app),
-            ready=lambda: self._not_ready(state, handler),
-        )
         health.start()
         lifecycle.install_signal_handlers()
         threading.excepthook = lifecycle.on_thread_died
@@ -175,14 +159,8 @@ class WorkerApp:
         if self.settings.keeper:
             args = (self.settings, f"{ID_PREFIX}{self.worker_id}", leave)
             threading.Thread(target=keep, args=args, name="keeper", daemon=True).start()
-        log.info(
-            "worker.ready",
-            extra={
-                "worker": self.worker_id,
-                "queues": self.queues,
-                "health": f"{self.settings.health_host}:{health.port}",
-            },
-        )
+        address = f"{self.settings.health_host}:{health.port}"
+        log.info("worker.ready", extra={"worker": self.worker_id, "queues": self.queues, "health": address})
         try:
             controller.start()
         finally:
@@ -191,6 +169,30 @@ class WorkerApp:
             health.stop()
             handler.publisher.stop()
         return lifecycle.exit_code
+
+    def _controller(self, app: Celery, handler: JobHandler) -> Any:
+        """Celery's worker, which claims and waits in as many threads as there can be deliveries."""
+        places = len(self.queues) * max_places(handler.engine.info)
+        return app.WorkController(
+            pool_cls=EnginePool,
+            # A thread for each job that runs, was evicted or waits to be stored: more than are let in.
+            concurrency=places + 16 + self.settings.spool_max_results,
+            queues=self.queues,
+            hostname=self.worker_id,
+            without_mingle=True,
+            without_gossip=True,
+            without_heartbeat=True,
+            loglevel="WARNING",
+        )
+
+    def _health(self, app: Celery, state: State, handler: JobHandler) -> HealthServer:
+        return HealthServer(
+            self.settings.health_host,
+            self.settings.health_port,
+            self.metrics.registry,
+            live=lambda: self._dead(handler, app),
+            ready=lambda: self._not_ready(state, handler),
+        )
 
     def _claimable(self, lifecycle: Lifecycle, handler: JobHandler) -> list[str]:
         """The queues of those classes that have room, the most urgent first."""

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..backends.sink import ResultSink
 from ..backends.state import Claim, Final, State
-from ..engine.messages import Output, Request, Stats
 from ..engine.tokenizer import Tokenizer
 from ..keeper.endings import Ending, complete
 from ..keeper.keeper import ID_PREFIX
-from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
-from ..schemas.events import Crashed, Trial
+from ..schemas.errors import BadInput, Misconfigured, Transient
 from ..schemas.job import JOB_ID_PATTERN, Job, JobState, Priority
 from ..schemas.result import ErrorInfo, FinishReason, Result
 from . import capacity, intake
 from .committer import Committer
 from .disposition import MAX_ATTEMPTS, Disposition
 from .engine_client import EngineClient
+from .failures import condemn, crashed
 from .generation import Generation
+from .listener import EngineListener
 from .metrics import Metrics
 from .publisher import Publisher
 from .settings import WorkerSettings
+from .slots import Slot, Slots
 from .spool import Parcel
-from .trials import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -44,28 +41,6 @@ LOOK_AGAIN_S = 1.0
 """How often a fenced delivery looks what has become of its job."""
 KEEPER_ENDS_S = 15.0
 """As long as a worker's registration lives on: a keeper that has not ended a job by then is gone, too."""
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A job in hand: ``ended`` wakes its thread, ``disposition`` answers a second delivery."""
-
-    job: Job
-    generation: Generation | None = None
-    expires_at: float = math.inf
-    """By this machine's monotonic clock: the server said how long it has."""
-    ended: threading.Event = field(default_factory=threading.Event)
-    how: Disposition | None = None
-    """Set with ``ended``: DROP (fenced) or REQUEUE (handed back). None: the log is complete."""
-    disposition: Future[Disposition] = field(default_factory=Future[Disposition])
-
-    def held(self) -> capacity.Held:
-        """For the question what else could run beside it."""
-        generation, rank = self.generation, self.job.priority.rank
-        if generation is None:
-            return capacity.Held(rank, tokens=0, started=False)
-        tokens = len(generation.prompt_ids) + len(generation.ids)
-        return capacity.Held(rank, tokens, started=generation.first_token_at is not None)
 
 
 class JobHandler:
@@ -89,12 +64,11 @@ class JobHandler:
     ) -> None:
         self._settings, self._worker_id = settings, worker_id
         self._state, self._tokenizer, self._metrics = state, tokenizer, metrics
-        self._on_capacity, self._on_gone = on_capacity, on_gone
+        self._on_capacity = on_capacity
         self._sink = sink
-        self._slots: dict[str, Slot] = {}
-        self._slots_lock = threading.Lock()
+        self._slots = Slots()
         self._closing = threading.Event()
-        self._troubled = 0  # threads that wait for the state server
+        self._troubled: list[str] = []  # an item for each thread that waits for the state server
         self.committer = Committer(
             sink,
             metrics,
@@ -104,10 +78,26 @@ class JobHandler:
             max_bytes=settings.spool_max_bytes,
         )
         self.publisher = Publisher(
-            state, on_complete=self._on_complete, on_fenced=self._on_fenced, on_armed=self._on_armed
+            state,
+            on_complete=self._on_complete,
+            on_fenced=self._on_fenced,
+            on_armed=lambda generation: self.listener.on_armed(generation),
         )
-        self.engine: EngineClient  # set by the app, which builds both around each other
+        self.listener = EngineListener(
+            worker_id,
+            settings.max_attempts,
+            slots=self._slots,
+            publisher=self.publisher,
+            metrics=metrics,
+            on_capacity=on_capacity,
+            on_gone=on_gone,
+        )
+        self.engine: EngineClient
         self.last_busy_at = time.monotonic()
+
+    def attach(self, engine: EngineClient) -> None:
+        """The engine whose listener is ours: before anything else."""
+        self.engine = self.listener.engine = engine
 
     # ---- a delivery
 
@@ -122,8 +112,7 @@ class JobHandler:
 
     def _run_once(self, job: Job) -> Disposition:
         slot = Slot(job)
-        with self._slots_lock:
-            first = self._slots.setdefault(job.id, slot)
+        first = self._slots.take(slot)
         if first is not slot:  # redelivered to the worker that still runs it: both deliveries end alike
             how = first.disposition.result()
             return Disposition.ACK if how is Disposition.BURY else how  # one dead letter is enough
@@ -134,9 +123,8 @@ class JobHandler:
             log.critical("delivery.crashed", exc_info=True, extra={"job_id": job.id})
             self._abandon(slot)
         finally:
-            with self._slots_lock:
-                del self._slots[job.id]
-                self.last_busy_at = time.monotonic()
+            self.last_busy_at = time.monotonic()
+            self._slots.drop(slot)
             slot.disposition.set_result(disposition)
             self._on_capacity()
         return disposition
@@ -223,20 +211,14 @@ class JobHandler:
         except BadInput as exc:
             generation.fail(ErrorInfo.of(exc), claim.now)
         except BaseException as exc:  # noqa: BLE001 - the panic of a Rust library is no Exception
-            self._crashed(generation, exc, claim.now)
+            crashed(generation, exc, claim.now)
         return generation
-
-    def _crashed(self, generation: Generation, exc: BaseException, now: float) -> None:
-        """A mistake of ours that one job's text brought out: it would do so again, so this job has failed."""
-        log.critical("job.crashed", exc_info=exc, extra={"job_id": generation.job.id})
-        text = f"the worker made a mistake with this job ({type(exc).__name__}); its log has the details"
-        generation.fail(ErrorInfo(code=GristmillError.code, message=text), now)
 
     def _admit(self, generation: Generation, claim: Claim) -> None:
         """Make it ready to run, or end it if that is over. Raises BadInput."""
         info, job = self.engine.info, generation.job
-        if self._worn_out(generation):
-            self._condemn(generation, claim.now)
+        if generation.history.strikes >= self._settings.max_attempts:
+            condemn(generation, claim.now)
         elif claim.cancelled:
             generation.end_early(FinishReason.CANCELLED, claim.now)
         elif claim.now >= claim.expires_at:
@@ -254,7 +236,7 @@ class JobHandler:
         with self.publisher.lock:  # so that hand_back's flush finds it, or it finds that we are closing
             slot.generation = generation
             if self._closing.is_set():
-                self._end(slot, Disposition.REQUEUE)
+                slot.end(Disposition.REQUEUE)
                 return
             self.publisher.add(generation)
         if generation.done is None:
@@ -336,133 +318,26 @@ class JobHandler:
                     if not troubled:
                         log.warning("backend.unavailable", extra={"code": exc.code, "reason": exc.message})
                         troubled = True
-                        with self._slots_lock:
-                            self._troubled += 1
+                        self._troubled.append(exc.code)
                     if self._closing.wait(pause_s):
                         return None
                     pause_s = min(2 * pause_s, PATIENCE_MAX_S)
         finally:
             if troubled:
-                with self._slots_lock:
-                    self._troubled -= 1
+                self._troubled.pop()
 
-    # ---- the engine and the publisher report (their threads)
-
-    def on_step(self, outputs: list[Output], stats: Stats, now: float) -> None:
-        """Tokens of one step: into their Generations, and wake the publisher."""
-        aborts: list[str] = []
-        with self.publisher.lock:
-            for output in outputs:
-                generation = self._generation(output.id)
-                if generation is None or generation.done is not None:  # nobody waits for it any more
-                    if output.finish is None:  # it was submitted just as it was cancelled, say
-                        aborts.append(output.id)
-                    continue
-                first = generation.first_token_at is None
-                if self._push(generation, output, now):
-                    aborts.append(output.id)
-                if first and generation.first_token_at is not None:
-                    self._metrics.on_first_token(now - generation.job.submitted_at)
-            self.publisher.wake()
-        for request_id in aborts:
-            self.engine.abort(request_id)
-        self._metrics.on_step(stats)
-        self._on_capacity()
-
-    def _push(self, generation: Generation, output: Output, now: float) -> bool:
-        """Its tokens into one Generation. True: it ended by them, and the engine must be told."""
-        try:
-            return generation.push(output, now)
-        except BaseException as exc:  # noqa: BLE001 - as in _prepare
-            self._crashed(generation, exc, now)
-            return True
-
-    def on_crash(self, reason: str, verdict: Verdict, now: float) -> set[str]:
-        """The engine died: put it on record for the suspects. Returns those that are given up for it."""
-        self._metrics.on_engine_restart()
-        code, _, message = reason.partition(": ")
-        given_up: set[str] = set()
-        with self.publisher.lock:
-            for request_id in verdict.suspects:
-                generation = self._generation(request_id)
-                if generation is None or generation.done is not None:
-                    continue
-                alone, tokens = request_id == verdict.alone, len(generation.ids)
-                generation.note(
-                    Crashed(
-                        code=code, message=message, worker=self._worker_id, alone=alone, tokens=tokens, at=now
-                    )
-                )
-                if self._worn_out(generation):
-                    self._condemn(generation, now)
-                    given_up.add(request_id)
-            self.publisher.wake()
-        return given_up
-
-    def _worn_out(self, generation: Generation) -> bool:
-        return generation.history.strikes >= self._settings.max_attempts
-
-    def _condemn(self, generation: Generation, now: float) -> None:
-        """It was alone in too many crashes: it is the cause, whatever it is."""
-        history, job_id = generation.history, generation.job.id
-        last = history.crashes[-1]
-        text = (
-            f"the engine or its worker died {history.strikes} times while it ran this job alone, the last "
-            f"time after {last.tokens:,} tokens ({last.code}: {last.message or last.worker}); "
-            f"`gristmill dead show {job_id}` has the rest, `gristmill dead requeue {job_id}` tries again"
-        )
-        log.error("job.given_up", extra={"job_id": job_id, "crashes": history.strikes, "code": last.code})
-        generation.fail(ErrorInfo(code=MAX_ATTEMPTS, message=text), now)
-
-    def arm(self, request_id: str) -> bool:
-        """It is to run alone: should this worker die of it, the next one finds that in the log."""
-        with self.publisher.lock:
-            generation = self._generation(request_id)
-            if generation is None or generation.done is not None:
-                return False
-            generation.note(Trial(at=time.time()))
-            self.publisher.wake()
-            return True
-
-    def _on_armed(self, generation: Generation) -> None:
-        log.info("job.tried_alone", extra={"job_id": generation.job.id, "attempt": generation.attempt})
-        self.engine.armed(generation.request_id)
-
-    def resume(self, request_ids: set[str]) -> list[Request]:
-        """What the engine has to continue of these, tokens so far included."""
-        with self.publisher.lock:
-            running = [g for i in request_ids if (g := self._generation(i)) is not None]
-            return [intake.engine_request(g) for g in running if g.done is None]
-
-    def _generation(self, request_id: str) -> Generation | None:
-        slot = self._slots.get(request_id.rpartition("@")[0])
-        generation = slot.generation if slot else None
-        return generation if generation is not None and generation.request_id == request_id else None
-
-    def on_engine_gone(self, reason: str) -> None:
-        """No engine any more: let the worker end, which hands everything back."""
-        self._on_gone(reason)
+    # ---- the publisher reports (its thread)
 
     def _on_complete(self, generation: Generation) -> None:
-        if slot := self._slot_of(generation):
+        if slot := self._slots.of(generation):
             slot.ended.set()
 
     def _on_fenced(self, generation: Generation) -> None:
         log.warning("job.fenced", extra={"job_id": generation.job.id, "attempt": generation.attempt})
         self._metrics.on_fenced()
         self.engine.abort(generation.request_id)
-        if slot := self._slot_of(generation):
-            self._end(slot, Disposition.DROP)
-
-    def _slot_of(self, generation: Generation) -> Slot | None:
-        """None: that attempt was let go of, and the job may be here again by another."""
-        slot = self._slots.get(generation.job.id)
-        return slot if slot is not None and slot.generation is generation else None
-
-    def _end(self, slot: Slot, how: Disposition) -> None:
-        if not slot.ended.is_set():
-            slot.how = how
-            slot.ended.set()
+        if slot := self._slots.of(generation):
+            slot.end(Disposition.DROP)
 
     # ---- control
 
@@ -472,10 +347,9 @@ class JobHandler:
 
     def expire(self, now: float) -> None:
         """Stop running jobs whose time is up. ``now``: by the monotonic clock."""
-        with self._slots_lock:
-            over = [job_id for job_id, slot in self._slots.items() if slot.expires_at <= now]
-        for job_id in over:
-            self._end_early(job_id, FinishReason.EXPIRED)
+        for slot in self._slots.all():
+            if slot.expires_at <= now:
+                self._end_early(slot.job.id, FinishReason.EXPIRED)
 
     def _end_early(self, job_id: str, reason: FinishReason) -> None:
         with self.publisher.lock:
@@ -494,8 +368,7 @@ class JobHandler:
         For claims that the broker will not prolong much longer. Unknown ids are ignored. Returns within
         ``GIVE_BACK_FLUSH_S``, however many they are.
         """
-        with self._slots_lock:
-            slots = [slot for job_id in job_ids if (slot := self._slots.get(job_id)) is not None]
+        slots = [slot for job_id in job_ids if (slot := self._slots.get(job_id)) is not None]
         running = [(slot, slot.generation) for slot in slots if not slot.ended.is_set()]
         if any(generation is not None for _, generation in running):
             self.publisher.flush(GIVE_BACK_FLUSH_S)
@@ -506,7 +379,7 @@ class JobHandler:
     def _give_back(self, slot: Slot, request_id: str) -> None:
         # Not before the attempt is over: the engine's answer to it would end the job.
         slot.disposition.add_done_callback(lambda _: self.engine.abort(request_id))
-        self._end(slot, Disposition.REQUEUE)
+        slot.end(Disposition.REQUEUE)
         log.info("job.given_back", extra={"job_id": slot.job.id})
 
     def hand_back(self, flush_s: float) -> int:
@@ -517,12 +390,11 @@ class JobHandler:
         with self.publisher.lock:
             self._closing.set()
         self.committer.close()
-        with self._slots_lock:
-            slots = list(self._slots.values())
+        slots = self._slots.all()
         self.publisher.flush(flush_s)
         returned = [slot for slot in slots if not slot.ended.is_set()]
         for slot in returned:
-            self._end(slot, Disposition.REQUEUE)
+            slot.end(Disposition.REQUEUE)
         return len(returned)
 
     # ---- capacity
@@ -535,20 +407,18 @@ class JobHandler:
     @property
     def unfinished(self) -> int:
         """Those that may yet end here: fenced ones run elsewhere."""
-        with self._slots_lock:
-            return sum(slot.how is not Disposition.DROP for slot in self._slots.values())
+        return sum(slot.how is not Disposition.DROP for slot in self._slots.all())
 
     def job_ids(self) -> list[str]:
         """The jobs in hand."""
-        with self._slots_lock:
-            return list(self._slots)
+        return [slot.job.id for slot in self._slots.all()]
 
     @property
     def trouble(self) -> str | None:
         """Why no jobs are taken although the engine could run them, in words; or None."""
         if not self.publisher.healthy:
             return "the journal cannot be written; running jobs wait for the state server"
-        if waiting := self._troubled:
+        if waiting := len(self._troubled):
             return f"{waiting} deliveries wait for the state server; see the log"
         return self.committer.trouble
 
@@ -558,8 +428,6 @@ class JobHandler:
             return []
         if not self.engine.ready or self.engine.on_trial:
             return []
-        with self._slots_lock:
-            slots = list(self._slots.values())
         # The others are being committed: the engine has done with them.
-        held = [slot.held() for slot in slots if not slot.ended.is_set()]
+        held = [slot.held() for slot in self._slots.all() if not slot.ended.is_set()]
         return capacity.claimable(held, self.engine.info, self.engine.stats)

@@ -357,7 +357,7 @@ def begin_reply_lost(model: Model, w: World, i: int, k: int, d: Delivery) -> Wor
 
 @during("run")
 def engine_step(model: Model, w: World, i: int, k: int, d: Delivery) -> Worlds:
-    """JobHandler.on_step, Generation.push."""
+    """EngineListener.on_step, Generation.push."""
     if not d.done:
         tokens = (*d.tokens, d.engine)
         done = SUCCEEDED if len(tokens) >= model.size.tokens else ""

@@ -77,7 +77,7 @@ class Played:
             on_capacity=lambda: None,
             on_gone=lambda _reason: None,
         )
-        self.handler.engine = self.engine  # type: ignore[assignment]
+        self.handler.attach(self.engine)  # type: ignore[arg-type]
         self.threads = ThreadPoolExecutor(48)
 
     def deliver(self, job: Job) -> Future[Disposition]:
@@ -88,7 +88,7 @@ class Played:
 
     def step(self, job: Job, token: int, **more: Any) -> None:
         request = self.engine.submitted[job.id]
-        self.handler.on_step([Output(id=request.id, token_ids=[token], **more)], STATS, time.time())
+        self.handler.listener.on_step([Output(id=request.id, token_ids=[token], **more)], STATS, time.time())
 
     def result(self, job_id: str) -> Result:
         body = self.store.get(keys.result_object(job_id))

@@ -1,0 +1,82 @@
+"""Slots: the jobs that a worker has in hand."""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from ..schemas.job import Job
+from . import capacity
+from .disposition import Disposition
+from .generation import Generation
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A job in hand: ``ended`` wakes its thread, ``disposition`` answers a second delivery."""
+
+    job: Job
+    generation: Generation | None = None
+    expires_at: float = math.inf
+    """By this machine's monotonic clock: the server said how long it has."""
+    ended: threading.Event = field(default_factory=threading.Event)
+    how: Disposition | None = None
+    """Set with ``ended``: DROP (fenced) or REQUEUE (handed back). None: the log is complete."""
+    disposition: Future[Disposition] = field(default_factory=Future[Disposition])
+
+    def end(self, how: Disposition) -> None:
+        """Wake its thread, which lets go of the job. Too late once the job has ended by itself."""
+        if not self.ended.is_set():
+            self.how = how
+            self.ended.set()
+
+    def held(self) -> capacity.Held:
+        """For the question what else could run beside it."""
+        generation, rank = self.generation, self.job.priority.rank
+        if generation is None:
+            return capacity.Held(rank, tokens=0, started=False)
+        tokens = len(generation.prompt_ids) + len(generation.ids)
+        return capacity.Held(rank, tokens, started=generation.first_token_at is not None)
+
+
+class Slots:
+    """One for each job, however often it was delivered. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, Slot] = {}
+        self._lock = threading.Lock()
+
+    def take(self, slot: Slot) -> Slot:
+        """Take a job in hand. Returns ``slot``, or the one that has it already."""
+        with self._lock:
+            return self._slots.setdefault(slot.job.id, slot)
+
+    def drop(self, slot: Slot) -> None:
+        """Let go of it."""
+        with self._lock:
+            del self._slots[slot.job.id]
+
+    def get(self, job_id: str) -> Slot | None:
+        """None: it is not in hand."""
+        return self._slots.get(job_id)
+
+    def of(self, generation: Generation) -> Slot | None:
+        """None: that attempt was let go of, and the job may be here again by another."""
+        slot = self._slots.get(generation.job.id)
+        return slot if slot is not None and slot.generation is generation else None
+
+    def generation(self, request_id: str) -> Generation | None:
+        """The attempt that the engine knows by this name; None: nobody waits for it any more."""
+        slot = self._slots.get(request_id.rpartition("@")[0])
+        generation = slot.generation if slot else None
+        return generation if generation is not None and generation.request_id == request_id else None
+
+    def all(self) -> list[Slot]:
+        """As of now."""
+        with self._lock:
+            return list(self._slots.values())
+
+    def __len__(self) -> int:
+        return len(self._slots)
