@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..schemas.errors import BadInput, InvalidRequest, PromptTooLong
+from ..schemas.logprobs import TokenLogprobs
 from ..schemas.settings import default_home
 from .block_pool import BlockPool
 from .guided.guide import Guide
@@ -17,7 +18,7 @@ from .guided.masks import Masks
 from .guided.state import LeftTheGrammar
 from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
-from .messages import EngineInfo, Output, Request, Stats, TokenLogprobs
+from .messages import EngineInfo, Output, Request, Stats
 from .native.sampling import NativeSampling, load_sampling
 from .processors import check_processors
 from .runner import Runner

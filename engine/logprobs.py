@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .messages import TokenLogprobs
+from ..schemas.logprobs import TokenLogprobs
 from .sequence import Sequence
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..schemas.logprobs import TokenLogprobs
+
 Finish = Literal["stop", "length", "abort", "error"]
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "gbnf"]
 
@@ -120,16 +122,6 @@ class Request:
     def cache_root(self) -> bytes:
         """What keys and values depend on besides the tokens: who has another root shares none."""
         return repr((self.cache_salt, self.adapter)).encode()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprobs:
-    """How likely the model, by itself, thought a token, and which ones it thought most likely."""
-
-    logprob: float
-    top_ids: list[int] = field(default_factory=list[int])
-    top_logprobs: list[float] = field(default_factory=list[float])
-    """Descending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

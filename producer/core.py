@@ -135,7 +135,7 @@ def sampling_params(given: Mapping[str, Any]) -> SamplingParams:
     if unknown:
         known = ", ".join(sorted(SamplingParams.model_fields))
         raise InvalidRequest(f"unknown parameter {unknown[0]!r}; there are {known}", param=unknown[0])
-    for name in ("stop", "stop_token_ids"):
+    for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "dry_sequence_breakers"):
         if name in kept:
             kept[name] = (kept[name],) if isinstance(kept[name], str | int) else tuple(kept[name])
     return SamplingParams.from_python(kept)

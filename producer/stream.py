@@ -24,7 +24,19 @@ from ..schemas.errors import (
     StoreUnavailable,
     WaitTimeout,
 )
-from ..schemas.events import Crashed, Delta, Done, End, EntryId, Event, Released, Started, Trial, Unknown
+from ..schemas.events import (
+    Crashed,
+    Delta,
+    Done,
+    End,
+    EntryId,
+    Event,
+    Prompt,
+    Released,
+    Started,
+    Trial,
+    Unknown,
+)
 from ..schemas.job import JobState
 from ..schemas.result import FinishReason, Result
 from ..schemas.status import JobStatus
@@ -171,7 +183,7 @@ class Replica:
                 yield from self._show(entry_id, event.choice, choice.tokens, (), event.text, event.reason)
             case End():
                 self.end = event
-            case Started() | Released() | Trial() | Crashed() | Done() | Unknown():
+            case Started() | Prompt() | Released() | Trial() | Crashed() | Done() | Unknown():
                 pass
         if entry_id == self._resume_at:
             self._resume_at = None

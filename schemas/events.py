@@ -61,12 +61,30 @@ class Delta(Answer):
     text: str = ""
     at: Float | None = None
     """Unix seconds when the first of these tokens was sampled; set on the first delta of a choice."""
+    logprobs: str | None = None
+    """Of these tokens, packed: see ``logprobs.py``. None: the request did not ask."""
     max_tokens: Int | None = None
     """What the worker allowed a job that named no number, so that the next worker allows the same; set on the
     first delta.
     """
     cached_tokens: Int = 0
     """Of the prompt, that the first attempt need not compute; set on the first delta."""
+
+
+class Prompt(Answer):
+    """Log probabilities of prompt tokens, if the request asks: of ``ids``, which begin at ``offset``.
+
+    The prompt's first token has none, so the first piece has offset 1. A piece that begins before the end of
+    the one before it comes from a later attempt, and what is behind its offset counts no more.
+    """
+
+    kind: Literal["prompt"] = "prompt"
+    offset: Int
+    ids: tuple[Int, ...]
+    logprobs: str
+    """Packed: see ``logprobs.py``."""
+    first: Int | None = None
+    """The prompt's first token; set on a first piece."""
 
 
 class Released(Answer):
@@ -123,9 +141,10 @@ class Unknown(Answer):
     kind: str
 
 
-Event: TypeAlias = Started | Delta | Released | Trial | Crashed | Done | End | Unknown
-_KINDS: dict[str, type[Started | Delta | Released | Trial | Crashed | Done | End]] = {
+Event: TypeAlias = Started | Prompt | Delta | Released | Trial | Crashed | Done | End | Unknown
+_KINDS: dict[str, type[Started | Prompt | Delta | Released | Trial | Crashed | Done | End]] = {
     "started": Started,
+    "prompt": Prompt,
     "delta": Delta,
     "released": Released,
     "trial": Trial,

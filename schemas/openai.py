@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Annotated, Any, cast
 
 from pydantic import Field
 
 from .errors import InvalidRequest, Unsupported
 from .job import Endpoint, Message
-from .result import Choice, FinishReason, Result, Usage
+from .result import Choice, FinishReason, Result, TokenLogprob, TopLogprob, Usage
 from .sampling import SamplingParams
 from .wire import MAX_COUNT, Bool, Float, Int, Record, shown
 
@@ -24,19 +25,36 @@ COMPLETIONS_DEFAULT_MAX_TOKENS = 16
 _NO_EFFECT = frozenset(
     ["user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"]
 )
-_SAMPLING = ("temperature", "top_p", "min_p", "min_tokens", "seed", "stop_token_ids", "ignore_eos")
-"""Fields that SamplingParams knows under the same name."""
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "min_tokens",
+    "seed",
+    "stop_token_ids",
+    "ignore_eos",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_range",
+    "dry_sequence_breakers",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+    "skip_special_tokens",
+    "return_token_ids",
+)
+"""Fields that SamplingParams knows under the same name, and checks."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
     "n": (1,),
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -51,20 +69,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "moderation": (),
     # vLLM
-    "repetition_penalty": (1, 1.0),
     "length_penalty": (1, 1.0),
     "use_beam_search": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "add_special_tokens": (True, False),
     "chat_template_kwargs": ({},),
     "chat_template": (),
-    "prompt_logprobs": (0,),
-    "truncate_prompt_tokens": (),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
@@ -118,8 +130,24 @@ class _Body(Record):
     top_p: Float | None = None
     top_k: Int | None = None
     min_p: Float | None = None
+    typical_p: Float | None = None
     min_tokens: Int | None = None
     seed: Int | None = None
+    frequency_penalty: Float | None = None
+    presence_penalty: Float | None = None
+    repetition_penalty: Float | None = None
+    dry_multiplier: Float | None = None
+    dry_base: Float | None = None
+    dry_allowed_length: Int | None = None
+    dry_range: Int | None = None
+    dry_sequence_breakers: Any = None
+    logit_bias: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    prompt_logprobs: Int | None = None
+    truncate_prompt_tokens: Int | None = None
+    skip_special_tokens: Bool | None = None
+    return_token_ids: Bool | None = None
     stop: Any = None
     stop_token_ids: tuple[Int, ...] | None = None
     include_stop_str_in_output: Bool | None = None
@@ -128,22 +156,29 @@ class _Body(Record):
     stream_options: _StreamOptions | None = None
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
 
-    def sampling(self, max_tokens: int | None) -> SamplingParams:
+    def sampling(self, max_tokens: int | None, **more: Any) -> SamplingParams:
         given: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
         given["max_tokens"] = max_tokens
         given["top_k"] = 0 if self.top_k == -1 else self.top_k  # -1 is vLLM's word for "off"
         given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         given["include_stop"] = self.include_stop_str_in_output
+        given["truncate"] = self.truncate_prompt_tokens
+        given |= more
         return SamplingParams.from_python({k: v for k, v in given.items() if v is not None})
 
 
 class _CompletionBody(_Body):
     prompt: Any
+    echo: Bool = False
+    logprobs: Any = None
+    """How many of the likeliest tokens; false, as in the other endpoint, is none at all."""
 
 
 class _ChatBody(_Body):
     messages: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     max_completion_tokens: Int | None = None
+    logprobs: Bool = False
+    top_logprobs: Int | None = None
 
 
 def parse_completion(body: Any) -> Request:
@@ -156,7 +191,7 @@ def parse_completion(body: Any) -> Request:
         model=given.model,
         prompt=prompt,
         prompt_ids=prompt_ids,
-        sampling=given.sampling(max_tokens),
+        sampling=given.sampling(max_tokens, **_completion_logprobs(given)),
         stream=given.stream,
         include_usage=bool(given.stream_options and given.stream_options.include_usage),
         metadata=given.metadata or {},
@@ -177,11 +212,31 @@ def parse_chat(body: Any) -> Request:
         endpoint=Endpoint.CHAT,
         model=given.model,
         messages=parse_messages(given.messages),
-        sampling=given.sampling(limits.pop() if limits else None),
+        sampling=given.sampling(limits.pop() if limits else None, logprobs=_chat_logprobs(given)),
         stream=given.stream,
         include_usage=bool(given.stream_options and given.stream_options.include_usage),
         metadata=given.metadata or {},
     )
+
+
+def _completion_logprobs(given: _CompletionBody) -> dict[str, Any]:
+    count = given.logprobs
+    if isinstance(count, bool):
+        if count:
+            raise InvalidRequest("logprobs is a number of tokens here, not true", param="logprobs")
+        count = None
+    told: dict[str, Any] = {"logprobs": count, "echo": given.echo}
+    if given.echo and given.prompt_logprobs is None:  # what is echoed is told of as well
+        told["prompt_logprobs"] = count
+    return told
+
+
+def _chat_logprobs(given: _ChatBody) -> int | None:
+    if given.logprobs:
+        return given.top_logprobs or 0
+    if given.top_logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    return None
 
 
 PARSERS = {Endpoint.CHAT: parse_chat, Endpoint.COMPLETIONS: parse_completion}
@@ -302,15 +357,21 @@ def _kind(value: Any) -> str:
 def response_body(result: Result) -> dict[str, Any]:
     """The ``chat.completion`` (for a job of the chat endpoint) or ``text_completion`` of a result."""
     is_chat = result.endpoint is Endpoint.CHAT
-    return {
+    body: dict[str, Any] = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{result.job_id}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": int(result.timings.submitted_at),
         "model": result.model,
-        "choices": [(_chat_choice if is_chat else _text_choice)(each) for each in result.choices],
+        "choices": [
+            _chat_choice(each) if is_chat else _text_choice(each, result.prompt_logprobs)
+            for each in result.choices
+        ],
         "usage": usage_body(result.usage),
         "system_fingerprint": None,
     }
+    if is_chat and result.prompt_logprobs is not None:
+        body["prompt_logprobs"] = _prompt_body(result.prompt_logprobs)
+    return body
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
@@ -325,13 +386,60 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 def _chat_choice(choice: Choice) -> dict[str, Any]:
     message = {"role": "assistant", "content": choice.text, "refusal": None}
-    return {"index": choice.index, "message": message, "logprobs": None, **_ending(choice)}
+    told = None
+    if choice.logprobs is not None:
+        told = {"content": [_chat_token(each) for each in choice.logprobs], "refusal": None}
+    return {"index": choice.index, "message": message, "logprobs": told, **_ending(choice)}
 
 
-def _text_choice(choice: Choice) -> dict[str, Any]:
-    return {"index": choice.index, "text": choice.text, "logprobs": None, **_ending(choice)}
+def _chat_token(told: TokenLogprob) -> dict[str, Any]:
+    return {**_chat_top(told), "top_logprobs": [_chat_top(each) for each in told.top]}
+
+
+def _chat_top(told: TopLogprob) -> dict[str, Any]:
+    body = told.token.encode() if told.raw is None else bytes.fromhex(told.raw)
+    return {"token": told.token, "logprob": told.logprob, "bytes": list(body)}
+
+
+def _text_choice(choice: Choice, prompt: tuple[TokenLogprob, ...] | None) -> dict[str, Any]:
+    """``prompt``: what was told of it; it stands before the output's tokens if the text begins with it."""
+    body: dict[str, Any] = {"index": choice.index, "text": choice.text, "logprobs": None}
+    if prompt is not None:
+        body["prompt_logprobs"] = _prompt_body(prompt)
+    if choice.logprobs is not None:
+        echoed = prompt if choice.echo and prompt is not None else ()
+        body["logprobs"] = _text_logprobs((*echoed, *choice.logprobs))
+    return body | _ending(choice)
+
+
+def _text_logprobs(told: Sequence[TokenLogprob]) -> dict[str, Any]:
+    texts = [one.token for one in told]
+    offsets = [0, *accumulate(len(text) for text in texts)][: len(texts)]
+    return {
+        "tokens": texts,
+        "token_logprobs": [one.logprob for one in told],
+        "top_logprobs": [
+            None if one.logprob is None else {each.token: each.logprob for each in one.top} for one in told
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _prompt_body(told: Sequence[TokenLogprob]) -> list[dict[str, Any] | None]:
+    """vLLM's shape: by token id, the prompt's own token first; null for the first one."""
+    return [
+        None
+        if one.logprob is None
+        else {
+            str(each.id): {"logprob": each.logprob, "decoded_token": each.token} for each in (one, *one.top)
+        }
+        for one in told
+    ]
 
 
 def _ending(choice: Choice) -> dict[str, Any]:
     reason = "length" if choice.finish_reason is FinishReason.LENGTH else "stop"
-    return {"finish_reason": reason, "stop_reason": choice.stop_reason}
+    ending: dict[str, Any] = {"finish_reason": reason, "stop_reason": choice.stop_reason}
+    if choice.token_ids is not None:
+        ending["token_ids"] = list(choice.token_ids)
+    return ending

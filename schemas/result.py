@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from .errors import GristmillError
 from .job import Endpoint, JobId, JobState
-from .wire import WIRE_VERSION, Answer, Float, Int
+from .wire import WIRE_VERSION, Answer, Bool, Float, Int
 
 
 class FinishReason(StrEnum):
@@ -87,6 +87,24 @@ class Timings(Answer):
         return max(0.0, self.finished_at - self.submitted_at)
 
 
+class TopLogprob(Answer):
+    """A token that the model thought likely."""
+
+    id: Int
+    token: str
+    """Its text; U+FFFD where it is no whole character: then ``raw`` has its bytes."""
+    logprob: Float | None = None
+    """None for the first token of a prompt alone: nothing stands before it."""
+    raw: str | None = None
+    """Its bytes in hexadecimal, if the text does not say."""
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the output or the prompt, and what else was likely in its place, the likeliest first."""
+
+    top: tuple[TopLogprob, ...] = ()
+
+
 class Choice(Answer):
     """One completion of the prompt."""
 
@@ -95,7 +113,11 @@ class Choice(Answer):
     finish_reason: FinishReason
     stop_reason: str | Int | None = None
     """The stop string or the stop token id that matched; None for the end token."""
+    echo: Bool = False
+    """The text begins with the prompt's."""
     token_ids: tuple[Int, ...] | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of each token of the output, as far as they have text; None: not asked for."""
 
 
 class Crash(Answer):
@@ -122,6 +144,8 @@ class Result(Answer):
     state: JobState
     endpoint: Endpoint = Endpoint.NATIVE
     choices: tuple[Choice, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of each token of the prompt; None: not asked for."""
     usage: Usage = Usage()
     timings: Timings
     error: ErrorInfo | None = None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..engine.detokenizer import Detokenizer
-from ..engine.messages import Output
+from ..engine.messages import Output, Processors
 from ..engine.stopping import StopMatcher
 from ..engine.tokenizer import Tokenizer
-from ..schemas.events import Crashed, Delta, Done, EntryId, Event, Started, Trial
+from ..schemas import logprobs
+from ..schemas.events import Crashed, Delta, Done, EntryId, Event, Prompt, Started, Trial
 from ..schemas.job import Job
-from ..schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
+from ..schemas.logprobs import TokenLogprobs
+from ..schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, TokenLogprob, Usage
 from .history import History
+from .told import spelled, text_of
 
 STREAM_FLUSH_S = 0.05
 JOURNAL_TOKENS, JOURNAL_S = 16, 0.5
+PROMPT_ENTRY_TOKENS = 512
 LONG_LOG_ENTRIES, LONG_JOURNAL_TOKENS, LONG_JOURNAL_S = 2_000, 64, 1.0
 
 
@@ -23,7 +28,7 @@ class Entry:
     """One journal entry, ready to be written; written again unchanged until the write is confirmed."""
 
     seq: int
-    event: Delta | Crashed | Trial | Done
+    event: Prompt | Delta | Crashed | Trial | Done
 
 
 @dataclass(slots=True, eq=False)
@@ -41,8 +46,18 @@ class Generation:
     tokenizer: Tokenizer
     prompt_ids: list[int] = field(default_factory=list[int])
     max_tokens: int = 0
+    processors: Processors | None = None
+    """What the job wants changed in its logits."""
     ids: list[int] = field(default_factory=list[int])
     parts: list[str] = field(default_factory=list[str])
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """One for each of ``ids``, if the job asks."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """Of the prompt's tokens but the first, as far as they have come, if the job asks."""
+    prompt_first: int | None = None
+    """That first one, if the job asks."""
+    prompt_rest: list[int] = field(default_factory=list[int])
+    """Tokens of ``prompt_logprobs``: a complete log has to be enough for a result."""
     done: Done | None = None
     first_token_at: float | None = None
     flushed_at: float = 0.0
@@ -56,6 +71,8 @@ class Generation:
     _detokenizer: Detokenizer = field(init=False)
     _stop: StopMatcher = field(init=False)
     _journalled: int = 0
+    _prompt_journalled: int = 0
+    _first_journalled: bool = False
     _pending_text: list[str] = field(default_factory=list[str])
     _pending_since: float | None = None
     _seq: int = 0
@@ -66,7 +83,9 @@ class Generation:
 
     def __post_init__(self) -> None:
         sampling = self.job.sampling
-        self._detokenizer = Detokenizer(self.tokenizer, continues=self.job.messages is None)
+        self._detokenizer = Detokenizer(
+            self.tokenizer, sampling.skip_special_tokens, continues=self.job.messages is None
+        )
         self._stop = StopMatcher(sampling.stop, include_stop=sampling.include_stop)
 
     @property
@@ -87,11 +106,17 @@ class Generation:
             for _, event in log:
                 self._take_over(event)
         finally:
-            self._journalled = len(self.ids)
+            self._journalled, self._prompt_journalled = len(self.ids), len(self.prompt_logprobs)
 
     def _take_over(self, event: Event) -> None:
         self._entries += 1
         match event:
+            case Prompt():
+                self.prompt_first, self._first_journalled = (
+                    self.prompt_first if event.first is None else event.first,
+                    True,
+                )
+                self._take_prompt(event.offset, event.ids, logprobs.unpack(event.logprobs, len(event.ids)))
             case Delta():
                 self._replay_delta(event)
             case Done():
@@ -105,8 +130,29 @@ class Generation:
     def admit(self, prompt_ids: list[int], max_tokens: int, now: float) -> None:
         """Say what runs. Tokens of earlier attempts may have used up ``max_tokens`` already."""
         self.prompt_ids, self.max_tokens = prompt_ids, max_tokens
+        if self.job.sampling.prompt_logprobs is not None:
+            self.prompt_first = prompt_ids[0]
+        if self.job.sampling.echo and not self.ids:  # else it was shown with the first of them
+            self._show(self._prompt_text())
         if len(self.ids) >= max_tokens:
             self._finish(FinishReason.LENGTH, now=now)
+
+    def _prompt_text(self) -> str:
+        job = self.job
+        if job.prompt is not None and job.sampling.truncate is None:
+            return job.prompt
+        return self.tokenizer.decode(self.prompt_ids, job.sampling.skip_special_tokens)
+
+    @property
+    def prompt_told(self) -> bool:
+        """All that can be said of the prompt's tokens is known."""
+        return len(self.prompt_logprobs) >= len(self.prompt_ids) - 1
+
+    def _take_prompt(self, offset: int, ids: Sequence[int], told: list[TokenLogprobs]) -> None:
+        """A piece for the tokens from position ``offset`` on; another attempt begins anew with the first."""
+        have = len(self.prompt_rest) + 1
+        assert offset <= have, f"job {self.job.id}: nothing was said of prompt tokens {have} to {offset}"
+        self.prompt_logprobs[offset - 1 :], self.prompt_rest[offset - 1 :] = told, ids
 
     def _replay_delta(self, event: Delta) -> None:
         fresh = event.ids[max(0, len(self.ids) - event.offset) :]
@@ -119,6 +165,8 @@ class Generation:
             self.cached_tokens = event.cached_tokens
         self.max_tokens = event.max_tokens or self.max_tokens
         self.parts.append(event.text)
+        if event.logprobs is not None:
+            self.logprobs += logprobs.unpack(event.logprobs, len(event.ids))[len(event.ids) - len(fresh) :]
         for token in fresh:
             self.ids.append(token)
             if self.done is None:
@@ -134,12 +182,16 @@ class Generation:
             return False
         if self.cached_tokens is None:
             self.cached_tokens = output.cached_tokens
-        for token in output.token_ids:
+        if output.prompt_logprobs:
+            self._push_prompt(output.prompt_from, output.prompt_logprobs, now)
+        for index, token in enumerate(output.token_ids):
             if self.first_token_at is None:
                 self.first_token_at = now
             if self._pending_since is None:
                 self._pending_since = now
             self.ids.append(token)
+            if output.logprobs:
+                self.logprobs += logprobs.rounded([output.logprobs[index]])
             text, matched = self._match(token)
             self._show(text)
             if matched is not None:
@@ -148,6 +200,13 @@ class Generation:
         if output.finish is not None:
             self._end_by(output, now)
         return False
+
+    def _push_prompt(self, start: int, told: list[TokenLogprobs], now: float) -> None:
+        ids = self.prompt_ids[start : start + len(told)]
+        self._take_prompt(start, ids, logprobs.rounded(told))
+        self._prompt_journalled = min(self._prompt_journalled, start - 1)
+        if self._pending_since is None:
+            self._pending_since = now
 
     def _match(self, token: int) -> tuple[str, str | None]:
         """Text that ``token``, the last of ``ids``, makes safe to show, and the stop string it completes."""
@@ -241,11 +300,14 @@ class Generation:
     def take_entries(self, now: float) -> list[Entry]:
         """Entries to write now, oldest first. Until ``confirm``, the same ones come again."""
         if not self._unconfirmed:
+            self._add_prompt()
             fresh, text = self.ids[self._journalled :], "".join(self._pending_text)
             if fresh:
                 self._add(self._delta(tuple(fresh), text))
-                self._journalled, self._pending_since, text = len(self.ids), None, ""
-            self._pending_text.clear()
+                self._journalled, text = len(self.ids), ""
+            if fresh or self.done is not None:  # text without tokens waits for them: a prompt that is echoed
+                self._pending_text.clear()
+            self._pending_since = None
             for mark in self._marks:
                 self._add(mark)
             self._marks.clear()
@@ -257,19 +319,36 @@ class Generation:
         return list(self._unconfirmed)
 
     def _delta(self, ids: tuple[int, ...], text: str) -> Delta:
+        told = None
+        if self.job.sampling.logprobs is not None:
+            told = logprobs.pack(self.logprobs[self._journalled :])
         if self._journalled:
-            return Delta(offset=self._journalled, ids=ids, text=text)
+            return Delta(offset=self._journalled, ids=ids, text=text, logprobs=told)
         limit = self.max_tokens if self.job.sampling.max_tokens is None else None
         return Delta(
             offset=0,
             ids=ids,
             text=text,
+            logprobs=told,
             at=self.first_token_at,
             max_tokens=limit,
             cached_tokens=self.cached_tokens or 0,
         )
 
-    def _add(self, event: Delta | Crashed | Trial | Done) -> None:
+    def _add_prompt(self) -> None:
+        """What is known of the prompt and not in the log, in entries of a bounded size."""
+        new = self.prompt_first is not None and not self._first_journalled
+        while new or self._prompt_journalled < len(self.prompt_rest):
+            new = False
+            some = slice(self._prompt_journalled, self._prompt_journalled + PROMPT_ENTRY_TOKENS)
+            ids = tuple(self.prompt_rest[some])
+            first = None if self._prompt_journalled else self.prompt_first
+            packed = logprobs.pack(self.prompt_logprobs[some])
+            self._add(Prompt(offset=some.start + 1, ids=ids, logprobs=packed, first=first))
+            self._prompt_journalled += len(ids)
+            self._first_journalled = True
+
+    def _add(self, event: Prompt | Delta | Crashed | Trial | Done) -> None:
         self._seq += 1
         self._entries += 1
         self._unconfirmed.append(Entry(self._seq, event))
@@ -296,6 +375,27 @@ class Generation:
             cached_tokens=self.cached_tokens or 0,
         )
 
+    def _choice(self, done: Done) -> Choice:
+        sampling = self.job.sampling
+        told = None
+        if sampling.logprobs is not None:
+            told = spelled(self.tokenizer, self.ids, self.logprobs)
+        return Choice(
+            text="".join(self.parts),
+            finish_reason=done.reason,
+            stop_reason=done.stop_reason,
+            echo=sampling.echo,
+            token_ids=tuple(self.ids) if sampling.return_token_ids else None,
+            logprobs=told,
+        )
+
+    def _told_of_prompt(self) -> tuple[TokenLogprob, ...] | None:
+        if self.prompt_first is None:
+            return None
+        first, _ = text_of(self.tokenizer, self.prompt_first)
+        rest = spelled(self.tokenizer, self.prompt_rest, self.prompt_logprobs)
+        return (TokenLogprob(id=self.prompt_first, token=first), *rest)
+
     def result(self) -> Result:
         """The record to commit. Only once ``done`` is set."""
         done = self.done
@@ -306,9 +406,8 @@ class Generation:
             model=job.model,
             state=done.reason.state,
             endpoint=job.endpoint,
-            choices=(
-                Choice(text="".join(self.parts), finish_reason=done.reason, stop_reason=done.stop_reason),
-            ),
+            choices=(self._choice(done),),
+            prompt_logprobs=self._told_of_prompt(),
             usage=done.usage if self._done_written else self.usage,
             timings=Timings(
                 submitted_at=job.submitted_at,

@@ -18,7 +18,7 @@ from ..keeper.keeper import ID_PREFIX
 from ..schemas.errors import BadInput, Misconfigured, Transient
 from ..schemas.job import JOB_ID_PATTERN, Job, JobState, Priority
 from ..schemas.result import ErrorInfo, FinishReason, Result
-from . import capacity, intake
+from . import capacity, intake, wishes
 from .committer import Committer
 from .disposition import MAX_ATTEMPTS, Disposition
 from .engine_client import EngineClient
@@ -229,7 +229,11 @@ class JobHandler:
                 generation.max_tokens or self._settings.default_max_tokens
             )  # an earlier worker's, if any
             allowed = intake.budget(job, len(prompt_ids), info.max_model_len, default)
-            intake.check_stops(job, info)
+            wishes.check_limits(job.sampling, self._settings)
+            wishes.check_ids(job.sampling, info)
+            generation.processors = wishes.processors(
+                job.sampling, self._tokenizer, info.vocab_size, self._settings
+            )
             generation.admit(prompt_ids, allowed, claim.now)
 
     def _run(self, slot: Slot, generation: Generation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from ..engine.messages import EngineInfo, Request
+from ..engine.messages import Request
 from ..engine.tokenizer import Tokenizer
 from ..schemas.errors import InvalidRequest, PromptTooLong
 from ..schemas.job import Job
@@ -13,7 +13,15 @@ from .generation import Generation
 
 
 def encode(job: Job, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """The job's prompt as token ids. Raises BadInput (no chat template, template error, id out of range)."""
+    """The job's prompt as token ids, the last ones if it is to be truncated.
+
+    Raises BadInput (no chat template, template error, id out of range).
+    """
+    ids = _encode(job, tokenizer, vocab_size)
+    return ids if job.sampling.truncate is None else ids[-job.sampling.truncate :]
+
+
+def _encode(job: Job, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     if job.prompt_ids is not None:
         worst = max(job.prompt_ids)
         if worst >= vocab_size:
@@ -51,16 +59,6 @@ def budget(job: Job, prompt_tokens: int, limit: int, default_max_tokens: int) ->
     return asked if asked is not None else max(job.sampling.min_tokens, min(default_max_tokens, room))
 
 
-def check_stops(job: Job, info: EngineInfo) -> None:
-    """Raises InvalidRequest for a stop token id the model does not have."""
-    for token in job.sampling.stop_token_ids:
-        if token >= info.vocab_size:
-            raise InvalidRequest(
-                f"stop_token_ids holds {token:,} and the vocabulary ends at {info.vocab_size - 1:,}",
-                param="stop_token_ids",
-            )
-
-
 def engine_request(generation: Generation) -> Request:
     """What the engine must know to continue ``generation`` from the tokens it has."""
     job, sampling, tokenizer = generation.job, generation.job.sampling, generation.tokenizer
@@ -74,6 +72,9 @@ def engine_request(generation: Generation) -> Request:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
+        processors=generation.processors,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=None if generation.prompt_told else sampling.prompt_logprobs,
         seed=job.seed,
         # The tokenizer knows end tokens of chats that a model's own config may not name.
         stop_token_ids=[*sampling.stop_token_ids, *(() if sampling.ignore_eos else tokenizer.eos_token_ids)],

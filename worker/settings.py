@@ -53,6 +53,16 @@ class WorkerSettings(Settings):
     ] = 0.9
     num_threads: PositiveInt | None = None
 
+    max_stop_sequences: Annotated[PositiveInt, Field(validation_alias=_tgi("max_stop_sequences"))] = 16
+    max_top_n_tokens: Annotated[int, Field(ge=0, validation_alias=_tgi("max_top_n_tokens"))] = 20
+    """Of the likeliest tokens, told with each token: ``logprobs``, ``prompt_logprobs``."""
+    max_best_of: Annotated[PositiveInt, Field(validation_alias=_tgi("max_best_of"))] = 16
+    watermark_gamma: Annotated[float, Field(gt=0.0, lt=1.0, validation_alias=_tgi("watermark_gamma"))] = 0.5
+    """The part of the vocabulary that a watermark favours …"""
+    watermark_delta: Annotated[
+        float, Field(ge=-100.0, le=100.0, validation_alias=_tgi("watermark_delta"))
+    ] = 2.0
+    """… and by how much."""
     default_max_tokens: PositiveInt = 1024
     """Tokens of output for a request that names no number; less where the context is shorter."""
     health_host: str = "127.0.0.1"

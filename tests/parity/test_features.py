@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from gristmill.engine.engine import NOTHING_ALLOWED, Engine
-from gristmill.engine.messages import Dry, Output, Processors, Request, TokenLogprobs, Watermark
+from gristmill.engine.messages import Dry, Output, Processors, Request, Watermark
 from gristmill.engine.models.tiny import VOCAB, write_tiny
 from gristmill.engine.reference import Reference
 from gristmill.engine.settings import EngineSettings
 from gristmill.schemas.errors import InvalidRequest
+from gristmill.schemas.logprobs import TokenLogprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

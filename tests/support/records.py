@@ -9,9 +9,19 @@ from typing import Any
 from gristmill import schemas
 from gristmill.schemas.batch_lines import OutputLine, Response
 from gristmill.schemas.dead import DeadLetter
-from gristmill.schemas.events import Crashed, Delta, Done, End, Released, Started, Trial, Unknown
+from gristmill.schemas.events import Crashed, Delta, Done, End, Prompt, Released, Started, Trial, Unknown
 from gristmill.schemas.job import Endpoint, Job, JobState, Message, Priority
-from gristmill.schemas.result import Choice, Crash, ErrorInfo, FinishReason, Result, Timings, Usage
+from gristmill.schemas.result import (
+    Choice,
+    Crash,
+    ErrorInfo,
+    FinishReason,
+    Result,
+    Timings,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 from gristmill.schemas.sampling import SamplingParams
 from gristmill.schemas.status import JobStatus, ModelInfo, WorkerInfo
 from gristmill.schemas.wire import Answer, Record
@@ -30,7 +40,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 OBJECT = st.dictionaries(TEXT, JSON, max_size=3)
-EVENT_KINDS = {"started", "delta", "released", "trial", "crashed", "done", "end"}
+EVENT_KINDS = {"started", "prompt", "delta", "released", "trial", "crashed", "done", "end"}
 FINAL_STATES = st.sampled_from([state for state in JobState if state.final])
 
 
@@ -43,6 +53,15 @@ usages = st.builds(Usage, prompt_tokens=COUNT, completion_tokens=COUNT, cached_t
 timings = st.builds(
     Timings, submitted_at=TIME, started_at=maybe(TIME), first_token_at=maybe(TIME), finished_at=TIME
 )
+tops = st.builds(TopLogprob, id=COUNT, token=TEXT, logprob=maybe(st.floats(-9999, 0)), raw=maybe(TEXT))
+token_logprobs = st.builds(
+    TokenLogprob,
+    id=COUNT,
+    token=TEXT,
+    logprob=maybe(st.floats(-9999, 0)),
+    raw=maybe(TEXT),
+    top=st.lists(tops, max_size=2).map(tuple),
+)
 choices = st.builds(
     Choice,
     index=COUNT,
@@ -50,6 +69,8 @@ choices = st.builds(
     finish_reason=st.sampled_from(FinishReason),
     stop_reason=maybe(TEXT | COUNT),
     token_ids=maybe(IDS),
+    echo=st.booleans(),
+    logprobs=maybe(st.lists(token_logprobs, max_size=2).map(tuple)),
 )
 
 
@@ -80,6 +101,19 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         stop_token_ids=draw(IDS),
         include_stop=draw(st.booleans()),
         ignore_eos=draw(st.booleans()),
+        typical_p=draw(st.floats(0, 1, exclude_min=True)),
+        repetition_penalty=draw(st.floats(0.1, 100)),
+        frequency_penalty=draw(st.floats(-2, 2)),
+        presence_penalty=draw(st.floats(-2, 2)),
+        dry_multiplier=draw(st.floats(0, 100)),
+        dry_sequence_breakers=draw(st.lists(NAME, max_size=4).map(tuple)),
+        logit_bias=draw(st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=4)),
+        allowed_token_ids=draw(maybe(IDS.filter(len))),
+        bad_words=draw(st.lists(NAME, max_size=4).map(tuple)),
+        logprobs=draw(maybe(st.integers(0, 2**31 - 1))),
+        echo=draw(st.booleans()),
+        truncate=draw(maybe(st.integers(1, 2**31 - 1))),
+        skip_special_tokens=draw(st.booleans()),
     )
 
 
@@ -120,6 +154,7 @@ def results(draw: st.DrawFn) -> Result:
         state=state,
         endpoint=draw(st.sampled_from(Endpoint)),
         choices=draw(st.lists(choices, max_size=3).map(tuple)),
+        prompt_logprobs=draw(maybe(st.lists(token_logprobs, max_size=2).map(tuple))),
         usage=draw(usages),
         timings=draw(timings),
         error=draw(error_infos) if state is JobState.FAILED else None,
@@ -133,8 +168,16 @@ def results(draw: st.DrawFn) -> Result:
 
 EVENTS: dict[type[Record], st.SearchStrategy[Any]] = {
     Started: st.builds(Started, worker=TEXT, at=TIME),
+    Prompt: st.builds(Prompt, offset=COUNT, ids=IDS, logprobs=TEXT, first=maybe(COUNT)),
     Delta: st.builds(
-        Delta, choice=COUNT, offset=COUNT, ids=IDS, text=TEXT, at=maybe(TIME), max_tokens=maybe(COUNT)
+        Delta,
+        choice=COUNT,
+        offset=COUNT,
+        ids=IDS,
+        text=TEXT,
+        at=maybe(TIME),
+        max_tokens=maybe(COUNT),
+        logprobs=maybe(TEXT),
     ),
     Released: st.builds(Released, at=TIME),
     Trial: st.builds(Trial, at=TIME),
@@ -168,6 +211,8 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     Usage: usages,
     Timings: timings,
     Choice: choices,
+    TopLogprob: tops,
+    TokenLogprob: token_logprobs,
     Crash: crashes(Crash),
     Result: results(),
     **EVENTS,

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from gristmill.engine.messages import Output
 from gristmill.engine.tokenizer import Tokenizer
+from gristmill.schemas import logprobs
+from gristmill.schemas.errors import InvalidRequest
 from gristmill.schemas.events import Delta, Done, EntryId, Event, Started
 from gristmill.schemas.job import Job, JobState
+from gristmill.schemas.logprobs import TokenLogprobs
 from gristmill.schemas.result import ErrorInfo, FinishReason
 from gristmill.schemas.sampling import SamplingParams
 from gristmill.worker.generation import Generation
@@ -186,3 +189,97 @@ def test_the_engine_is_told_every_end_token_the_tokenizer_knows(
     """A chat model whose end token stood in tokenizer_config.json alone never stopped."""
     request = engine_request(generation(tokenizer, stop_token_ids=[7], ignore_eos=ignore_eos))
     assert set(request.stop_token_ids) == ({7} if ignore_eos else {7, *tokenizer.eos_token_ids})
+
+
+# ---- log probabilities, echo, ids
+
+
+def scored(value: int, top: int) -> TokenLogprobs:
+    others = [value + i for i in range(top)]
+    return TokenLogprobs(logprob=-value / 7, top_ids=others, top_logprobs=[-(i + 1) / 3 for i in range(top)])
+
+
+def spoken(made: Generation, values: list[int], top: int, prompt: bool = True) -> None:
+    """As an engine would: the prompt in two pieces, then token by token, written after every third."""
+    if prompt:
+        made.push(Output(id="r", token_ids=[], prompt_from=1, prompt_logprobs=[scored(2, 1)]), now=11.0)
+        made.push(Output(id="r", token_ids=[], prompt_from=2, prompt_logprobs=[scored(3, 1)]), now=11.0)
+    for value in values:
+        made.push(Output(id="r", token_ids=[value], logprobs=[scored(value, top)]), now=11.0)
+
+
+WISHES: dict[str, object] = {"logprobs": 2, "prompt_logprobs": 1, "echo": True, "return_token_ids": True}
+
+
+def test_a_result_tells_of_every_token_and_its_text_begins_with_the_prompt(tokenizer: Tokenizer) -> None:
+    made = generation(tokenizer, **WISHES)
+    values = tokenizer.encode(" Zürich 東", add_special_tokens=False)
+    spoken(made, values, 2)
+    made.push(Output(id="r", token_ids=[], finish="length"), now=12.0)
+    log = journal(made)
+    assert shown(log) == made.result().text == "x Zürich 東"
+    (choice,) = made.result().choices
+    assert choice.token_ids == tuple(values)
+    assert choice.logprobs is not None
+    assert [one.id for one in choice.logprobs] == values
+    texts = b"".join(bytes.fromhex(one.raw) if one.raw else one.token.encode() for one in choice.logprobs)
+    assert texts.decode() == " Zürich 東"
+    assert [one.logprob for one in choice.logprobs] == pytest.approx([-v / 7 for v in values])
+    assert [[top.id for top in one.top] for one in choice.logprobs] == [[v, v + 1] for v in values]
+    prompt = made.result().prompt_logprobs
+    assert prompt is not None
+    assert [(one.id, one.logprob) for one in prompt[:1]] == [(1, None)]
+    assert [one.id for one in prompt] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cut", range(8))
+def test_what_was_told_survives_its_worker_at_any_point(tokenizer: Tokenizer, cut: int) -> None:
+    values = tokenizer.encode(" one two three four", add_special_tokens=False)[:5]
+    whole = generation(tokenizer, **WISHES)
+    spoken(whole, values, 2)
+    whole.push(Output(id="r", token_ids=[], finish="length"), now=12.0)
+    journal(whole)
+
+    first, log = generation(tokenizer, **WISHES), list[Event]()
+    pieces = [Output(id="r", token_ids=[], prompt_from=n, prompt_logprobs=[scored(n + 1, 1)]) for n in (1, 2)]
+    steps = [*pieces, *(Output(id="r", token_ids=[v], logprobs=[scored(v, 2)]) for v in values)]
+    for step in steps[:cut]:
+        first.push(step, now=11.0)
+        log += journal(first)
+
+    second = Generation(first.job, attempt=8, attempts=2, started_at=13.0, tokenizer=tokenizer)
+    second.replay([(EntryId(7, n), event) for n, event in enumerate(log)])
+    second.admit([1, 2, 3], 1000, 13.0)
+    request = engine_request(second)
+    assert request.logprobs == 2
+    assert request.prompt_logprobs == (1 if cut < 2 else None), "what is known is not asked for again"
+    spoken(second, values[len(second.ids) :], 2, prompt=request.prompt_logprobs is not None)
+    second.push(Output(id="r", token_ids=[], finish="length"), now=12.0)
+    log += journal(second)
+    timings, attempts = whole.result().timings, whole.result().attempts
+    assert second.result().model_copy(update={"timings": timings, "attempts": attempts}) == whole.result()
+
+    third = Generation(first.job, attempt=9, attempts=3, started_at=14.0, tokenizer=tokenizer)
+    third.replay([(EntryId(9, n), event) for n, event in enumerate(log)])
+    assert third.complete
+    assert third.result().choices == whole.result().choices, "a complete log is enough"
+    assert third.result().prompt_logprobs == whole.result().prompt_logprobs
+
+
+def test_special_tokens_are_shown_to_who_wants_them(tokenizer: Tokenizer) -> None:
+    special = min(tokenizer.special_ids)
+    for skip in (True, False):
+        made = generation(tokenizer, skip_special_tokens=skip, ignore_eos=True)
+        made.push(token(special), now=11.0)
+        made.push(token(504, finish="length"), now=11.0)
+        assert made.result().text.startswith(tokenizer.decode([special], skip)) is True
+        assert ("<|" in made.result().text) is not skip
+
+
+def test_packed_log_probabilities_that_cannot_be_are_refused() -> None:
+    assert logprobs.unpack(logprobs.pack([]), 0) == []
+    one = logprobs.pack([scored(5, 3)])
+    with pytest.raises(InvalidRequest, match="cannot be 28 bytes"):
+        logprobs.unpack(one, 3)
+    with pytest.raises(InvalidRequest, match="not base64"):
+        logprobs.unpack("?", 1)

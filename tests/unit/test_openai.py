@@ -18,7 +18,16 @@ from gristmill.schemas.errors import (
 )
 from gristmill.schemas.job import Endpoint, JobState
 from gristmill.schemas.openai import parse_chat, parse_completion, response_body
-from gristmill.schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
+from gristmill.schemas.result import (
+    Choice,
+    ErrorInfo,
+    FinishReason,
+    Result,
+    Timings,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -78,12 +87,9 @@ def test_fields_at_their_neutral_value_change_nothing(neutral: dict[str, Any]) -
     [
         ("n", 2),
         ("n", True),
-        ("logprobs", True),
-        ("frequency_penalty", 0.5),
-        ("logit_bias", {"5": 1}),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
-        ("repetition_penalty", 1.1),
+        ("best_of", 3),
         ("store", True),
         ("guided_json", {}),
     ],
@@ -104,7 +110,14 @@ def test_a_missing_feature_is_refused_by_name(field: str, value: Any) -> None:
         (chat(max_tokens=0), "max_tokens"),
         (chat(max_tokens=5, max_completion_tokens=6), "max_tokens"),
         (chat(max_tokens=True), "max_tokens"),
-        (chat(stop=["a"] * 17), "stop"),
+        (chat(stop=["a"] * 65), "stop"),
+        (chat(top_logprobs=3), "top_logprobs"),
+        (chat(logprobs=3), "logprobs"),
+        (chat(logit_bias={"a": 1}), "logit_bias.a.[key]"),
+        (chat(logit_bias={"5": 200}), "logit_bias.5"),
+        (chat(presence_penalty=3), "presence_penalty"),
+        (chat(repetition_penalty=0), "repetition_penalty"),
+        (chat(bad_words="no"), "bad_words"),
         (chat(seed=-1), "seed"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
@@ -302,3 +315,88 @@ def test_output_lines_carry_response_or_error_as_openais_do() -> None:
     assert cancelled.response is None
     assert cancelled.error is not None
     assert cancelled.error["code"] == "batch_cancelled"
+
+
+# ---- sampling and log probabilities
+
+
+def test_everything_about_sampling_arrives_under_its_name() -> None:
+    wishes: dict[str, Any] = {
+        "typical_p": 0.9,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -1,
+        "repetition_penalty": 1.2,
+        "dry_multiplier": 0.8,
+        "dry_sequence_breakers": ("\n",),
+        "allowed_token_ids": (1, 2),
+        "bad_words": ("no",),
+        "prompt_logprobs": 2,
+        "skip_special_tokens": False,
+        "return_token_ids": True,
+    }
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in wishes.items()}
+    sampling = parse_chat(chat(**given, logit_bias={"50": -100}, truncate_prompt_tokens=7)).sampling
+    assert {name: getattr(sampling, name) for name in wishes} == wishes
+    assert sampling.logit_bias == {50: -100.0}
+    assert sampling.truncate == 7
+
+
+@pytest.mark.parametrize(
+    ("parsed", "expected"),
+    [
+        (parse_chat(chat()), (None, None, False)),
+        (parse_chat(chat(logprobs=True)), (0, None, False)),
+        (parse_chat(chat(logprobs=True, top_logprobs=4)), (4, None, False)),
+        (parse_completion({"prompt": "p", "logprobs": 3}), (3, None, False)),
+        (parse_completion({"prompt": "p", "logprobs": False}), (None, None, False)),
+        (parse_completion({"prompt": "p", "echo": True}), (None, None, True)),
+        (parse_completion({"prompt": "p", "echo": True, "logprobs": 2}), (2, 2, True)),
+    ],
+)
+def test_each_endpoint_says_in_its_own_way_how_much_to_tell(parsed: Any, expected: Any) -> None:
+    sampling = parsed.sampling
+    assert (sampling.logprobs, sampling.prompt_logprobs, sampling.echo) == expected
+
+
+def told(token: str, logprob: float | None, **more: Any) -> TokenLogprob:
+    return TokenLogprob(id=len(token), token=token, logprob=logprob, **more)
+
+
+TOLD = (
+    told(
+        "Hi", -0.5, top=(TopLogprob(id=2, token="Hi", logprob=-0.5), TopLogprob(id=9, token="Yo", logprob=-1))
+    ),
+    told("\ufffd", -2.0, raw="c3"),
+)
+
+
+def test_chat_log_probabilities_have_openais_shape() -> None:
+    choice = Choice(text="Hi", finish_reason=FinishReason.STOP, logprobs=TOLD, token_ids=(2, 1))
+    (body,) = response_body(make_result(choices=(choice,)))["choices"]
+    assert body["token_ids"] == [2, 1]
+    first, second = body["logprobs"]["content"]
+    assert first == {
+        "token": "Hi",
+        "logprob": -0.5,
+        "bytes": [72, 105],
+        "top_logprobs": [
+            {"token": "Hi", "logprob": -0.5, "bytes": [72, 105]},
+            {"token": "Yo", "logprob": -1.0, "bytes": [89, 111]},
+        ],
+    }
+    assert second["bytes"] == [0xC3]
+
+
+def test_completion_log_probabilities_begin_with_the_prompt_that_is_echoed() -> None:
+    prompt = (told("Say", None), told(" it:", -3.0, top=(TopLogprob(id=1, token=" a", logprob=-1.0),)))
+    for echo in (True, False):
+        choice = Choice(text="…", finish_reason=FinishReason.STOP, logprobs=TOLD, echo=echo)
+        result = make_result(choices=(choice,), prompt_logprobs=prompt, endpoint=Endpoint.COMPLETIONS)
+        (body,) = response_body(result)["choices"]
+        expected = ["Say", " it:", "Hi", "\ufffd"] if echo else ["Hi", "\ufffd"]
+        assert body["logprobs"]["tokens"] == expected
+        assert body["logprobs"]["token_logprobs"] == ([None, -3.0] if echo else []) + [-0.5, -2.0]
+        assert body["logprobs"]["text_offset"] == ([0, 3, 7, 9] if echo else [0, 2])
+        assert body["logprobs"]["top_logprobs"][-2] == {"Hi": -0.5, "Yo": -1.0}
+        assert body["prompt_logprobs"][0] is None
+        assert body["prompt_logprobs"][1]["1"] == {"logprob": -1.0, "decoded_token": " a"}
