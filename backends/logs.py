@@ -1,4 +1,4 @@
-"""Log lines: an event name and fields, as text for people or as JSON for machines."""
+"""What services say: log lines, as text for people or as JSON for machines, and the error they end with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import logging
 import re
 import sys
 import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+
+from ..schemas.errors import GristmillError
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "data"}
 
@@ -72,3 +76,17 @@ def install(log_format: str, level: str) -> None:
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("gristmill").setLevel(level.upper())
     logging.getLogger("celery.worker.consumer.consumer").addFilter(_without_body)
+
+
+@contextmanager
+def last_words(*, debug: bool) -> Generator[None]:
+    """A service's outermost edge: one line on stderr and the exit status of the error tree."""
+    try:
+        yield
+    except GristmillError as exc:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {exc.message} [{exc.code}]\n")
+        sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

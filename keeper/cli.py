@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from ..backends import logs
-from ..schemas.errors import GristmillError
 from .settings import KeeperSettings, load_keeper_settings
 
 HELP = """End jobs that nobody runs: expired, cancelled, dead-lettered. Any number may run; one leads.
@@ -41,17 +40,10 @@ Examples:
 @click.option("--debug", is_flag=True, help="Show a trace when something fails.")
 def cli(once: bool, debug: bool, **flags: Any) -> None:
     """Read the settings, then go round."""
-    try:
+    with logs.last_words(debug=debug):
         settings = load_keeper_settings(**flags)
         logs.install(settings.log_format, settings.log_level)
         code = _once(settings) if once else _forever(settings)
-    except GristmillError as exc:
-        if debug:
-            raise
-        click.echo(f"error: {exc.message} [{exc.code}]", err=True)
-        sys.exit(exc.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
     sys.exit(code)
 
 
@@ -87,7 +79,7 @@ def _forever(settings: KeeperSettings) -> int:
             keeper.run(stop)
         finally:
             if page is not None:
-                page.close()
+                page.stop()
     return 0
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from ..backends import logs
-from ..schemas.errors import GristmillError
 from .settings import load_worker_settings
 
 EXAMPLES = """\b
@@ -65,19 +64,12 @@ def cli() -> None:
 @click.option("--debug", is_flag=True, help="Show a trace when something fails.")
 def run(debug: bool, **flags: Any) -> None:
     """Start the engine, then take jobs."""
-    try:
+    with logs.last_words(debug=debug):
         settings = load_worker_settings(**flags)
         logs.install(settings.log_format, settings.log_level)
         from .app import WorkerApp  # slow: only once the settings are right
 
         code = WorkerApp(settings).run()
-    except GristmillError as exc:
-        if debug:
-            raise
-        click.echo(f"error: {exc.message} [{exc.code}]", err=True)
-        sys.exit(exc.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
     sys.exit(code)
 
 

@@ -284,7 +284,7 @@ def test_the_health_page_tells_who_leads_and_what_was_done(fleet: Fleet) -> None
             for path in ("/health", "/metrics")
         }
     finally:
-        page.close()
+        page.stop()
     assert '"ok": true, "leads": true' in read["/health"]
     assert "gristmill_keeper_jobs_ended_total 1\n" in read["/metrics"]
 
