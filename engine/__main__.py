@@ -49,6 +49,7 @@ def main() -> None:
         engine = Engine(settings)
         _send(sock, Ready(engine.info))
         serve(engine, sock, commands)
+        os._exit(0)  # all is said: taking torch apart module by module would cost half a second
     except Exception as exc:  # the process's edge: whatever it is, the consumer is told
         failed, status = _explain(exc)
         log.error("engine.failed", extra={"code": failed.code}, exc_info=status == 1)
