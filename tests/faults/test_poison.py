@@ -99,7 +99,7 @@ def test_a_worker_that_dies_with_its_engine_counts_too(stack: Stack) -> None:
         assert len(stack.workers) < 8
         worker = stack.worker(wait=False, env=poison(TOKEN, "kill_worker"))
         wait_until(lambda: worker.dead or stack.result(bad), 60, "it dies of it, or gives it up")  # noqa: B023
-    wait_until(lambda: all(stack.result(job_id) for job_id in good), 60, "the others end")
+    wait_until(lambda: all(stack.result(job_id) for job_id in good), 120, "the others end")
     assert all(succeeded(stack, job_id) for job_id in good)
     check_given_up(stack, bad, "worker_lost")
     log = [event for _, event in stack.state.read_log(bad)]

@@ -166,6 +166,7 @@ def test_making_the_bucket_twice_makes_it_once(monkeypatch: pytest.MonkeyPatch) 
             aws_access_key_id="k",
             aws_secret_access_key="s",
         )
-        assert [bucket["Name"] for bucket in client.list_buckets()["Buckets"]] == ["gristmill"]
+        # moto keeps one set of buckets a process: other tests' may be there.
+        assert [bucket["Name"] for bucket in client.list_buckets()["Buckets"]].count("gristmill") == 1
     finally:
         s3.stop()
