@@ -21,6 +21,8 @@ GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing by it would only overflow."""
 WIDTHS = (64, 1024)
 """How many of the best tokens are looked at, first and if that was not enough; then all of them, sorted."""
+TYPICAL_WIDTHS = (1024, 8192)
+"""The same for those that are closest to what is expected."""
 NONE_LEFT = -1
 """In place of a token: the request rules every one of them out."""
 NOISE_ROWS = 16
@@ -134,9 +136,9 @@ class Sampler:
             few = next(few for width in self._widths if (few := _Best.of(logits, knobs, width)).known[0])
             passed = int(few.keep.sum())
             ids, scaled = few.ids[0, :passed].int(), few.scaled[0, :passed]
-        noise = gumbel(noise_bits(ids, knobs.keys))[0]
-        keep = typical(scaled, request.processors.typical_p)
-        return int(ids[(scaled + noise).masked_fill(~keep, -math.inf).argmax()])
+        keep = typical(scaled, request.processors.typical_p).nonzero()[:, 0]
+        ids, scaled = ids[keep], scaled[keep]
+        return int(ids[(scaled + gumbel(noise_bits(ids, knobs.keys))[0]).argmax()])
 
     def _look_outside(
         self, logits: Tensor, knobs: _Knobs, best: Tensor, edge: Tensor, tokens: list[int | None]
@@ -246,7 +248,7 @@ def typical(scaled: Tensor, mass: float) -> Tensor:
     p = log_p.exp()
     expected = -(p * log_p).nansum()
     distance = (-log_p - expected).abs()
-    for width in (*(width for width in WIDTHS[1:] if width < len(scaled)), len(scaled)):
+    for width in (*(width for width in TYPICAL_WIDTHS if width < len(scaled)), len(scaled)):
         nearest, order = distance.topk(width, largest=False)
         gathered = p[order].cumsum(0)
         if width == len(scaled) or gathered[-1] >= mass:
