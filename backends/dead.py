@@ -37,8 +37,7 @@ class DeadLetters:
     def __init__(
         self, client: redis.Redis, embedded: Embedded | None = None, now_ms: int | None = None
     ) -> None:
-        self.client = client
-        self._client: Any = client
+        self.client: Any = client  # as redis-py types it, every reply may be awaitable
         self._embedded, self.now_ms = embedded, now_ms
 
     def add(
@@ -51,12 +50,12 @@ class DeadLetters:
         now = "" if self.now_ms is None else self.now_ms
         args = (now, queue, message_id, job_id or "", tenant, reason, payload, DEAD_LIMIT, DEAD_TTL_S * 1000)
         with redis_errors(_WHERE):
-            return bool(run_script(self._client, LAY_OUT, *args))
+            return bool(run_script(self.client, LAY_OUT, *args))
 
     def undrained(self, limit: int) -> list[DeadLetter]:
         """Letters that nobody has drained yet, in no order: their jobs may still need an end."""
         with redis_errors(_WHERE):
-            members: list[bytes] = self._client.srandmember(keys.DEAD_NEW, limit) or []
+            members: list[bytes] = self.client.srandmember(keys.DEAD_NEW, limit) or []
         letters: list[DeadLetter] = []
         for member in members:
             queue, _, message_id = member.decode("utf-8", "replace").partition("\n")
@@ -72,26 +71,26 @@ class DeadLetters:
             return []
         members = [f"{letter.queue}\n{letter.id}" for letter in letters]
         with redis_errors(_WHERE):
-            flags: list[int] = self._client.smismember(keys.DEAD_NEW, members)
+            flags: list[int] = self.client.smismember(keys.DEAD_NEW, members)
         return [letter for letter, flag in zip(letters, flags, strict=True) if flag]
 
     def drained(self, queue: str, message_id: str) -> None:
         """Its job, if it has one, has ended."""
         with redis_errors(_WHERE):
-            self._client.srem(keys.DEAD_NEW, f"{queue}\n{message_id}")
+            self.client.srem(keys.DEAD_NEW, f"{queue}\n{message_id}")
 
     def count(self, queue: str) -> int:
         """How many a queue has."""
         with redis_errors(_WHERE):
-            return int(self._client.zcard(keys.queue_dead_at(queue)))
+            return int(self.client.zcard(keys.queue_dead_at(queue)))
 
     def letters(self, queue: str) -> Iterator[DeadLetter]:
         """A queue's dead letters, the newest first, read page by page."""
         start = 0
         while True:
             with redis_errors(_WHERE):
-                ids: list[bytes] = self._client.zrevrange(keys.queue_dead_at(queue), start, start + PAGE - 1)
-                bodies: list[Any] = self._client.hmget(keys.queue_dead(queue), ids) if ids else []
+                ids: list[bytes] = self.client.zrevrange(keys.queue_dead_at(queue), start, start + PAGE - 1)
+                bodies: list[Any] = self.client.hmget(keys.queue_dead(queue), ids) if ids else []
             for message_id, body in zip(ids, bodies, strict=True):
                 if body is not None:  # taken out since
                     yield _read(queue, message_id, body)
@@ -102,14 +101,14 @@ class DeadLetters:
     def get(self, queue: str, message_id: str) -> DeadLetter | None:
         """One by its id."""
         with redis_errors(_WHERE):
-            body = self._client.hget(keys.queue_dead(queue), message_id)
+            body = self.client.hget(keys.queue_dead(queue), message_id)
         return None if body is None else _read(queue, message_id.encode(), body)
 
     def remove(self, queue: str, *message_ids: str) -> int:
         """Forget them. Returns how many of them were still there."""
         if not message_ids:
             return 0
-        with redis_errors(_WHERE), self._client.pipeline() as pipe:
+        with redis_errors(_WHERE), self.client.pipeline() as pipe:
             pipe.hdel(keys.queue_dead(queue), *message_ids)
             pipe.zrem(keys.queue_dead_at(queue), *message_ids)
             pipe.srem(keys.DEAD_NEW, *(f"{queue}\n{message_id}" for message_id in message_ids))
@@ -118,7 +117,7 @@ class DeadLetters:
     def close(self) -> None:
         """Close the connections, and leave the embedded server if it was opened here."""
         with redis_errors(_WHERE):
-            self._client.close()
+            self.client.close()
         if self._embedded is not None:
             self._embedded.close()
 

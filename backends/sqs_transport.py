@@ -12,7 +12,6 @@ Transport options of our own: ``sqs`` is an ``Sqs``; ``claims`` and ``gate`` as 
 from __future__ import annotations
 
 import logging
-import re
 import select
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from kombu.transport import TRANSPORT_ALIASES, virtual
 from kombu.utils.json import dumps, loads
 
 from ..schemas.errors import GristmillError, InvalidRequest
-from ..schemas.job import DEFAULT_TENANT, TENANT_PATTERN
+from ..schemas.job import DEFAULT_TENANT
 from ..schemas.queues import TENANT_HEADER
 from ..schemas.settings import Settings
 from . import transport
@@ -42,7 +41,6 @@ from .state import state_url
 log = logging.getLogger(__name__)
 
 SCHEME = "gristmill-sqs"
-_TENANT = re.compile(TENANT_PATTERN)
 _WHERE = "state server"
 
 
@@ -234,11 +232,7 @@ class Channel(virtual.Channel):
     def _put(self, queue: str, message: dict[str, Any], **_: Any) -> None:
         """Accepted when this returns. Raises BrokerUnavailable, StoreUnavailable, Misconfigured, and
         InvalidRequest for a bad tenant."""
-        tenant = (message.get("headers") or {}).get(TENANT_HEADER, DEFAULT_TENANT)
-        if not isinstance(tenant, str) or not _TENANT.match(tenant):
-            raise InvalidRequest(
-                f"tenant {tenant!r} does not match {TENANT_PATTERN}; rename it", param="tenant"
-            )
+        tenant = transport.tenant_of(message)
         self.sqs.queues.put(queue, self.sqs.requests.text(message), tenant)
 
     @property

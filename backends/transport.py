@@ -52,6 +52,14 @@ def sweep_period_s(lease_s: float) -> float:
     return min(SWEEP_EVERY_S, lease_s / 6)
 
 
+def tenant_of(message: dict[str, Any]) -> str:
+    """Whose message it is. Raises InvalidRequest for a name that no queue would take."""
+    tenant = (message.get("headers") or {}).get(TENANT_HEADER, DEFAULT_TENANT)
+    if not isinstance(tenant, str) or not _TENANT.match(tenant):
+        raise InvalidRequest(f"tenant {tenant!r} does not match {TENANT_PATTERN}; rename it", param="tenant")
+    return tenant
+
+
 class _Waits(Enum):
     """What a consumer waits for before it claims again."""
 
@@ -311,11 +319,7 @@ class Channel(stock.Channel):
 
     def _put(self, queue: str, message: dict[str, Any], **_: Any) -> None:
         """Accepted when this returns. Raises redis-py's, InvalidRequest for a bad tenant, NotReplicated."""
-        tenant = (message.get("headers") or {}).get(TENANT_HEADER, DEFAULT_TENANT)
-        if not isinstance(tenant, str) or not _TENANT.match(tenant):
-            raise InvalidRequest(
-                f"tenant {tenant!r} does not match {TENANT_PATTERN}; rename it", param="tenant"
-            )
+        tenant = tenant_of(message)
         base = message["properties"]["delivery_tag"]
         self.producer_queue.put(queue, tenant, base, dumps(message), self._expires.get(queue))
 
