@@ -4,6 +4,8 @@ Both sides get the same prompts, threads and dtype, and produce exactly the same
 are ignored). transformers runs as people run it: batches of 32, left-padded, sdpa; sorted by output length,
 which helps it and which it could not know; only tokens that were asked for count. The engine runs in its own
 process, once before and once after, so that a machine that drifts is seen.
+
+``--prefix``: the prefix cache on and off on W2 instead, in two engine processes that take turns.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -30,7 +34,7 @@ from gristmill.engine.messages import Failed, Request
 from gristmill.engine.process import EngineProcess
 from gristmill.engine.settings import EngineSettings
 from tokenizers import Tokenizer
-from workload import Row, w1
+from workload import Row, w1, w2
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 32
@@ -46,18 +50,21 @@ def main() -> None:
     warm = w1(tokenizer, args.seed + 1, 8)
     settings = EngineSettings(model=str(model), dtype="bfloat16", num_threads=args.threads)
     torch.set_num_threads(args.threads)
+    if args.prefix:
+        print(json.dumps(prefix(args, settings, tokenizer, say)))
+        return
 
     with EngineProcess(settings) as engine:
         info = engine.wait_ready(READY_S)
         engine_pass(engine, warm)
         say(f"engine: {len(rows)} requests")
-        passes = [engine_pass(engine, rows)]
+        passes = [engine_pass(engine, rows).seconds]
         static_s = None
         if not args.no_static:
             say("transformers: loading, then the same requests")
             static_s = static_pass(model, rows, warm[:4])
             say("engine: again")
-            passes.append(engine_pass(engine, rows))
+            passes.append(engine_pass(engine, rows).seconds)
 
     asked = sum(row.max_tokens for row in rows)
     rates = [asked / seconds for seconds in passes]
@@ -92,6 +99,43 @@ def main() -> None:
     )
 
 
+def prefix(
+    args: argparse.Namespace, settings: EngineSettings, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Pairs of passes, with the cache and without; each pair has a prefix that neither engine has seen."""
+    requests = args.requests or (32 if args.quick else 128)
+    plain = settings.model_copy(update={"prefix_cache": False})
+    passes: dict[str, list[Pass]] = {"on": [], "off": []}
+    with EngineProcess(settings) as on, EngineProcess(plain) as off:
+        engines = {"on": on, "off": off}
+        for engine in engines.values():
+            engine.wait_ready(READY_S)
+            engine_pass(engine, w1(tokenizer, args.seed + 1, 8))
+        for pair in range(args.pairs):
+            rows = w2(tokenizer, args.seed + pair, requests)
+            for name in ("on", "off") if pair % 2 else ("off", "on"):
+                say(f"pair {pair + 1} of {args.pairs}: {requests} requests, cache {name}")
+                passes[name].append(engine_pass(engines[name], rows))
+    asked = sum(row.max_tokens for row in rows)
+    rates = {name: [round(asked / one.seconds, 1) for one in some] for name, some in passes.items()}
+    ratios = [off.seconds / on.seconds for on, off in zip(passes["on"], passes["off"], strict=True)]
+    return {
+        "bench": "engine_prefix",
+        "ratio": round(geometric_mean(ratios), 2),
+        "ratios": [round(ratio, 2) for ratio in ratios],
+        "on_tok_s": rates["on"],
+        "off_tok_s": rates["off"],
+        "cached_share": round(passes["on"][-1].cached_tokens / sum(len(row.prompt_ids) for row in rows), 3),
+        "workload": "w2",
+        "requests": requests,
+        "output_tokens": asked,
+        "seed": args.seed,
+        "model": Path(settings.model).name,
+        "threads": args.threads,
+        **circumstances(),
+    }
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,6 +143,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", default="20261122", help="a number, or 'random' for a fresh one (printed)")
     parser.add_argument("--quick", action="store_true", help="32 requests instead of 128, on both sides")
     parser.add_argument("--no-static", action="store_true", help="the engine alone: no ratio")
+    parser.add_argument("--prefix", action="store_true", help="W2 with the prefix cache on and off")
+    parser.add_argument("--requests", type=int, help="with --prefix: so many instead of 128")
+    parser.add_argument("--pairs", type=int, default=3, help="of passes, with --prefix")
     parser.add_argument("--model", help="a model directory instead of SmolLM2-135M-Instruct")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
@@ -106,8 +153,18 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def engine_pass(engine: EngineProcess, rows: Sequence[Row]) -> float:
-    """Seconds from the first request in to the last token out. Raises if one length is not as asked."""
+@dataclass(frozen=True)
+class Pass:
+    """All rows through one engine."""
+
+    seconds: float
+    """From the first request in to the last token out."""
+    cached_tokens: int
+    """Of the prompts."""
+
+
+def engine_pass(engine: EngineProcess, rows: Sequence[Row]) -> Pass:
+    """Run ``rows``, all there at once. Raises if one length is not as asked."""
     lengths = {row.id: 0 for row in rows}
     started = time.monotonic()
     engine.add(
@@ -121,7 +178,7 @@ def engine_pass(engine: EngineProcess, rows: Sequence[Row]) -> float:
         )
         for i, row in enumerate(rows)
     )
-    ended = 0
+    ended = cached = 0
     while ended < len(rows):
         report = engine.recv(STEP_S)
         if report is None or isinstance(report, Failed):
@@ -129,9 +186,10 @@ def engine_pass(engine: EngineProcess, rows: Sequence[Row]) -> float:
         for output in report.outputs:
             lengths[output.id] += len(output.token_ids)
             ended += output.finish is not None
+            cached += output.cached_tokens or 0
     seconds = time.monotonic() - started
     assert lengths == {row.id: row.max_tokens for row in rows}
-    return seconds
+    return Pass(seconds, cached)
 
 
 def static_pass(model_dir: Path, rows: Sequence[Row], warm: Sequence[Row]) -> float:

@@ -1,7 +1,8 @@
-"""The benchmark's workload W1: many prompts of mixed lengths at once, of real English that is everywhere.
+"""The benchmark's workloads, of real English that is everywhere.
 
-Prompts are consecutive slices, never overlapping, of one stream of text in random order, so that no two share
-a prefix. The text is Python's language reference (``pydoc_data``); it differs a little between versions.
+W1: many prompts of mixed lengths at once. They are consecutive slices, never overlapping, of one stream of
+text in random order, so that no two share a prefix. W2: prompts that share a long one. The text is Python's
+language reference (``pydoc_data``); it differs a little between versions.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pydoc_data.topics import topics
 from tokenizers import Tokenizer
 
 INPUT_TOKENS, OUTPUT_TOKENS = 220, 160
-"""Means per request."""
+"""Means per request of W1."""
+SHARED_TOKENS = 512
+"""Of each request of W2."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ def w1(tokenizer: Tokenizer, seed: int, requests: int = 128) -> list[Row]:
     return [
         Row(f"w1-{i:04d}", [next(stream) for _ in range(length)], out)
         for i, (length, out) in enumerate(zip(inputs, outputs, strict=True))
+    ]
+
+
+def w2(tokenizer: Tokenizer, seed: int, requests: int = 128) -> list[Row]:
+    """The same 512 tokens before 40 to 56 of one's own; 64 tokens out. The same seed gives the same rows."""
+    rng = random.Random(seed)
+    lengths = [rng.randint(40, 56) for _ in range(requests)]
+    stream = iter(text_ids(tokenizer, SHARED_TOKENS + sum(lengths), rng))
+    shared = [next(stream) for _ in range(SHARED_TOKENS)]
+    return [
+        Row(f"w2-{i:04d}", [*shared, *(next(stream) for _ in range(length))], 64)
+        for i, length in enumerate(lengths)
     ]
 
 
