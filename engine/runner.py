@@ -21,8 +21,9 @@ from .attention.native_backend import NativeAttention
 from .attention.torch_backend import TorchAttention
 from .batch import Piece, pack
 from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
-from .layers.elementwise import Elementwise, TorchElementwise
-from .layers.linear import unpacked
+from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
+from .layers.invariant import Make, invariant
+from .layers.linear import linear, unpacked
 from .lora.adapter import Adapter
 from .lora.files import Desk, open_desk
 from .lora.rows import Adapted, adapted
@@ -74,6 +75,7 @@ class Runner:
         """Raises ModelNotFound, ModelInvalid, Misconfigured (a knob that cannot work here)."""
         self.load_s: dict[str, float] = {}
         self.device = _device(settings)
+        self.deterministic = _deterministic(settings, self.device)
         if settings.num_threads and self.device.type == "cpu":
             torch.set_num_threads(settings.num_threads)
         with self._timed("open"):
@@ -89,10 +91,8 @@ class Runner:
             library = self._library(settings)
             self._attention = self._backend(settings, library)
         with self._timed("weights"), torch.inference_mode():
-            ops: Elementwise = library or TorchElementwise()
-            self._decoder = Decoder(
-                self.spec, partial(checkpoint.tensor, dtype=self.dtype, device=self.device), ops
-            )
+            fetch = partial(checkpoint.tensor, dtype=self.dtype, device=self.device)
+            self._decoder = Decoder(self.spec, fetch, self._elementwise(library), self._linear(linear))
         with self._timed("warm_up"):
             self.num_blocks = self._warm_up(settings)
         log.info("runner.ready", extra=self._summary())
@@ -133,7 +133,15 @@ class Runner:
 
     def adapter_desk(self, settings: EngineSettings) -> Desk:
         """Where sequences wait for adapters to this model."""
-        return open_desk(settings, self.spec, self.dtype, self.device, unpacked)
+        return open_desk(settings, self.spec, self.dtype, self.device, self._linear(unpacked))
+
+    def _linear(self, make: Make) -> Make:
+        return partial(invariant, make) if self.deterministic else make
+
+    def _elementwise(self, library: Library | None) -> Elementwise:
+        if library:
+            return library
+        return RowByRow(TorchElementwise()) if self.deterministic else TorchElementwise()
 
     def _library(self, settings: EngineSettings) -> Library | None:
         if self.device.type != "cpu" or settings.attention == "torch":
@@ -151,14 +159,18 @@ class Runner:
 
     def _backend(self, settings: EngineSettings, library: Library | None) -> Attention:
         if library:
-            return NativeAttention(self.spec, self.block_size, self.max_model_len, library)
+            return NativeAttention(
+                self.spec, self.block_size, self.max_model_len, library, uniform=self.deterministic
+            )
         if settings.attention == "cpu":
             raise Misconfigured(
                 "attention=cpu needs a CPU, float32 or bfloat16, kv_block_size a multiple of 16, and a C++ "
                 "compiler or a kernel built earlier; the log event kernel.unavailable says what is missing. "
                 "attention=auto falls back to torch"
             )
-        return TorchAttention(self.spec, self.block_size, self.max_model_len, self.device)
+        return TorchAttention(
+            self.spec, self.block_size, self.max_model_len, self.device, uniform=self.deterministic
+        )
 
     def _warm_up(self, settings: EngineSettings) -> int:
         """Run the largest step this engine can be asked for, then count the blocks that fit beside it."""
@@ -297,6 +309,12 @@ def _device(settings: EngineSettings) -> torch.device:
     if settings.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _deterministic(settings: EngineSettings, device: torch.device) -> bool:
+    if settings.deterministic and device.type != "cpu":
+        raise Misconfigured("deterministic mode runs on CPUs only so far; use device=cpu, or leave it off")
+    return settings.deterministic
 
 
 def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:

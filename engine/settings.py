@@ -51,6 +51,9 @@ class EngineSettings(BaseModel):
     """What loaded adapters may take together."""
     lora_max_rank: PositiveInt = 256
 
+    deterministic: bool = False
+    """Give a request the same bits whatever else is in the batch, on one machine with one number of threads.
+    CPU only; slower."""
     num_threads: PositiveInt | None = None
     """CPU threads. None: as torch chooses (one per physical core it may use)."""
     kernel_cache: Path | None = None

@@ -18,6 +18,7 @@ QUERY_ROWS = 48
 SPLIT_TOKENS = 512
 """A decode row with more keys than this is cut into pieces of this size, computed in parallel and merged.
 The cut depends on the row's own length only, so that a sequence's arithmetic is the same in any batch."""
+NEVER = 2**31 - 1
 
 ITEM_FIELDS = 7
 """row, tokens, position of the first, block table, first key, end of keys, scratch part (-1: none)."""
@@ -28,7 +29,10 @@ class NativeAttention:
 
     name = "cpu"
 
-    def __init__(self, spec: ModelSpec, block_size: int, max_len: int, library: Library) -> None:
+    def __init__(
+        self, spec: ModelSpec, block_size: int, max_len: int, library: Library, *, uniform: bool = False
+    ) -> None:
+        """``uniform``: the same instructions for a row whether it is decoded or part of a prefill."""
         assert block_size % library.lanes == 0, f"block size {block_size} is no multiple of {library.lanes}"
         self.spec, self.block_size, self._lib = spec, block_size, library
         self._cos, self._sin = tables(spec.rope, spec.head_dim, max_len)
@@ -36,6 +40,7 @@ class NativeAttention:
         self._scale = spec.head_dim**-0.5
         self._windows = [window or 0 for window in spec.windows]
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, library.threads)
+        self._uniform, self._split = int(uniform), NEVER if uniform else SPLIT_TOKENS
         self._tile = max(1, QUERY_ROWS // spec.group)
 
     def block_shape(self) -> tuple[int, ...]:
@@ -46,7 +51,7 @@ class NativeAttention:
         self._places = [(k.data_ptr(), v.data_ptr()) for k, v in zip(cache.keys, cache.values, strict=True)]
 
     def begin(self, batch: Batch) -> None:
-        self._items, self._merges, parts = work_items(batch, self._tile)
+        self._items, self._merges, parts = work_items(batch, self._tile, self._split)
         self._scratch = torch.empty(parts * self.spec.num_heads * (self._padded + 2))
         self._tables = batch.tables
         self._batch = batch  # owns the memory behind the pointers below
@@ -94,17 +99,18 @@ class NativeAttention:
             self._windows[layer],
             self._scale,
             *self._shape,
+            self._uniform,
         )
         return out
 
 
-def work_items(batch: Batch, tile: int) -> tuple[Int32, Int32, int]:
+def work_items(batch: Batch, tile: int, split: int = SPLIT_TOKENS) -> tuple[Int32, Int32, int]:
     """Cut a step into items of the kernel: prefill by tiles of queries, long decode rows by runs of keys.
 
     Returns items [n, 7], merges [m, 3] (row, first part, parts) and the number of parts in all.
     """
     alone = batch.counts == 1
-    if alone.all() and int(batch.starts.max()) < SPLIT_TOKENS:
+    if alone.all() and int(batch.starts.max()) < split:
         return _decode_items(batch), np.zeros((0, 3), np.int32), 0
     items: list[tuple[int, ...]] = []
     merges: list[tuple[int, int, int]] = []
@@ -112,10 +118,10 @@ def work_items(batch: Batch, tile: int) -> tuple[Int32, Int32, int]:
     spans = zip(batch.first_row.tolist(), batch.counts.tolist(), batch.starts.tolist(), strict=True)
     for table, (row, count, start) in enumerate(spans):
         context = start + count
-        if count == 1 and context > SPLIT_TOKENS:
-            cuts = range(0, context, SPLIT_TOKENS)
+        if count == 1 and context > split:
+            cuts = range(0, context, split)
             items += [
-                (row, 1, start, table, cut, min(cut + SPLIT_TOKENS, context), parts + i)
+                (row, 1, start, table, cut, min(cut + split, context), parts + i)
                 for i, cut in enumerate(cuts)
             ]
             merges.append((row, parts, len(cuts)))

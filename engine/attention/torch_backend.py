@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,11 @@ class _Span:
     start: int
     slots: Tensor
 
+    def rows(self) -> Iterator[_Span]:
+        """The same, one row each, with the keys that row sees."""
+        for i in range(self.count):
+            yield _Span(self.first + i, 1, self.start + i, self.slots[: self.start + i + 1])
+
 
 class TorchAttention:
     """Cache as flat slots; per sequence one gather and one scaled_dot_product_attention.
@@ -34,8 +40,11 @@ class TorchAttention:
 
     name = "torch"
 
-    def __init__(self, spec: ModelSpec, block_size: int, max_len: int, device: torch.device) -> None:
-        self.spec, self.block_size, self.device = spec, block_size, device
+    def __init__(
+        self, spec: ModelSpec, block_size: int, max_len: int, device: torch.device, *, uniform: bool = False
+    ) -> None:
+        """``uniform``: each row by itself, as if it were decoded; slow."""
+        self.spec, self.block_size, self.device, self._uniform = spec, block_size, device, uniform
         cos, sin = tables(spec.rope, spec.head_dim, max_len)
         self._cos, self._sin = cos.to(device), sin.to(device)
         self._norm = TorchElementwise().rms_norm
@@ -54,6 +63,8 @@ class TorchAttention:
         slots = self._context_slots(batch)
         rows = zip(batch.first_row.tolist(), batch.counts.tolist(), batch.starts.tolist(), slots, strict=True)
         self._spans = [_Span(*row) for row in rows]
+        if self._uniform:
+            self._spans = [row for span in self._spans for row in span.rows()]
 
     def attend(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         spec = self.spec
@@ -72,7 +83,8 @@ class TorchAttention:
             oldest = 0 if window is None else max(0, span.start + 1 - window)
             slots = span.slots[oldest:]
             attend = self._one_row if span.count == 1 else self._many_rows
-            out[rows] = attend(q[rows], keys[slots], values[slots], span.start - oldest, window)
+            queries = q[rows].clone() if self._uniform else q[rows]  # at an allocation's alignment
+            out[rows] = attend(queries, keys[slots], values[slots], span.start - oldest, window)
         return out.view(len(qkv), -1)
 
     def _one_row(self, q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None) -> Tensor:

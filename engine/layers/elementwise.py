@@ -21,6 +21,26 @@ class Elementwise(Protocol):
         ...
 
 
+class RowByRow:
+    """Another's operations, one row at a time. torch cuts an array for its threads and vectors by its whole
+    size, so that a row's last bits may depend on its neighbours; the native kernels do not need this."""
+
+    def __init__(self, inner: Elementwise) -> None:
+        self._inner = inner
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        norm = self._inner.rms_norm
+        if len(x) < 2:
+            return norm(x, weight, eps, residual)
+        sums = [None if residual is None else residual[i : i + 1] for i in range(len(x))]
+        return torch.cat([norm(x[i : i + 1], weight, eps, added) for i, added in enumerate(sums)])
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        if len(x) < 2:
+            return self._inner.silu_mul(x)
+        return torch.cat([self._inner.silu_mul(x[i : i + 1]) for i in range(len(x))])
+
+
 class TorchElementwise:
     """Works on every device; the twin that native kernels are tested against."""
 

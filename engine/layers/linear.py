@@ -27,9 +27,9 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return _Plain(weight, bias)
 
 
-def unpacked(weight: Tensor) -> Linear:
+def unpacked(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """A layer over ``weight`` as it is: for weights that come and go, and whose bytes are counted."""
-    return _Plain(weight, None)
+    return _Plain(weight, bias)
 
 
 class _Plain:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...schemas.errors import AdapterInvalid
+from ..layers.invariant import Make
 from ..layers.linear import Linear
 from ..models.spec import ModelSpec
 from .config import AdapterConfig, load_config
@@ -22,7 +23,6 @@ _PREFIX = "base_model.model."
 
 Joined = Literal["qkv", "output", "gate_up", "down"]
 """The decoder's linears of one layer."""
-MakeLinear = Callable[[Tensor], Linear]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def survey(directory: Path, spec: ModelSpec, max_rank: int) -> Blueprint:
     return Blueprint(directory, parts, spec)
 
 
-def load(blueprint: Blueprint, dtype: torch.dtype, device: torch.device, make: MakeLinear) -> Adapter:
+def load(blueprint: Blueprint, dtype: torch.dtype, device: torch.device, make: Make) -> Adapter:
     """Read the weights. Raises AdapterInvalid if they are not what ``survey`` saw, or not all numbers."""
     path = blueprint.directory / WEIGHTS_FILE
     loaded: dict[tuple[int, Joined], LowRank] = {}
@@ -142,9 +142,8 @@ def load(blueprint: Blueprint, dtype: torch.dtype, device: torch.device, make: M
                     raise AdapterInvalid(
                         f"{path}: {parts[0].module} or its neighbours hold values that are no numbers"
                     )
-                loaded[layer, linear] = LowRank(
-                    make(down.to(device=device, dtype=dtype)), make(up.to(device=device, dtype=dtype))
-                )
+                pair = (make(matrix.to(device=device, dtype=dtype), None) for matrix in (down, up))
+                loaded[layer, linear] = LowRank(*pair)
     except (SafetensorError, OSError) as exc:
         raise AdapterInvalid(f"{path} cannot be read: {exc}") from exc
     digest.update((blueprint.directory / "adapter_config.json").read_bytes())

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .adapter import Adapter, Blueprint, MakeLinear, load, survey
+from .adapter import Adapter, Blueprint, load, survey
 from .catalogue import Catalogue
 from .desk import AdapterDesk, Files
 from .pool import AdapterPool
 
 if TYPE_CHECKING:
+    from ..layers.invariant import Make
     from ..models.spec import ModelSpec
     from ..settings import EngineSettings
 
@@ -19,7 +20,7 @@ Desk = AdapterDesk[Blueprint, Adapter]
 
 
 def open_desk(
-    settings: EngineSettings, spec: ModelSpec, dtype: torch.dtype, device: torch.device, make: MakeLinear
+    settings: EngineSettings, spec: ModelSpec, dtype: torch.dtype, device: torch.device, make: Make
 ) -> Desk:
     """The desk over the adapters that ``settings`` name. Reads none of them yet."""
     catalogue = Catalogue(settings.lora_adapters, settings.lora_dir)

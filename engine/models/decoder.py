@@ -12,6 +12,7 @@ from torch import Tensor
 from ..attention.backend import Attention
 from ..batch import Batch
 from ..layers.elementwise import Elementwise
+from ..layers.invariant import Make
 from ..layers.linear import Linear, linear
 from ..lora.rows import Adapted, project
 from .spec import ModelSpec
@@ -40,12 +41,12 @@ class Layer:
 class Decoder:
     """Pre-norm transformer over packed tokens. Knows nothing of sequences: attention does."""
 
-    def __init__(self, spec: ModelSpec, fetch: Fetch, ops: Elementwise) -> None:
+    def __init__(self, spec: ModelSpec, fetch: Fetch, ops: Elementwise, make: Make = linear) -> None:
         self.spec, self._ops = spec, ops
         self._embed = fetch("model.embed_tokens.weight")
-        self._layers = [_layer(spec, fetch, index) for index in range(spec.num_layers)]
+        self._layers = [_layer(spec, fetch, index, make) for index in range(spec.num_layers)]
         self._norm = fetch("model.norm.weight")
-        self._head = linear(self._embed if spec.tied_embeddings else fetch("lm_head.weight"))
+        self._head = make(self._embed if spec.tied_embeddings else fetch("lm_head.weight"), None)
 
     def forward(self, batch: Batch, attention: Attention, adapted: Adapted = NOBODY) -> Tensor:
         """Hidden states [wanted rows, hidden] of one step, for ``logits``; keys and values are cached."""
@@ -75,12 +76,12 @@ class Decoder:
         return self._head(hidden)
 
 
-def _layer(spec: ModelSpec, fetch: Fetch, index: int) -> Layer:
+def _layer(spec: ModelSpec, fetch: Fetch, index: int, make: Make) -> Layer:
     prefix = f"model.layers.{index}."
 
     def joined(bias: bool, *names: str) -> Linear:
         weight = torch.cat([fetch(f"{prefix}{name}.weight") for name in names])
-        return linear(weight, torch.cat([fetch(f"{prefix}{name}.bias") for name in names]) if bias else None)
+        return make(weight, torch.cat([fetch(f"{prefix}{name}.bias") for name in names]) if bias else None)
 
     return Layer(
         input_norm=fetch(f"{prefix}input_layernorm.weight"),

@@ -138,6 +138,11 @@ inline vf exp2v(vf x) {
   return tiny ? vf{} : (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
 #endif
 }
+
+// A product that is added to something later is rounded here. Otherwise the compiler may fuse the two, and does so or
+// not as it pleases in each copy of a function: a row's last bits would depend on how many rows it is computed with.
+inline void rounded(vf& v) { __asm__ volatile("" : "+m"(v)); }
+
 constexpr float LOG2E = 1.44269504089f;
 
 // ---------------------------------------------------------------------------------------------------------- layers
@@ -305,13 +310,13 @@ inline void scores(const float* q, size_t q_stride, const float* const* keys, co
     for (int g = 0; g < N; g++) out[r * TILE_GROUPS + g] = s[r][g];
 }
 
-// acc[r][0 .. 16N) = acc * fade[r] + sum over `count` tokens of p[r][token] * value[token], for N vectors of dims.
+// acc[r][0 .. 16N) += sum over `count` tokens of p[r][token] * value[token], for N vectors of dims.
 template <int R, int N>
 inline void weighted(const bf16* p, const bf16* const* values, const bf16* const* next, int count, int dim16,
-                     const float* fade, float* acc) {
+                     float* acc) {
   vf a[R][N];
   for (int r = 0; r < R; r++)
-    for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16) * fade[r];
+    for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16);
   for (int t = 0; t < count; t += 2) {
     const bf16* row = values[t / LANES] + size_t(t % LANES / 2) * dim16 * 2;
     vu v[N];
@@ -329,10 +334,10 @@ inline void weighted(const bf16* p, const bf16* const* values, const bf16* const
 }
 template <int R, int N>
 inline void weighted(const float* p, const float* const* values, const float* const* next, int count, int dim16,
-                     const float* fade, float* acc) {
+                     float* acc) {
   vf a[R][N];
   for (int r = 0; r < R; r++)
-    for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16) * fade[r];
+    for (int i = 0; i < N; i++) a[r][i] = load(acc + r * dim16 + i * 16);
   for (int t = 0; t < count; t++) {
     const float* row = values[t / LANES] + size_t(t % LANES) * dim16;
     for (int i = 0; i < N; i++) {
@@ -386,6 +391,7 @@ inline void soften(Rows<T>& s, int r0, int n, int start, int end, int groups, fl
     fade[r] = exp2v(splat(old - m))[0];
     s.m[r0 + r] = m;
     vf total = load(s.l.data() + size_t(r0 + r) * LANES) * fade[r];
+    rounded(total);
     const float above = std::max(m, -1e29f);                                   // hidden keys weigh 0, also when all are
     for (int g = 0; g < groups; g++) {
       vf e = exp2v(score[g] - above);
@@ -394,6 +400,12 @@ inline void soften(Rows<T>& s, int r0, int n, int start, int end, int groups, fl
     }
     store(s.l.data() + size_t(r0 + r) * LANES, total);
   }
+}
+
+inline void fade_rows(float* acc, int n, int dim16, const float* fade) {
+  for (int r = 0; r < n; r++)
+    for (int d = 0; d < dim16; d += LANES) store(acc + r * dim16 + d, load(acc + r * dim16 + d) * fade[r]);
+  __asm__ volatile("" ::: "memory");                                           // as rounded() does
 }
 
 // Where the four groups of a tile of 64 keys are.
@@ -415,6 +427,7 @@ inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& til
   float fade[R];
   soften(s, r0, R, start, end, groups, scale, dots[0], p, fade);
   float* acc = s.acc.data() + size_t(r0) * dim16;
+  fade_rows(acc, R, dim16, fade);
   int d = 0;
   const int pair = std::is_same_v<T, bf16> ? 2 : 1;
   auto run = [&](auto vectors) {
@@ -422,7 +435,7 @@ inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& til
     for (; d + N * LANES <= dim16; d += N * LANES) {
       const T *now[TILE_GROUPS], *after[TILE_GROUPS];
       for (int g = 0; g < TILE_GROUPS; g++) now[g] = tile.values[g] + d * pair, after[g] = next.values[g] + d * pair;
-      weighted<R, N>(p, now, after, count, dim16, fade, acc + d);
+      weighted<R, N>(p, now, after, count, dim16, acc + d);
     }
   };
   run(std::integral_constant<int, 4>{});
@@ -506,8 +519,7 @@ inline void tile_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
   TILE_STORE(3, dots + 3, 256);
   soften(s, r0, n, start, end, groups, scale, dots, p, fade);
   float* acc = s.acc.data() + size_t(r0) * dim16;
-  for (int r = 0; r < n; r++)
-    for (int d = 0; d < dim16; d += LANES) store(acc + r * dim16 + d, load(acc + r * dim16 + d) * fade[r]);
+  fade_rows(acc, n, dim16, fade);
   const bf16* values[TILE_GROUPS];
   std::copy(tile.values, tile.values + groups, values);
   if (const int left = count % LANES) {                                        // keys never written must read as zero
@@ -561,6 +573,7 @@ template <class T> struct Call {
   int table_width, window;
   float scale;
   Shape s;
+  bool uniform;                                                                // few rows as many would be computed
 };
 
 #if defined(GM_AMX)
@@ -582,7 +595,7 @@ template <class T> void run_item(const Call<T>& c, const Item& it, int head, Row
       rows.first[r] = c.window > 0 ? std::max(0, rows.limit[r] - c.window) : 0;
     }
 #if defined(GM_AMX)
-  const bool amx = n > 4 && use_amx(c);                                        // decode waits for memory, not for sums
+  const bool amx = (n > 4 || c.uniform) && use_amx(c);                         // decode waits for memory, not for sums
   if (amx) amx_configure(std::min(n, 16));                                     // a last group of fewer rows: padding
 #endif
   const int32_t* table = c.tables + size_t(it.table) * c.table_width;
@@ -696,15 +709,15 @@ void gm_rope_store(int wide, void* qkv, void* keys, void* values, const int64_t*
 
 void gm_attend(int wide, void* out, const void* qkv, const void* keys, const void* values, const int32_t* items,
                int n_items, const int32_t* merges, int n_merges, const int32_t* tables, int table_width, float* scratch,
-               int window, float scale, int heads, int kv_heads, int dim, int block, int threads) {
+               int window, float scale, int heads, int kv_heads, int dim, int block, int threads, int uniform) {
   const Shape s{heads, kv_heads, dim, block, (heads + 2 * kv_heads) * dim};
   if (wide) {
     Call<float> c{(const float*)qkv, (const float*)keys, (const float*)values, (float*)out, tables, scratch,
-                  table_width, window, scale * LOG2E, s};
+                  table_width, window, scale * LOG2E, s, uniform != 0};
     attend_all(c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
   } else {
     Call<bf16> c{(const bf16*)qkv, (const bf16*)keys, (const bf16*)values, (bf16*)out, tables, scratch,
-                 table_width, window, scale * LOG2E, s};
+                 table_width, window, scale * LOG2E, s, uniform != 0};
     attend_all(c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
   }
 }

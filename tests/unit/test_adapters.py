@@ -125,7 +125,7 @@ def test_the_bytes_that_are_counted_are_the_bytes_that_are_held(
 ) -> None:
     held = 0
 
-    def counting(weight: torch.Tensor) -> Any:
+    def counting(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         nonlocal held
         held += weight.numel()
         return unpacked(weight)
