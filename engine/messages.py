@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..schemas.grammar import GrammarKind
 from ..schemas.logprobs import TokenLogprobs
 
 Finish = Literal["stop", "length", "abort", "error"]
-GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "gbnf"]
 
 
 @dataclass(frozen=True, slots=True)

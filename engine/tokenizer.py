@@ -34,7 +34,7 @@ class Tokenizer:
 
     def __init__(self, model_dir: str | Path) -> None:
         path = Path(model_dir)
-        self._path = path
+        self.path = path
         self._config = _read_json(path / "tokenizer_config.json")
         self._named = _named_tokens(self._config, path)
         backend = _load_backend(path / "tokenizer.json")
@@ -104,7 +104,7 @@ class Tokenizer:
     def _eos_token_ids(self) -> tuple[int, ...]:
         found: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            value: Any = _read_json(self._path / name).get("eos_token_id")
+            value: Any = _read_json(self.path / name).get("eos_token_id")
             several = cast("list[Any]", value if isinstance(value, list) else [value])
             found += [each for each in several if isinstance(each, int)]
         own = self._id_of("eos_token")

@@ -13,7 +13,18 @@ from ..schemas.result import Result
 from ..schemas.status import JobStatus
 from . import core
 from .client import Client, JobHandle
-from .console import INTERRUPTED, common, connection, put, put_json, put_piece, read_stdin, say, warn
+from .console import (
+    INTERRUPTED,
+    common,
+    connection,
+    put,
+    put_json,
+    put_piece,
+    read_stdin,
+    say,
+    schema_option,
+    warn,
+)
 
 if TYPE_CHECKING:
     from .stream import Chunk
@@ -24,6 +35,7 @@ SUBMIT_HELP = """Send one job and print its id; --stream shows the text as it is
 Examples:
   gristmill submit "Once upon a time" --max-tokens 64 --stream
   gristmill submit "Why is the sky blue?" --chat --wait --json
+  gristmill submit "Ada Lovelace, born 1815" --json-schema person.json --wait
   cat long.txt | gristmill submit - --chat --system "Summarise in one sentence." --wait
 """
 
@@ -41,6 +53,7 @@ Examples:
 @click.option("--min-p", type=float)
 @click.option("--seed", type=int, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@click.option("--json-schema", metavar="FILE", help="The answer is JSON that fits this schema.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on to --max-tokens.")
 @click.option(
     "--priority",
@@ -80,6 +93,7 @@ def submit(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     sampling["stop"] = sampling["stop"] or None
+    sampling["response_format"] = schema_option(sampling.pop("json_schema"))
     with client_of(urls) as client:
         job = client.submit(
             None if chat or system else text,

@@ -18,7 +18,7 @@ from . import bulk_output, bulk_session
 from .bulk import Progress
 from .bulk_output import STDOUT, Spool
 from .bulk_session import InvalidLines, Prepared, Session
-from .console import Interrupts, common, connection, put_json, say, say_error, warn
+from .console import Interrupts, common, connection, put_json, say, say_error, schema_option, warn
 from .knobs import engine_knobs, worker_flags
 from .link import Link
 from .progress import duration, show_progress
@@ -45,6 +45,7 @@ Examples:
 @click.option("--errors", metavar="FILE", help="Rows that failed; default: OUTPUT.errors.jsonl.")
 @click.option("--model", help="Default: what the lines name, GRISTMILL_MODEL, or the only one in the cache.")
 @click.option("--max-tokens", type=click.IntRange(1), help="For lines that do not say.")
+@click.option("--json-schema", metavar="FILE", help="Answers fit this schema; for lines that do not say.")
 @click.option("--temperature", type=click.FloatRange(0), help="For lines that do not say.")
 @click.option("--seed", type=click.IntRange(0), help="For lines that do not say.")
 @click.option(
@@ -89,6 +90,8 @@ def _prepare(
 ) -> Prepared:
     """The checked input. Invalid lines are shown, then raised or (``skip``) left to the error file."""
     defaults = {n: options[n] for n in ("max_tokens", "temperature", "seed") if options[n] is not None}
+    if response_format := schema_option(options["json_schema"]):
+        defaults["response_format"] = response_format
     skip = options["on_invalid"] == "skip"
     try:
         job = bulk_session.prepare(

@@ -9,11 +9,20 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from ..schemas.errors import BadInput, GristmillError, JobFailed, Misconfigured
+from ..schemas.errors import (
+    BadInput,
+    GristmillError,
+    InvalidJson,
+    InvalidSchema,
+    JobFailed,
+    Misconfigured,
+)
+from ..schemas.wire import loads
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,6 +98,19 @@ def read_stdin() -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as exc:
         raise BadInput(f"stdin is not UTF-8: byte 0x{data[exc.start]:02x} at position {exc.start:,}") from exc
+
+
+def schema_option(path: str | None) -> dict[str, Any] | None:
+    """The file of ``--json-schema`` as a ``response_format``. Raises InvalidSchema."""
+    if path is None:
+        return None
+    try:
+        schema = loads(Path(path).read_bytes())
+    except OSError as exc:
+        raise InvalidSchema(f"{path}: {exc.strerror}", param="json_schema") from exc
+    except InvalidJson as exc:
+        raise InvalidSchema(f"{path}: {exc.message}", param="json_schema") from exc
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
 def run_guarded(command: click.Command, args: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from ..schemas.errors import (
     WaitTimeout,
 )
 from ..schemas.events import End
+from ..schemas.grammar import GRAMMAR_FIELDS, with_grammar
 from ..schemas.job import (
     DEFAULT_TENANT,
     JOB_ID_PATTERN,
@@ -130,10 +131,10 @@ def sampling_params(given: Mapping[str, Any]) -> SamplingParams:
 
     Raises InvalidRequest for a name that is no sampling parameter.
     """
-    kept = {name: value for name, value in given.items() if value is not None}
+    kept = with_grammar({name: value for name, value in given.items() if value is not None})
     unknown = [name for name in kept if name not in SamplingParams.model_fields]
     if unknown:
-        known = ", ".join(sorted(SamplingParams.model_fields))
+        known = ", ".join(sorted({*SamplingParams.model_fields, *GRAMMAR_FIELDS}))
         raise InvalidRequest(f"unknown parameter {unknown[0]!r}; there are {known}", param=unknown[0])
     for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "dry_sequence_breakers"):
         if name in kept:

@@ -21,6 +21,7 @@ from .errors import (
     Transient,
     UrlMismatch,
 )
+from .grammar import GRAMMAR_FIELDS, with_grammar
 from .job import Endpoint, JobState
 from .openai import PARSERS, Request, parse_messages, response_body
 from .result import ErrorInfo, Result
@@ -101,6 +102,8 @@ def _with_defaults(fields: dict[str, Any], defaults: Mapping[str, Any]) -> dict[
     given = {name for name, value in fields.items() if value is not None}
     if "max_completion_tokens" in given:
         given.add("max_tokens")
+    if not given.isdisjoint(GRAMMAR_FIELDS):
+        given.update(GRAMMAR_FIELDS)
     return fields | {name: value for name, value in defaults.items() if name not in given}
 
 
@@ -122,6 +125,7 @@ def _batch_row(fields: dict[str, Any], number: int, defaults: Mapping[str, Any])
 
 def _bare_row(fields: dict[str, Any], number: int) -> Row:
     """Sampling names are taken out first, so that what is left over is an unknown field."""
+    fields = with_grammar(fields)
     sampling = {k: v for k, v in fields.items() if k in SamplingParams.model_fields and v is not None}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 from .errors import InvalidRequest
 from .job import JobState
 from .result import Crash, ErrorInfo, FinishReason, Usage
-from .wire import Answer, Float, Int, loads
+from .wire import Answer, Bool, Float, Int, loads
 
 _ENTRY_ID = re.compile("([0-9]{1,20})-([0-9]{1,20})")
 
@@ -117,6 +117,8 @@ class Done(Answer):
     text: str = ""
     """What the detokeniser or the stop matcher still held back."""
     stop_reason: str | Int | None = None
+    closed: Bool | None = None
+    """As in ``Choice``."""
     error: ErrorInfo | None = None
     usage: Usage = Usage()
     """Of the whole job so far; the last choice's is the job's."""

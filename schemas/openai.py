@@ -14,6 +14,7 @@ from typing import Annotated, Any, cast
 from pydantic import Field
 
 from .errors import InvalidRequest, Unsupported
+from .grammar import CLOSE_FIELD, GRAMMAR_FIELDS, with_grammar
 from .job import Endpoint, Message
 from .result import Choice, FinishReason, Result, TokenLogprob, TopLogprob, Usage
 from .sampling import SamplingParams
@@ -55,7 +56,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -77,11 +77,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True, False),
     "chat_template_kwargs": ({},),
     "chat_template": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "documents": (),
 }
 """Known and not offered: accepted when null or one of these values, which ask for nothing."""
@@ -96,6 +91,7 @@ _MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning": (),
     "reasoning_content": (),
 }
+_GRAMMAR = frozenset([*GRAMMAR_FIELDS, CLOSE_FIELD])
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
@@ -155,10 +151,12 @@ class _Body(Record):
     stream: Bool = False
     stream_options: _StreamOptions | None = None
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
+    grammar: dict[str, Any] | None = None
 
     def sampling(self, max_tokens: int | None, **more: Any) -> SamplingParams:
         given: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
         given["max_tokens"] = max_tokens
+        given["grammar"] = self.grammar
         given["top_k"] = 0 if self.top_k == -1 else self.top_k  # -1 is vLLM's word for "off"
         given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         given["include_stop"] = self.include_stop_str_in_output
@@ -253,9 +251,9 @@ def _without_neutral(body: Any) -> dict[str, Any]:
                 raise Unsupported("store: nothing is kept beyond the result; leave it out", param=name)
         elif name in _NEUTRAL:
             _check_neutral(name, value, _NEUTRAL[name])
-        elif value is not None:  # null means "not given" everywhere in this API
+        elif name not in _GRAMMAR and value is not None:  # null means "not given" everywhere in this API
             kept[name] = value
-    return kept
+    return kept | with_grammar({k: v for k, v in cast("dict[str, Any]", body).items() if k in _GRAMMAR})
 
 
 def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
@@ -440,6 +438,8 @@ def _prompt_body(told: Sequence[TokenLogprob]) -> list[dict[str, Any] | None]:
 def _ending(choice: Choice) -> dict[str, Any]:
     reason = "length" if choice.finish_reason is FinishReason.LENGTH else "stop"
     ending: dict[str, Any] = {"finish_reason": reason, "stop_reason": choice.stop_reason}
+    if choice.closed is not None:
+        ending["closed"] = choice.closed
     if choice.token_ids is not None:
         ending["token_ids"] = list(choice.token_ids)
     return ending

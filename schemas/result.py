@@ -118,6 +118,8 @@ class Choice(Answer):
     token_ids: tuple[Int, ...] | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     """Of each token of the output, as far as they have text; None: not asked for."""
+    closed: Bool | None = None
+    """With a grammar, when the budget of tokens ran out: whether the text was completed all the same."""
 
 
 class Crash(Answer):

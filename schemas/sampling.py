@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from .grammar import GrammarSpec
 from .wire import MAX_COUNT, Bool, Count, Float, Int, Record
 
 MAX_STOP_STRINGS = 64
@@ -83,6 +84,8 @@ class SamplingParams(Record):
     include_stop: Bool = False
     """Leave the matched stop string in the text."""
     ignore_eos: Bool = False
+    grammar: GrammarSpec | None = None
+    """What the text must look like."""
 
     logprobs: Count | None = None
     """Tell the log probability of each token, and of so many of the most likely ones. They are the model's

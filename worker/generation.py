@@ -223,13 +223,13 @@ class Generation:
             )
             self.fail(ErrorInfo(code=code, message=message), now)
         elif output.finish == "stop":
-            self.stop_tokens = 1
+            self.stop_tokens = int(output.stop_token_id is not None)
             if self.first_token_at is None:
                 self.first_token_at = now
             eos = output.stop_token_id is None or output.stop_token_id in self.tokenizer.eos_token_ids
             self._finish(FinishReason.STOP, now=now, stop_reason=None if eos else output.stop_token_id)
         elif output.finish == "length":
-            self._finish(FinishReason.LENGTH, now=now)
+            self._finish(FinishReason.LENGTH, now=now, closed=output.closed)
 
     def fail(self, error: ErrorInfo, now: float) -> None:
         """End the job with an error; its partial text stays in the log.
@@ -249,6 +249,7 @@ class Generation:
         *,
         now: float,
         stop_reason: str | int | None = None,
+        closed: bool | None = None,
     ) -> None:
         if self.done is not None:
             return
@@ -256,7 +257,7 @@ class Generation:
         if matched is None:
             text += self._stop.finish()
         self._show(text)
-        self._set_done(reason, now=now, stop_reason=stop_reason)
+        self._set_done(reason, now=now, stop_reason=stop_reason, closed=closed)
 
     def _set_done(
         self,
@@ -264,9 +265,10 @@ class Generation:
         *,
         now: float,
         stop_reason: str | int | None = None,
+        closed: bool | None = None,
         error: ErrorInfo | None = None,
     ) -> None:
-        self.done = Done(reason=reason, stop_reason=stop_reason, error=error, at=now)
+        self.done = Done(reason=reason, stop_reason=stop_reason, closed=closed, error=error, at=now)
 
     def _show(self, text: str) -> None:
         if text:
@@ -384,6 +386,7 @@ class Generation:
             text="".join(self.parts),
             finish_reason=done.reason,
             stop_reason=done.stop_reason,
+            closed=done.closed,
             echo=sampling.echo,
             token_ids=tuple(self.ids) if sampling.return_token_ids else None,
             logprobs=told,

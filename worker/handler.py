@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ..backends.sink import ResultSink
 from ..backends.state import Claim, Final, State
+from ..engine.guided.checker import GrammarChecker
 from ..engine.tokenizer import Tokenizer
 from ..keeper.endings import Ending, complete
 from ..keeper.keeper import ID_PREFIX
@@ -68,6 +69,8 @@ class JobHandler:
         self._sink = sink
         self._slots = Slots()
         self._closing = threading.Event()
+        self._checker: GrammarChecker | None = None  # made with the first grammar
+        self._checker_lock = threading.Lock()
         self._troubled: list[str] = []  # an item for each thread that waits for the state server
         self.committer = Committer(
             sink,
@@ -234,7 +237,15 @@ class JobHandler:
             generation.processors = wishes.processors(
                 job.sampling, self._tokenizer, info.vocab_size, self._settings
             )
+            if job.sampling.grammar is not None:
+                intake.check_grammar(job, self._grammar_checker(info.vocab_size), allowed)
             generation.admit(prompt_ids, allowed, claim.now)
+
+    def _grammar_checker(self, vocab_size: int) -> GrammarChecker:
+        with self._checker_lock:
+            if self._checker is None:
+                self._checker = GrammarChecker(str(self._tokenizer.path), vocab_size)
+            return self._checker
 
     def _run(self, slot: Slot, generation: Generation) -> None:
         with self.publisher.lock:  # so that hand_back's flush finds it, or it finds that we are closing

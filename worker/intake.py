@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from ..engine.messages import Request
+from ..engine.guided.checker import GrammarChecker
+from ..engine.messages import Grammar, Request
 from ..engine.tokenizer import Tokenizer
 from ..schemas.errors import InvalidRequest, PromptTooLong
 from ..schemas.job import Job
@@ -59,6 +60,19 @@ def budget(job: Job, prompt_tokens: int, limit: int, default_max_tokens: int) ->
     return asked if asked is not None else max(job.sampling.min_tokens, min(default_max_tokens, room))
 
 
+def grammar_of(job: Job) -> Grammar | None:
+    """What the job's output must look like, as the engine takes it."""
+    spec = job.sampling.grammar
+    return None if spec is None else Grammar(spec.kind, spec.text, spec.close)
+
+
+def check_grammar(job: Job, checker: GrammarChecker, max_tokens: int) -> None:
+    """Raises InvalidSchema for a grammar that is wrong, too big, or whose texts do not fit ``max_tokens``."""
+    grammar = grammar_of(job)
+    if grammar is not None:
+        checker.check(grammar, max_tokens)
+
+
 def engine_request(generation: Generation) -> Request:
     """What the engine must know to continue ``generation`` from the tokens it has."""
     job, sampling, tokenizer = generation.job, generation.job.sampling, generation.tokenizer
@@ -79,6 +93,7 @@ def engine_request(generation: Generation) -> Request:
         # The tokenizer knows end tokens of chats that a model's own config may not name.
         stop_token_ids=[*sampling.stop_token_ids, *(() if sampling.ignore_eos else tokenizer.eos_token_ids)],
         ignore_eos=sampling.ignore_eos,
+        grammar=grammar_of(job),
         priority=job.priority.rank,
         arrival=generation.started_at,
         cache_salt=job.tenant,

@@ -124,7 +124,7 @@ def _class_of(byte: int) -> str:
         return "o"
     if char in " \t\r\n":
         return "s"
-    if byte >= 127 or byte < 32 or char == "\\":
+    if byte >= 127 or byte < 32 or char in "\\-":  # a minus sign leads on, never to an end
         return "u"
     return "d" if char.isdigit() else "l" if char.isalpha() else "p"
 

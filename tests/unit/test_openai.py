@@ -88,10 +88,8 @@ def test_fields_at_their_neutral_value_change_nothing(neutral: dict[str, Any]) -
         ("n", 2),
         ("n", True),
         ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
         ("best_of", 3),
         ("store", True),
-        ("guided_json", {}),
     ],
 )
 def test_a_missing_feature_is_refused_by_name(field: str, value: Any) -> None:
