@@ -29,12 +29,14 @@ class Feedable(Protocol):
 
 
 class Piece(Protocol):
-    """Feed ``seq.tokens[computed : computed + count]``."""
+    """Feed ``count`` of ``seq.tokens + guesses``, from ``computed`` on."""
 
     @property
     def seq(self) -> Feedable: ...
     @property
     def count(self) -> int: ...
+    @property
+    def guesses(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Batch:
 def pack(work: Sequence[Piece], block_size: int, device: torch.device, also: Sequence[int] = ()) -> Batch:
     """Gather a plan into arrays. O(tokens + blocks); called once per step.
 
-    ``also``: rows that are wanted, too, behind those that reach their sequence's end.
+    ``also``: rows that are wanted, too, behind those of the last tokens that sequences have.
     """
     n = len(work)
     counts = np.fromiter((piece.count for piece in work), np.int32, n)
@@ -88,7 +90,8 @@ def pack(work: Sequence[Piece], block_size: int, device: torch.device, also: Seq
     tables = _tables(work, ends, block_size)
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     lengths = np.fromiter((len(piece.seq.tokens) for piece in work), np.int32, n)
-    wanted = (first_row + counts - 1)[ends == lengths]
+    known = counts - np.fromiter((len(piece.guesses) for piece in work), np.int32, n)
+    wanted = (first_row + known - 1)[starts + known == lengths]
     if also:
         wanted = np.concatenate([wanted, np.asarray(also, np.int32)])
     return Batch(
@@ -113,6 +116,17 @@ def _fed(work: Sequence[Piece]) -> Iterable[int]:
     for piece in work:
         seq = piece.seq
         yield from seq.tokens[seq.computed : seq.computed + piece.count]
+        yield from piece.guesses
+
+
+def guess_rows(work: Sequence[Piece]) -> list[int]:
+    """Rows of guesses among all that a step feeds."""
+    rows: list[int] = []
+    end = 0
+    for piece in work:
+        end += piece.count
+        rows += range(end - len(piece.guesses), end)
+    return rows
 
 
 def _tables(work: Sequence[Piece], ends: Int32, block_size: int) -> Int32:

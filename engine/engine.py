@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ from .native.sampling import NativeSampling, load_sampling
 from .processors import check_processors
 from .runner import Runner
 from .sampler import NONE_LEFT, Sampler
-from .scheduler import Scheduler, StepPlan
-from .sequence import Sequence
+from .scheduler import Scheduler, StepPlan, Work
+from .sequence import Ahead, Row, Sequence
 from .settings import EngineSettings
+from .speculation import Speculation
 from .swap import StepCosts, SwapSpace, swap_pays
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Engine:
         self.fast_forward = True
         """Tokens that a grammar forces are not sampled; False is the slow way to the same."""
         self._guide = Guide(settings.model, runner.spec.vocab_size, runner.eos_token_ids)
+        self._speculation = Speculation(settings.speculate) if settings.speculate else None
         self._seqs: dict[str, Sequence] = {}
         self._number = 0
         self._ended: list[Output] = []
@@ -110,6 +113,8 @@ class Engine:
             tokens=self._step_tokens,
             step_tokens=scheduler.step_tokens,
             max_running=scheduler.max_running,
+            drafted=self._speculation.drafted if self._speculation else 0,
+            accepted=self._speculation.accepted if self._speculation else 0,
             prefix_queries=scheduler.cache.queries,
             prefix_hits=scheduler.cache.hits,
             adapters=len(self._desk.loaded),
@@ -185,18 +190,21 @@ class Engine:
         queued = {seq.id for seq in (*scheduled, *self._desk.waiting, *self._guide.waiting)}
         assert queued == set(self._seqs), f"lost or unknown: {sorted(queued ^ set(self._seqs))}"
         self._sampler.processing.check(self._seqs.keys())
+        if self._speculation:
+            self._speculation.check(self._seqs.values())
 
     def _run(self) -> list[Output]:
         """One step, smaller and smaller until memory suffices. A failed try has computed nothing."""
         size = self._scheduler.step_tokens, self._scheduler.max_running
         while True:
             plan = self._plan()
-            sampling = [work.seq for work in plan.work if work.samples]
-            masks = self._guide.start(sampling)
+            sampling = [work for work in plan.work if work.samples]
+            masks = self._guide.start([work.seq for work in sampling])
+            began = time.monotonic()
             try:
                 scorer = _prompt_scorer(plan)
                 logits = self._runner.forward(plan, self._desk.loaded, scorer)
-                tokens, scores = self._sample(logits, sampling, masks)
+                tokens, scores = self._sample(logits, _rows(sampling), masks)
                 break
             except Exception as exc:
                 if masks:
@@ -205,17 +213,22 @@ class Engine:
                     raise
             # Here the exception is gone, and with it the frames that held the failed step's tensors.
             self._runner.free_caches()
+            self._scheduler.drop_guesses(plan)
             if not self._shrink(plan):
                 self._step_tokens = 0
                 self._scheduler.step_tokens, self._scheduler.max_running = size  # it was this one's doing
                 return [self._too_big(plan)]
+        if self._speculation and self._scheduler.only_decodes:
+            self._speculation.times.add(plan.tokens, time.monotonic() - began)
         self._scheduler.advance(plan)
         self._step_tokens = plan.tokens
         self._grow()
         outputs = [
             self._record_guided(seq, token, masks, row) if masks and seq.guided else self._record(seq, token)
-            for row, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
+            for row, (seq, token) in enumerate(zip((work.seq for work in sampling), tokens, strict=False))
         ]
+        if len(tokens) > len(sampling):
+            outputs = self._check_guesses(sampling, tokens, outputs)
         if scores:
             told = scores.of(
                 logits, [output.token_ids[-1] if output.token_ids else None for output in outputs]
@@ -224,11 +237,15 @@ class Engine:
         return _with_prompts(outputs, scorer) if scorer else outputs
 
     def _plan(self) -> StepPlan:
-        """The scheduler's plan, sequences with the same adapter beside one another."""
+        """The scheduler's plan, sequences with the same adapter beside one another, and guesses that pay."""
         plan = self._scheduler.plan()
-        if not self._desk.loaded:
-            return plan
-        return StepPlan(tuple(sorted(plan.work, key=lambda work: work.seq.adapter or "")))
+        if self._desk.loaded:
+            plan = StepPlan(tuple(sorted(plan.work, key=lambda work: work.seq.adapter or "")))
+        if self._speculation and self._scheduler.only_decodes:
+            room = self._scheduler.step_tokens - plan.tokens
+            guesses = self._speculation.draft([work.seq for work in plan.work], room)
+            plan = self._scheduler.add_guesses(plan, guesses) if guesses else plan
+        return plan
 
     def _attend_to_adapters(self) -> list[Output]:
         """Sequences whose adapter has come go to the scheduler; those whose adapter is no good end."""
@@ -289,15 +306,45 @@ class Engine:
         )
 
     def _sample(
-        self, logits: Tensor, seqs: list[Sequence], masks: Masks | None
+        self, logits: Tensor, rows: list[Row], masks: Masks | None
     ) -> tuple[list[int | None], Scores | None]:
         """A token for each row, and what log probabilities are made of if any row asks."""
-        if not seqs:
+        if not rows:
             return [], None
-        scores = Scores.take(logits, seqs)  # the model's own: before masks
+        scores = Scores.take(logits, rows)  # the model's own: before masks
         if masks:
             masks.apply(logits)
-        return self._sampler.sample(logits, seqs), scores
+        return self._sampler.sample(logits, rows), scores
+
+    def _check_guesses(
+        self, sampling: list[Work], tokens: list[int | None], outputs: list[Output]
+    ) -> list[Output]:
+        """Add to each output what follows it as long as guesses were right. tokens: as ``_rows`` has them."""
+        behind = iter(tokens[len(sampling) :])
+        return [
+            self._add_guessed(work, output, [token, *islice(behind, len(work.guesses))])
+            if work.guesses
+            else output
+            for work, output, token in zip(sampling, outputs, tokens, strict=False)
+        ]
+
+    def _add_guessed(self, work: Work, output: Output, drawn: list[int | None]) -> Output:
+        """drawn: [1 + guesses]; the first is in ``output``."""
+        assert self._speculation is not None
+        right = 0
+        for guess, before, token in zip(work.guesses, drawn, drawn[1:], strict=False):
+            if output.finish or before != guess:
+                break
+            right += 1
+            if token is None:  # these logits are no numbers: the next step finds out for itself
+                break
+            more = self._record(work.seq, token)
+            token_ids = [*output.token_ids, *more.token_ids]
+            output = replace(more, token_ids=token_ids, cached_tokens=output.cached_tokens)
+        if not output.finish:
+            self._scheduler.settle(work.seq, min(right, work.seq.pending - 1))
+            self._speculation.learn(work.seq, len(work.guesses), right)
+        return output
 
     def _record(self, seq: Sequence, token: int | None) -> Output:
         """Append the token, or end the sequence because of it."""
@@ -394,6 +441,8 @@ class Engine:
     def _end(self, seq: Sequence, *, spoiled: bool = False) -> None:
         del self._seqs[seq.id]
         self._sampler.processing.forget(seq.id)
+        if self._speculation:
+            self._speculation.forget(seq)
         if self._guide.forget(seq):
             return
         if seq.adapter is None or not self._desk.remove(seq):
@@ -423,6 +472,12 @@ class Engine:
             if not fine:
                 raise InvalidRequest(f"{name} is {getattr(request, name)}; it must be {rule}", param=name)
         check_processors(request, vocab)
+
+
+def _rows(sampling: list[Work]) -> list[Row]:
+    """Whose next token each row of the logits says: each sequence, then then those with guesses behind."""
+    behind = [Ahead(w.seq, w.guesses[:n]) for w in sampling for n in range(1, len(w.guesses) + 1)]
+    return [*(work.seq for work in sampling), *behind]
 
 
 def _prompt_scorer(plan: StepPlan) -> PromptScorer | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..schemas.logprobs import TokenLogprobs
-from .sequence import Sequence
+from .sequence import Row, Sequence
 
 
 class Work(Protocol):
@@ -46,7 +46,7 @@ class Scores:
     ids: Tensor
 
     @classmethod
-    def take(cls, logits: Tensor, seqs: Rows[Sequence]) -> Scores | None:
+    def take(cls, logits: Tensor, seqs: Rows[Row]) -> Scores | None:
         """None: nobody asks. logits: [rows, vocab], one row for each of ``seqs``."""
         rows = [row for row, seq in enumerate(seqs) if seq.request.logprobs is not None]
         if not rows:

@@ -114,6 +114,9 @@ class Request:
     """0 interactive, 1 normal, 2 batch: lower is served strictly first."""
     arrival: float = 0.0
     """Orders requests of one class; any clock, as long as it is one clock."""
+    group: str = ""
+    """Requests whose outputs may be alike, such as the rows of one bulk file of one tenant: what one has said
+    is guessed for the others. It changes no output."""
     cache_salt: str = ""
     """Only requests with the same salt share keys and values: the worker puts the tenant here, so that nobody
     learns from the time an answer takes what somebody else has asked."""
@@ -186,6 +189,10 @@ class Stats:
     """The budget of a step as it is now: less than ``EngineInfo``'s once memory ran out."""
     max_running: int = 0
     """Likewise, sequences that may run together."""
+    drafted: int = 0
+    """Guesses that were checked, since the start."""
+    accepted: int = 0
+    """Those of them that were right."""
     prefix_queries: int = 0
     """Tokens looked up in the prefix cache since the start, each sequence once …"""
     prefix_hits: int = 0

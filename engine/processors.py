@@ -21,7 +21,7 @@ from torch import Tensor
 from ..schemas.errors import InvalidRequest
 from .messages import Processors, Request
 from .row_state import Amounts, Ids, RowState
-from .sequence import Sequence
+from .sequence import Row
 from .torch_noise import key_rows, noise_bits, unsigned_below
 from .watermark import green_below, green_key
 
@@ -56,7 +56,7 @@ class Processing:
         """Raise AssertionError if a sequence that is not ``known`` was not forgotten."""
         assert self._states.keys() <= known, f"not forgotten: {sorted(self._states.keys() - known)}"
 
-    def apply(self, logits: Tensor, seqs: Rows[Sequence]) -> Processed | None:
+    def apply(self, logits: Tensor, seqs: Rows[Row]) -> Processed | None:
         """The rows that ask for something, changed. None: no row does.
 
         logits: [rows, vocab], one row for each of ``seqs``; not written to.
@@ -75,7 +75,7 @@ class Processing:
         self._forbid(scores, some, states)
         return Processed(rows, scores)
 
-    def _state(self, seq: Sequence) -> RowState | None:
+    def _state(self, seq: Row) -> RowState | None:
         if seq.request.processors is None:
             return None
         state = self._states.get(seq.id)
@@ -84,7 +84,7 @@ class Processing:
         state.catch_up(seq.tokens)
         return state
 
-    def _favour_green(self, scores: Tensor, seqs: list[Sequence], states: list[tuple[int, RowState]]) -> None:
+    def _favour_green(self, scores: Tensor, seqs: list[Row], states: list[tuple[int, RowState]]) -> None:
         for place, state in states:
             if mark := state.processors.watermark:
                 key = key_rows([green_key(mark.key, seqs[place].tokens[-1])], self.device)
@@ -111,7 +111,7 @@ class Processing:
             at, amounts = self._gather(scores, found)
             scores.view(-1)[at] -= amounts
 
-    def _forbid(self, scores: Tensor, seqs: list[Sequence], states: list[tuple[int, RowState]]) -> None:
+    def _forbid(self, scores: Tensor, seqs: list[Row], states: list[tuple[int, RowState]]) -> None:
         for place, state in states:
             banned = state.banned()
             if len(banned):
@@ -137,7 +137,7 @@ class Processing:
         return torch.from_numpy(array).to(self.device)  # pyright: ignore[reportUnknownMemberType]  (untyped)
 
 
-def _asks(seq: Sequence) -> bool:
+def _asks(seq: Row) -> bool:
     request = seq.request
     return request.processors is not None or seq.output_len < request.min_tokens
 

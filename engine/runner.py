@@ -19,7 +19,7 @@ from ..schemas.settings import default_home
 from .attention.backend import Attention
 from .attention.native_backend import NativeAttention
 from .attention.torch_backend import TorchAttention
-from .batch import Piece, pack
+from .batch import Piece, guess_rows, pack
 from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
 from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
 from .layers.invariant import Make, invariant
@@ -116,16 +116,19 @@ class Runner:
     ) -> Tensor:
         """Run one step and return logits [rows, vocab] in the engine's dtype.
 
-        One row for each work that reaches its sequence's end, in plan order; the sequences are not changed.
+        One row for each work that reaches its sequence's end, in plan order, then one for each guess; the
+        sequences are not changed.
         ``adapters``: those that the sequences name. The ``scorer`` is given the logits of its rows, a few at
         a time.
         """
         assert plan.work, "an empty plan"
-        also = scorer.rows if scorer else ()
+        scored = list(scorer.rows if scorer else ())
+        also = guess_rows(plan.work) + scored
+        assert also == sorted(also), "guesses in a step that scores a prompt"
         batch = pack(plan.work, self.block_size, self.device, also)
         owners = adapted(plan.work, adapters, also) if adapters else Adapted()
         hidden = self._decoder.forward(batch, self._attention, owners)
-        sampled = len(hidden) - len(also)
+        sampled = len(hidden) - len(scored)
         for start in range(sampled, len(hidden), SCORED_AT_ONCE):
             assert scorer is not None
             scorer.take(self._decoder.logits(hidden[start : start + SCORED_AT_ONCE]))
@@ -281,6 +284,7 @@ class _Dummy:
 class _DummyWork:
     seq: _Dummy
     count: int
+    guesses: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from .messages import Request
 from .native.sampling import NativeSampling
 from .noise import MAX_GUMBEL, noise_key
 from .processors import Processed, Processing
-from .sequence import Sequence
+from .sequence import Row
 from .torch_noise import gumbel, int32, key_rows, noise_bits
 
 GREEDY_BELOW = 1e-5
@@ -52,7 +52,7 @@ class Sampler:
         self._tokens = torch.arange(vocab_size, dtype=torch.int32, device=self.device)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, seqs: Rows[Sequence]) -> list[int | None]:
+    def sample(self, logits: Tensor, seqs: Rows[Row]) -> list[int | None]:
         """The next token of each row; None where the row's logits are not numbers, NONE_LEFT where every
         token was ruled out.
 
@@ -72,7 +72,7 @@ class Sampler:
             self._finish(processed, seqs, tokens)
         return tokens
 
-    def _finish(self, processed: Processed, seqs: Rows[Sequence], tokens: list[int | None]) -> None:
+    def _finish(self, processed: Processed, seqs: Rows[Row], tokens: list[int | None]) -> None:
         """What only few rows need."""
         for place, row in enumerate(processed.rows):
             request = seqs[row].request
@@ -81,7 +81,7 @@ class Sampler:
             elif request.processors and request.processors.typical_p < 1.0 and not _greedy_one(request):
                 tokens[row] = self._typical(processed.logits[place : place + 1], seqs[row])
 
-    def _sample(self, logits: Tensor, seqs: Rows[Sequence]) -> list[int | None]:
+    def _sample(self, logits: Tensor, seqs: Rows[Row]) -> list[int | None]:
         noisy = [row for row, seq in enumerate(seqs) if not _greedy_one(seq.request)]
         if not noisy:
             return _greedy(logits)
@@ -126,7 +126,7 @@ class Sampler:
                 tokens[row], known[row] = None, True
         return tokens, [bool(k) for k in _ints(known)]
 
-    def _typical(self, logits: Tensor, seq: Sequence) -> int:
+    def _typical(self, logits: Tensor, seq: Row) -> int:
         """Token of one row that has ``typical_p``. logits: [1, vocab] float32."""
         request = seq.request
         assert request.processors is not None
@@ -202,7 +202,7 @@ class _Knobs:
     filtered: Tensor
 
     @classmethod
-    def of(cls, seqs: Rows[Sequence], device: torch.device) -> _Knobs:
+    def of(cls, seqs: Rows[Row], device: torch.device) -> _Knobs:
         requests = [seq.request for seq in seqs]
         keys = [noise_key(s.request.seed, s.request.choice, s.output_len) for s in seqs]
 
@@ -258,7 +258,7 @@ def typical(scaled: Tensor, mass: float) -> Tensor:
 
 
 def _sample_natively(
-    native: NativeSampling, logits: Tensor, processed: Processed | None, seqs: Rows[Sequence]
+    native: NativeSampling, logits: Tensor, processed: Processed | None, seqs: Rows[Row]
 ) -> list[int | None]:
     requests = [seq.request for seq in seqs]
     keys = [noise_key(s.request.seed, s.request.choice, s.output_len) for s in seqs]

@@ -19,15 +19,24 @@ SMALLEST_STEP = 16
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Feed ``seq.tokens[seq.computed : seq.computed + count]``; blocks for them are in the table."""
+    """Feed ``count`` tokens of ``seq`` from ``seq.computed`` on; blocks for them are in the table.
+
+    ``guesses`` are the last of them: tokens that ``seq`` does not have yet.
+    """
 
     seq: Sequence
     count: int
+    guesses: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> int:
+        """Tokens that are no guesses."""
+        return self.count - len(self.guesses)
 
     @property
     def samples(self) -> bool:
         """The last known token is fed, so the model's answer is the next one."""
-        return self.seq.computed + self.count == len(self.seq.tokens)
+        return self.seq.computed + self.known == len(self.seq.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +142,34 @@ class Scheduler:
                 self._grant(seq, min(seq.pending, budget))
         return StepPlan(tuple(Work(seq, count) for seq, count in self._work.items()))
 
+    @property
+    def only_decodes(self) -> bool:
+        """Nobody waits, and everybody running has one token to go."""
+        return not self.waiting and all(seq.pending == 1 for seq in self.running)
+
+    def add_guesses(self, plan: StepPlan, guesses: dict[Sequence, list[int]]) -> StepPlan:
+        """``plan`` with guesses behind what it feeds, as many as free blocks allow: nobody makes room for a
+        guess. ``settle`` or ``drop_guesses`` follows."""
+        return StepPlan(tuple(self._guess(work, guesses.get(work.seq, [])) for work in plan.work))
+
+    def drop_guesses(self, plan: StepPlan) -> None:
+        """The step failed: take back what only the guesses of ``plan`` needed."""
+        for work in plan.work:
+            self._trim(work.seq)
+
+    def settle(self, seq: Sequence, right: int) -> None:
+        """So many guesses about ``seq`` were right and are among its tokens now; keys and values of the rest
+        are void."""
+        before = seq.computed
+        seq.computed += right
+        self.cache.publish(seq, before)
+        self._trim(seq)
+
     def advance(self, plan: StepPlan) -> None:
-        """The model has run ``plan``: its tokens have keys and values now."""
+        """The model has run ``plan``: its tokens, guesses apart, have keys and values now."""
         for work in plan.work:
             before = work.seq.computed
-            work.seq.computed += work.count
+            work.seq.computed += work.known
             self.cache.publish(work.seq, before)
 
     def shrink(self) -> bool:
@@ -231,6 +263,21 @@ class Scheduler:
         first, end = seq.computed // self.block_size, (seq.computed + count) // self.block_size
         for name in seq.hashes[first:end]:
             self._coming.setdefault(name, seq)
+
+    def _guess(self, work: Work, guesses: list[int]) -> Work:
+        seq, known = work.seq, work.seq.computed + work.count
+        need = self._blocks(known + len(guesses)) - len(seq.block_table)
+        blocks = self.cache.allocate(max(0, need))
+        if blocks is None:
+            guesses, blocks = guesses[: len(seq.block_table) * self.block_size - known], []
+        seq.block_table += blocks
+        return Work(seq, work.count + len(guesses), tuple(guesses))
+
+    def _trim(self, seq: Sequence) -> None:
+        """Give up blocks beyond the known tokens."""
+        keep = self._blocks(len(seq.tokens))
+        self.pool.release(seq.block_table[keep:])
+        del seq.block_table[keep:]
 
     def _room(self, seq: Sequence) -> int:
         """Tokens ``seq`` could still be given if it took all free blocks and those ranked behind it."""

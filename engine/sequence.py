@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .messages import Request
 
 if TYPE_CHECKING:
     from .guided.state import GuidedState
+
+
+class Row(Protocol):
+    """What the sampler reads of a sequence."""
+
+    @property
+    def request(self) -> Request: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def output_len(self) -> int: ...
+    @property
+    def end_ids(self) -> frozenset[int]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -79,3 +94,31 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that still have to go through the model before the next one can be sampled."""
         return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A sequence as it will be once so many guesses about it have turned out right."""
+
+    seq: Sequence
+    guesses: tuple[int, ...]
+
+    @property
+    def request(self) -> Request:
+        return self.seq.request
+
+    @property
+    def id(self) -> str:
+        return self.seq.id
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return self.seq.end_ids
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.seq.tokens, *self.guesses]
+
+    @property
+    def output_len(self) -> int:
+        return self.seq.output_len + len(self.guesses)

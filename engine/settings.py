@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -40,6 +40,8 @@ class EngineSettings(BaseModel):
     swap_gib: float = Field(default=0.0, ge=0.0)
     """Host memory for KV blocks that had to make way and are wanted again; used where copying them costs less
     than computing them, as measured. 0: none."""
+    speculate: NonNegativeInt = 8
+    """Guesses of what a sequence says next that a step may check along with it, where that pays; 0: none."""
     memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
     """CUDA only: the part of the card's memory that weights, activations and KV cache may take together."""
 

@@ -21,6 +21,7 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "kv-block-size": (click.IntRange(1), "Tokens per KV block."),
     "prefix-cache": (bool, "Keep what was computed for prompts that begin alike; default: yes."),
     "swap-gib": (click.FloatRange(0), "Host memory for KV blocks that had to make way."),
+    "speculate": (click.IntRange(0), "Guessed tokens a step may check for a sequence; 0: none."),
     "memory-fraction": (click.FloatRange(0, 1, min_open=True), "CUDA: part of the card's memory to use."),
     "num-threads": (click.IntRange(1), "CPU threads of the engine."),
     "default-max-tokens": (click.IntRange(1), "Output tokens for a request that names no number."),

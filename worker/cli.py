@@ -45,6 +45,7 @@ def cli() -> None:
     help="Keep what was computed for prompts that begin alike; default: yes.",
 )
 @click.option("--swap-gib", type=float, help="Host memory for KV blocks that had to make way; default 0.")
+@click.option("--speculate", type=int, help="Guessed tokens a step may check for a sequence; 0: none.")
 @click.option("--memory-fraction", type=float, help="CUDA: part of the card's memory to use.")
 @click.option("--num-threads", type=int, help="CPU threads of the engine.")
 @click.option("--max-stop-sequences", type=int, help="Stop strings of one request.")

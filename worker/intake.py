@@ -97,4 +97,5 @@ def engine_request(generation: Generation) -> Request:
         priority=job.priority.rank,
         arrival=generation.started_at,
         cache_salt=job.tenant,
+        group=job.tenant,
     )

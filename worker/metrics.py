@@ -63,6 +63,8 @@ class Metrics:
         self._prefix_hits = self._counter("prefix_cache_hits", "Tokens found there.")
         self._blocks_saved = self._counter("kv_blocks_swapped_out", "KV blocks copied to the host's memory.")
         self._blocks_loaded = self._counter("kv_blocks_swapped_in", "KV blocks copied back.")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "Guessed tokens that were checked.")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Guessed tokens that were right.")
         self._engine_tokens = self._counter(
             "engine_tokens", "Tokens fed to the model, recomputed ones included."
         )
@@ -145,6 +147,8 @@ class Metrics:
         self._catch_up(self._prefix_hits, "prefix_hits", stats.prefix_hits)
         self._catch_up(self._blocks_saved, "blocks_saved", stats.blocks_saved)
         self._catch_up(self._blocks_loaded, "blocks_loaded", stats.blocks_loaded)
+        self._catch_up(self._drafted, "drafted", stats.drafted)
+        self._catch_up(self._accepted, "accepted", stats.accepted)
         if self._last_step_at is not None:
             self._inter_token_s.observe(now - self._last_step_at)
         self._last_step_at = now if stats.running else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, PositiveInt, ValidationError
+from pydantic import AliasChoices, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from ..engine.settings import DType, EngineSettings
 from ..schemas.errors import Misconfigured
@@ -41,6 +41,7 @@ class WorkerSettings(Settings):
     kv_block_size: PositiveInt = 16
     prefix_cache: bool = True
     swap_gib: Annotated[float, Field(ge=0.0)] = 0.0
+    speculate: Annotated[NonNegativeInt, Field(validation_alias=_tgi("speculate"))] = 8
     memory_fraction: Annotated[
         float,
         Field(

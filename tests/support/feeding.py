@@ -25,6 +25,7 @@ class Fed:
 class Piece:
     seq: Fed
     count: int
+    guesses: tuple[int, ...] = ()
 
 
 @dataclass

@@ -1,0 +1,147 @@
+"""Speculation: how many guessed tokens a step checks along with the next one. Pure, but for measured times.
+
+A step that feeds a few more tokens costs little more while the batch is small: it reads the weights once
+either way. Each guess that turns out to be what the sampler draws saves a step. A token's noise depends on
+its position alone, so what comes out is what would have come out without guesses, greedy or sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+from .drafts import FinishedTexts, OwnText
+from .sequence import Sequence
+
+MOST_SEQS = 32
+"""With more sequences than this looking for guesses costs more than they save."""
+FIRST_TRUST = 0.5
+"""Chance that a guess is right, as long as nothing is known of a sequence."""
+LEARN = 0.2
+"""Weight of the newest observation."""
+LEAST_TRUST = 0.1
+"""Below this a sequence is left alone for a while."""
+LONGEST_REST = 64
+"""Steps."""
+STALE_STEPS = 500
+"""A measured time that old no longer counts: the machine may have become faster since."""
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds of steps by how many tokens they fed, measured in pure decode steps."""
+
+    _points: dict[int, tuple[float, int]] = field(default_factory=dict[int, tuple[float, int]])
+    """Tokens → (seconds, smoothed; step of the last measurement)."""
+    _step: int = 0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Learn from a step. A spike counts as twice the expected at most."""
+        self._step += 1
+        known = self._points.get(tokens)
+        if known is not None and self._step - known[1] <= STALE_STEPS:
+            seconds = known[0] + LEARN * (min(seconds, 2 * known[0]) - known[0])
+        self._points[tokens] = (seconds, self._step)
+
+    def expect(self, tokens: int) -> float | None:
+        """Between two measured sizes a straight line; beyond the largest the same as there, so that it is
+        tried. None: nothing as small was measured yet."""
+        fresh = {n: s for n, (s, step) in self._points.items() if self._step - step <= STALE_STEPS}
+        below = max((n for n in fresh if n <= tokens), default=None)
+        above = min((n for n in fresh if n >= tokens), default=None)
+        if below is None:
+            return None
+        if above is None or above == below:
+            return fresh[below]
+        return fresh[below] + (fresh[above] - fresh[below]) * (tokens - below) / (above - below)
+
+
+@dataclass(slots=True)
+class _Record:
+    """What is known of one sequence's guesses."""
+
+    text: OwnText = field(default_factory=OwnText)
+    trust: float = FIRST_TRUST
+    rest: int = 0
+    """Steps for which it is left alone."""
+    next_rest: int = 1
+
+
+class Speculation:
+    """Proposes guesses for pure decode steps, and learns which were right and what they cost."""
+
+    def __init__(self, most: int) -> None:
+        """``most`` guesses for one sequence in one step."""
+        self._most = most
+        self._counts = sorted({most, *(count for count in (1, 2, 4, 8, 16) if count < most)})
+        self.times = StepTimes()
+        self.drafted = self.accepted = 0
+        """Guesses checked, and those that were right, since the start."""
+        self._records: dict[Sequence, _Record] = {}
+        self._finished = FinishedTexts()
+
+    def draft(self, seqs: Rows[Sequence], budget: int) -> dict[Sequence, list[int]]:
+        """Guesses worth checking beside the next token of each of ``seqs``: at most ``budget`` in all."""
+        base = self.times.expect(len(seqs))
+        if base is None or len(seqs) > MOST_SEQS:
+            return {}
+        guesses = {seq: found for seq in seqs if _may(seq) and (found := self._propose(seq))}
+        best, best_rate = 0, len(seqs) / base
+        for count in self._counts if guesses else ():
+            sizes = [min(count, len(found)) for found in guesses.values()]
+            if sum(sizes) > budget:
+                break
+            gained = sum(map(self._gain, guesses, sizes))
+            seconds = self.times.expect(len(seqs) + sum(sizes))
+            assert seconds is not None, "more tokens than the base"
+            if (rate := (len(seqs) + gained) / seconds) > best_rate:
+                best, best_rate = count, rate
+        return {seq: found[:best] for seq, found in guesses.items()} if best else {}
+
+    def learn(self, seq: Sequence, drafted: int, accepted: int) -> None:
+        """``accepted`` of ``drafted`` guesses were right; the one after them, if any, was wrong."""
+        self.drafted += drafted
+        self.accepted += accepted
+        record = self._records[seq]
+        checked = min(drafted, accepted + 1)
+        record.trust += LEARN * (accepted / checked - record.trust)
+        if accepted:
+            record.next_rest = 1
+        elif record.trust < LEAST_TRUST:
+            record.rest = record.next_rest
+            record.next_rest = min(LONGEST_REST, 2 * record.next_rest)
+
+    def forget(self, seq: Sequence) -> None:
+        """This sequence has ended; what it said may help others of its group."""
+        self._records.pop(seq, None)
+        if seq.request.group:
+            self._finished.add(seq.request.group, seq.tokens[seq.prompt_len :])
+
+    def check(self, known: Iterable[Sequence]) -> None:
+        """Raise AssertionError if a sequence that has ended was not forgotten."""
+        assert self._records.keys() <= set(known), "a sequence that has ended was not forgotten"
+
+    def _propose(self, seq: Sequence) -> list[int]:
+        record = self._records.setdefault(seq, _Record())
+        if record.rest:
+            record.rest -= 1
+            return []
+        count = min(self._most, seq.limit - len(seq.tokens) - 1)
+        if count < 1:
+            return []
+        group = seq.request.group
+        found = self._finished.propose(group, seq.tokens, count) if group else []
+        return found or record.text.propose(seq.tokens, count)
+
+    def _gain(self, seq: Sequence, count: int) -> float:
+        """Tokens more than one that are expected of ``count`` guesses: p + p² + …"""
+        trust = self._records[seq].trust
+        return sum(trust**power for power in range(1, count + 1))
+
+
+def _may(seq: Sequence) -> bool:
+    """What looks at each token, or changes logits by what was said, would have to be done for each guess."""
+    request = seq.request
+    plain = request.processors is None and seq.guided is None and request.logprobs is None
+    return plain and seq.output_len >= request.min_tokens
