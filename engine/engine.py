@@ -421,7 +421,7 @@ class Engine:
     def _begin(self, seq: Sequence, begins: list[int] | BadInput) -> list[Output]:
         """Queue a sequence whose grammar is ready, with the tokens that are forced from the start."""
         if isinstance(begins, BadInput):
-            del self._seqs[seq.id]
+            self._end(seq)
             return [
                 Output(
                     id=seq.id,
@@ -431,12 +431,13 @@ class Engine:
                     error=begins.message,
                 )
             ]
-        self._queue(seq)
         output = self._append(seq, begins)
-        if output.finish is None:  # they come out with the first sampled one: a step has one output each
-            seq.said -= len(begins)
-            return []
-        return [output]
+        if output.finish:
+            return [output]
+        self._guide.forget(seq)
+        self._queue(seq)
+        seq.said -= len(begins)  # they come out with the first sampled one: a step has one output each
+        return []
 
     def _end(self, seq: Sequence, *, spoiled: bool = False) -> None:
         del self._seqs[seq.id]

@@ -48,7 +48,7 @@ class Guide:
     def ready(self, *, patiently: bool) -> list[tuple[Sequence, list[int] | BadInput]]:
         """Sequences that are ready, each with the tokens it begins with, or with why it cannot run.
 
-        patiently: nothing else is to be done, so wait a little for one.
+        They wait here until ``forget``. patiently: nothing else is to be done, so wait a little for one.
         """
         if not self._waiting:
             return []
@@ -58,7 +58,6 @@ class Guide:
         return [(seq, self._take(seq, future)) for seq, future in done]
 
     def _take(self, seq: Sequence, future: Future[tuple[GuidedState, list[int]]]) -> list[int] | BadInput:
-        del self._waiting[seq]
         try:
             seq.guided, begins = future.result()
         except BadInput as exc:
