@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from ..schemas.errors import BadInput, InvalidRequest, PromptTooLong
-from ..schemas.logprobs import TokenLogprobs
+from ..schemas.errors import BadInput, InvalidRequest
 from ..schemas.settings import default_home
 from .block_pool import BlockPool
+from .checks import check_request
 from .guided.guide import Guide
 from .guided.masks import Masks
-from .guided.state import LeftTheGrammar
 from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
 from .messages import EngineInfo, Output, Request, Stats
 from .native.sampling import NativeSampling, load_sampling
-from .processors import check_processors
+from .recorder import Recorder
 from .runner import Runner
-from .sampler import NONE_LEFT, Sampler
+from .sampler import Sampler
 from .scheduler import Scheduler, StepPlan, Work
 from .sequence import Ahead, Row, Sequence
 from .settings import EngineSettings
@@ -37,12 +36,6 @@ GROW_AFTER_STEPS = 1_000
 may have gone. Should it fail, that costs one step's time."""
 ADAPTER_POLL_S = 0.05
 """How long a step waits for an adapter when there is nothing else to do: so often are commands heard then."""
-BAD_LOGITS = "invalid_logits"
-"""Error code of a sequence whose logits were not numbers: a model or a kernel is broken for this input."""
-NOTHING_ALLOWED = "nothing_allowed"
-"""Error code of a sequence whose own processors leave it no token to sample."""
-GRAMMAR_FAILED = "grammar_failed"
-"""Error code of a sequence whose grammar went beyond a limit in the middle of the text."""
 
 
 class Engine:
@@ -72,6 +65,7 @@ class Engine:
         """Tokens that a grammar forces are not sampled; False is the slow way to the same."""
         self._guide = Guide(settings.model, runner.spec.vocab_size, runner.eos_token_ids)
         self._speculation = Speculation(settings.speculate) if settings.speculate else None
+        self._recorder = Recorder(self._end)
         self._seqs: dict[str, Sequence] = {}
         self._number = 0
         self._ended: list[Output] = []
@@ -128,7 +122,11 @@ class Engine:
 
         Raises PromptTooLong, or InvalidRequest for anything else that cannot be run. Nothing is changed then.
         """
-        self._validate(request)
+        if request.id in self._seqs:
+            raise InvalidRequest(f"request {request.id} is running already", param="id")
+        check_request(
+            request, max_model_len=self._runner.max_model_len, vocab_size=self._runner.spec.vocab_size
+        )
         seq = Sequence(
             request,
             limit=min(len(request.prompt_ids) + request.max_tokens, self._runner.max_model_len),
@@ -198,17 +196,11 @@ class Engine:
         size = self._scheduler.step_tokens, self._scheduler.max_running
         while True:
             plan = self._plan()
-            sampling = [work for work in plan.work if work.samples]
-            masks = self._guide.start([work.seq for work in sampling])
             began = time.monotonic()
             try:
-                scorer = _prompt_scorer(plan)
-                logits = self._runner.forward(plan, self._desk.loaded, scorer)
-                tokens, scores = self._sample(logits, _rows(sampling), masks)
+                drawn = self._draw(plan)
                 break
             except Exception as exc:
-                if masks:
-                    masks.drop()
                 if not is_out_of_memory(exc):
                     raise
             # Here the exception is gone, and with it the frames that held the failed step's tensors.
@@ -223,18 +215,48 @@ class Engine:
         self._scheduler.advance(plan)
         self._step_tokens = plan.tokens
         self._grow()
-        outputs = [
-            self._record_guided(seq, token, masks, row) if masks and seq.guided else self._record(seq, token)
-            for row, (seq, token) in enumerate(zip((work.seq for work in sampling), tokens, strict=False))
-        ]
-        if len(tokens) > len(sampling):
-            outputs = self._check_guesses(sampling, tokens, outputs)
-        if scores:
-            told = scores.of(
-                logits, [output.token_ids[-1] if output.token_ids else None for output in outputs]
-            )
-            outputs = [_with_logprobs(output, told.get(row)) for row, output in enumerate(outputs)]
-        return _with_prompts(outputs, scorer) if scorer else outputs
+        return self._record(drawn)
+
+    def _draw(self, plan: StepPlan) -> _Drawn:
+        """Run the model and the sampler; nothing is recorded yet."""
+        works = [work for work in plan.work if work.samples]
+        rows = _rows(works)
+        masks = self._guide.start([work.seq for work in works])
+        try:
+            scorer = PromptScorer.of(plan.work)
+            logits = self._runner.forward(plan, self._desk.loaded, scorer)
+            scores = Scores.take(logits, rows)  # the model's own: before masks
+            if masks:
+                masks.apply(logits)
+            tokens = self._sampler.sample(logits, rows) if rows else []
+        except Exception:
+            if masks:
+                masks.drop()
+            raise
+        return _Drawn(works, tokens, logits, masks, scores, scorer)
+
+    def _record(self, drawn: _Drawn) -> list[Output]:
+        outputs: list[Output] = []
+        behind = iter(drawn.tokens[len(drawn.works) :])
+        for row, (work, token) in enumerate(zip(drawn.works, drawn.tokens, strict=False)):
+            if drawn.masks and work.seq.guided:
+                output = self._recorder.record_guided(work.seq, token, drawn.masks, row)
+            else:
+                output = self._recorder.record(work.seq, token)
+            if work.guesses:
+                output = self._check_guesses(work, output, [token, *islice(behind, len(work.guesses))])
+            outputs.append(output)
+        if drawn.scores:
+            outputs = drawn.scores.tell(outputs, drawn.logits)
+        return drawn.scorer.tell(outputs) if drawn.scorer else outputs
+
+    def _check_guesses(self, work: Work, output: Output, drawn: list[int | None]) -> Output:
+        assert self._speculation is not None
+        output, right = self._recorder.record_guessed(work.seq, work.guesses, drawn, output)
+        if not output.finish:
+            self._scheduler.settle(work.seq, min(right, work.seq.pending - 1))
+            self._speculation.learn(work.seq, len(work.guesses), right)
+        return output
 
     def _plan(self) -> StepPlan:
         """The scheduler's plan, sequences with the same adapter beside one another, and guesses that pay."""
@@ -305,119 +327,6 @@ class Engine:
             "in the engine; lower max_batch_total_tokens to leave more for a step, or add memory",
         )
 
-    def _sample(
-        self, logits: Tensor, rows: list[Row], masks: Masks | None
-    ) -> tuple[list[int | None], Scores | None]:
-        """A token for each row, and what log probabilities are made of if any row asks."""
-        if not rows:
-            return [], None
-        scores = Scores.take(logits, rows)  # the model's own: before masks
-        if masks:
-            masks.apply(logits)
-        return self._sampler.sample(logits, rows), scores
-
-    def _check_guesses(
-        self, sampling: list[Work], tokens: list[int | None], outputs: list[Output]
-    ) -> list[Output]:
-        """Add to each output what follows it as long as guesses were right. tokens: as ``_rows`` has them."""
-        behind = iter(tokens[len(sampling) :])
-        return [
-            self._add_guessed(work, output, [token, *islice(behind, len(work.guesses))])
-            if work.guesses
-            else output
-            for work, output, token in zip(sampling, outputs, tokens, strict=False)
-        ]
-
-    def _add_guessed(self, work: Work, output: Output, drawn: list[int | None]) -> Output:
-        """drawn: [1 + guesses]; the first is in ``output``."""
-        assert self._speculation is not None
-        right = 0
-        for guess, before, token in zip(work.guesses, drawn, drawn[1:], strict=False):
-            if output.finish or before != guess:
-                break
-            right += 1
-            if token is None:  # these logits are no numbers: the next step finds out for itself
-                break
-            more = self._record(work.seq, token)
-            token_ids = [*output.token_ids, *more.token_ids]
-            output = replace(more, token_ids=token_ids, cached_tokens=output.cached_tokens)
-        if not output.finish:
-            self._scheduler.settle(work.seq, min(right, work.seq.pending - 1))
-            self._speculation.learn(work.seq, len(work.guesses), right)
-        return output
-
-    def _record(self, seq: Sequence, token: int | None) -> Output:
-        """Append the token, or end the sequence because of it."""
-        if token is None:
-            self._end(seq, spoiled=True)
-            return Output(
-                id=seq.id,
-                token_ids=[],
-                finish="error",
-                error_code=BAD_LOGITS,
-                error=f"the model gave no numbers after {len(seq.tokens):,} tokens of this sequence",
-            )
-        if token == NONE_LEFT:
-            self._end(seq)
-            return Output(
-                id=seq.id,
-                token_ids=[],
-                finish="error",
-                error_code=NOTHING_ALLOWED,
-                error=f"after {seq.output_len:,} tokens of output the request rules out every token: "
-                "allowed_token_ids, bad_words, the grammar and min_tokens leave none; allow more",
-            )
-        if token in seq.end_ids:
-            cached = self._cached(seq)
-            self._end(seq)
-            return Output(id=seq.id, token_ids=[], finish="stop", stop_token_id=token, cached_tokens=cached)
-        return self._append(seq, [token], cached=self._cached(seq))
-
-    def _cached(self, seq: Sequence) -> int | None:
-        """``Output.cached_tokens``, once: with the first token that was sampled."""
-        first, seq.sampled = not seq.sampled, True
-        return seq.cached_tokens if first else None
-
-    def _append(self, seq: Sequence, tokens: list[int], cached: int | None = None) -> Output:
-        """Give the sequence these tokens, as many as its limit allows, and see whether it ends with them."""
-        cut = len(seq.tokens) + len(tokens) > seq.limit
-        seq.tokens += tokens[: seq.limit - len(seq.tokens)]
-        new, seq.said = seq.tokens[seq.said :], len(seq.tokens)
-        guided, finish, closed = seq.guided, None, None
-        if guided and guided.ended and not guided.closing and not cut:
-            finish = "stop"
-        elif len(seq.tokens) >= seq.limit or (guided and guided.closing and guided.ended):
-            finish, closed = "length", guided.complete and not cut if guided else None
-        if finish:
-            self._end(seq)
-        return Output(id=seq.id, token_ids=new, finish=finish, closed=closed, cached_tokens=cached)
-
-    def _record_guided(self, seq: Sequence, token: int | None, masks: Masks, row: int) -> Output:
-        """``_record`` for a row with a mask: its token leads further into the grammar."""
-        assert seq.guided
-        why = masks.failed.get(row)
-        if row in masks.complete:
-            cached = self._cached(seq)
-            self._end(seq)
-            return Output(id=seq.id, token_ids=[], finish="stop", cached_tokens=cached)
-        if why is None and (token is None or token == NONE_LEFT or token in seq.end_ids):
-            return self._record(seq, token)
-        try:
-            if why is None and token is not None:
-                more = seq.guided.take(token, seq.limit - len(seq.tokens))
-                return self._append(seq, more, cached=self._cached(seq))
-        except LeftTheGrammar as exc:
-            why = str(exc)
-        self._end(seq)
-        return Output(
-            id=seq.id,
-            token_ids=[],
-            finish="error",
-            error_code=GRAMMAR_FAILED,
-            error=f"after {seq.output_len:,} tokens of output the grammar could not be followed ({why}); "
-            "make it simpler",
-        )
-
     def _begin(self, seq: Sequence, begins: list[int] | BadInput) -> list[Output]:
         """Queue a sequence whose grammar is ready, with the tokens that are forced from the start."""
         if isinstance(begins, BadInput):
@@ -431,7 +340,7 @@ class Engine:
                     error=begins.message,
                 )
             ]
-        output = self._append(seq, begins)
+        output = self._recorder.append(seq, begins)
         if output.finish:
             return [output]
         self._guide.forget(seq)
@@ -453,58 +362,25 @@ class Engine:
         model = () if request.ignore_eos else self._runner.eos_token_ids
         return frozenset((*request.stop_token_ids, *model))
 
-    def _validate(self, request: Request) -> None:
-        limit, vocab = self._runner.max_model_len, self._runner.spec.vocab_size
-        if request.id in self._seqs:
-            raise InvalidRequest(f"request {request.id} is running already", param="id")
-        if not request.prompt_ids:
-            raise InvalidRequest("the prompt has no tokens", param="prompt_ids")
-        if len(request.prompt_ids) >= limit:
-            raise PromptTooLong(prompt_tokens=len(request.prompt_ids), max_tokens=None, limit=limit)
-        for name, ids in (
-            ("prompt_ids", request.prompt_ids),
-            ("output_ids", request.output_ids),
-            ("stop_token_ids", request.stop_token_ids),
-        ):
-            if ids and not (min(ids) >= 0 and max(ids) < vocab):
-                wrong = next(i for i in ids if not 0 <= i < vocab)
-                raise InvalidRequest(f"token id {wrong} in {name} is not below {vocab:,}", param=name)
-        for name, fine, rule in _ranges(request, vocab):
-            if not fine:
-                raise InvalidRequest(f"{name} is {getattr(request, name)}; it must be {rule}", param=name)
-        check_processors(request, vocab)
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What a step has drawn."""
+
+    works: list[Work]
+    """Those that sample."""
+    tokens: list[int | None]
+    """One for each of ``works``, then one for each of their guesses."""
+    logits: Tensor
+    masks: Masks | None
+    scores: Scores | None
+    scorer: PromptScorer | None
 
 
 def _rows(sampling: list[Work]) -> list[Row]:
-    """Whose next token each row of the logits says: each sequence, then then those with guesses behind."""
+    """Whose next token each row of the logits says: each sequence, then those with guesses behind."""
     behind = [Ahead(w.seq, w.guesses[:n]) for w in sampling for n in range(1, len(w.guesses) + 1)]
     return [*(work.seq for work in sampling), *behind]
-
-
-def _prompt_scorer(plan: StepPlan) -> PromptScorer | None:
-    """None: no prompt of this step asks."""
-    if all(work.seq.request.prompt_logprobs is None for work in plan.work):
-        return None
-    return PromptScorer(plan.work)
-
-
-def _with_logprobs(output: Output, one: TokenLogprobs | None) -> Output:
-    return replace(output, logprobs=[one]) if one and output.token_ids else output
-
-
-def _with_prompts(outputs: list[Output], scorer: PromptScorer) -> list[Output]:
-    """What the step told of prompts, with the output of its sequence if there is one."""
-    pieces = scorer.finish()
-    found = [
-        replace(output, prompt_from=piece[0], prompt_logprobs=piece[1])
-        if (piece := pieces.pop(output.id, None))
-        else output
-        for output in outputs
-    ]
-    return found + [
-        Output(id=seq_id, token_ids=[], prompt_from=start, prompt_logprobs=told)
-        for seq_id, (start, told) in pieces.items()
-    ]
 
 
 def _native(settings: EngineSettings, runner: Runner) -> NativeSampling | None:
@@ -512,21 +388,3 @@ def _native(settings: EngineSettings, runner: Runner) -> NativeSampling | None:
     if runner.attention != "cpu":
         return None
     return load_sampling(settings.kernel_cache or default_home() / "kernels", torch.get_num_threads())
-
-
-def _ranges(request: Request, vocab: int) -> tuple[tuple[str, bool, str], ...]:
-    """(field, whether it is in range, the range in words). A NaN is in no range."""
-    r = request
-    return (
-        ("max_tokens", r.max_tokens >= 1, "at least 1"),
-        ("min_tokens", 0 <= r.min_tokens <= r.max_tokens, f"0 to max_tokens ({r.max_tokens})"),
-        ("temperature", 0.0 <= r.temperature < float("inf"), "0 or more"),
-        ("top_p", 0.0 < r.top_p <= 1.0, "above 0 and at most 1"),
-        ("top_k", r.top_k >= 0, "0 (off) or more"),
-        ("min_p", 0.0 <= r.min_p <= 1.0, "0 to 1"),
-        ("logprobs", 0 <= (r.logprobs or 0) <= vocab, f"0 to the size of the vocabulary ({vocab:,})"),
-        ("prompt_logprobs", 0 <= (r.prompt_logprobs or 0) <= vocab, f"0 to {vocab:,}"),
-        ("seed", 0 <= r.seed < 2**64, "an unsigned 64-bit integer"),
-        ("choice", 0 <= r.choice < 2**32, "an unsigned 32-bit integer"),
-        ("priority", 0 <= r.priority <= 2, "0, 1 or 2"),
-    )

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..schemas.logprobs import TokenLogprobs
+from .messages import Output
 from .sequence import Row, Sequence
 
 
@@ -53,6 +54,14 @@ class Scores:
             return None
         counts = [seqs[row].request.logprobs or 0 for row in rows]
         return cls(rows, counts, *_reduce(logits[rows].float(), max(counts)))
+
+    def tell(self, outputs: Rows[Output], logits: Tensor) -> list[Output]:
+        """``outputs``, one for each row, with what those that asked are told of the token they got."""
+        told = self.of(logits, [output.token_ids[-1] if output.token_ids else None for output in outputs])
+        return [
+            replace(output, logprobs=[told[row]]) if row in told else output
+            for row, output in enumerate(outputs)
+        ]
 
     def of(self, logits: Tensor, tokens: Rows[int | None]) -> dict[int, TokenLogprobs]:
         """What each row that got a token is told, by row."""
@@ -94,6 +103,25 @@ class PromptScorer:
             if one.seq.request.prompt_logprobs is not None:
                 self._want(one.seq, one.count, first)
             first += one.count
+
+    @classmethod
+    def of(cls, work: Rows[Work]) -> PromptScorer | None:
+        """None: nobody asks."""
+        return cls(work) if any(one.seq.request.prompt_logprobs is not None for one in work) else None
+
+    def tell(self, outputs: Rows[Output]) -> list[Output]:
+        """``outputs`` with what the step told of prompts, and new ones for sequences that have none."""
+        pieces = self.finish()
+        found = [
+            replace(output, prompt_from=piece[0], prompt_logprobs=piece[1])
+            if (piece := pieces.pop(output.id, None))
+            else output
+            for output in outputs
+        ]
+        return found + [
+            Output(id=seq_id, token_ids=[], prompt_from=start, prompt_logprobs=told)
+            for seq_id, (start, told) in pieces.items()
+        ]
 
     def _want(self, seq: Sequence, count: int, first: int) -> None:
         """Those of ``count`` tokens, fed from row ``first`` on, that say something new of the prompt."""

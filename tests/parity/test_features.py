@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from gristmill.engine.engine import NOTHING_ALLOWED, Engine
+from gristmill.engine.engine import Engine
 from gristmill.engine.messages import Dry, Output, Processors, Request, Watermark
 from gristmill.engine.models.tiny import VOCAB, write_tiny
+from gristmill.engine.recorder import NOTHING_ALLOWED
 from gristmill.engine.reference import Reference
 from gristmill.engine.settings import EngineSettings
 from gristmill.schemas.errors import InvalidRequest

@@ -1,0 +1,124 @@
+"""Recorder: what a sampled token means for its sequence: one token more, or the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import replace
+from typing import Protocol
+
+from .guided.masks import Masks
+from .guided.state import LeftTheGrammar
+from .messages import Output
+from .sampler import NONE_LEFT
+from .sequence import Sequence
+
+BAD_LOGITS = "invalid_logits"
+"""Error code of a sequence whose logits were not numbers: a model or a kernel is broken for this input."""
+NOTHING_ALLOWED = "nothing_allowed"
+"""Error code of a sequence whose own processors leave it no token to sample."""
+GRAMMAR_FAILED = "grammar_failed"
+"""Error code of a sequence whose grammar went beyond a limit in the middle of the text."""
+
+
+class End(Protocol):
+    """Forget a sequence. ``spoiled``: its keys and values are no good."""
+
+    def __call__(self, seq: Sequence, *, spoiled: bool = False) -> None: ...
+
+
+class Recorder:
+    """Gives sequences their tokens and says what came out; calls ``end`` for those that are done."""
+
+    def __init__(self, end: End) -> None:
+        self._end = end
+
+    def record(self, seq: Sequence, token: int | None) -> Output:
+        """Append the token, or end the sequence because of it."""
+        if token is None:
+            self._end(seq, spoiled=True)
+            return Output(
+                id=seq.id,
+                token_ids=[],
+                finish="error",
+                error_code=BAD_LOGITS,
+                error=f"the model gave no numbers after {len(seq.tokens):,} tokens of this sequence",
+            )
+        if token == NONE_LEFT:
+            self._end(seq)
+            return Output(
+                id=seq.id,
+                token_ids=[],
+                finish="error",
+                error_code=NOTHING_ALLOWED,
+                error=f"after {seq.output_len:,} tokens of output the request rules out every token: "
+                "allowed_token_ids, bad_words, the grammar and min_tokens leave none; allow more",
+            )
+        if token in seq.end_ids:
+            cached = self._cached(seq)
+            self._end(seq)
+            return Output(id=seq.id, token_ids=[], finish="stop", stop_token_id=token, cached_tokens=cached)
+        return self.append(seq, [token], cached=self._cached(seq))
+
+    def _cached(self, seq: Sequence) -> int | None:
+        """``Output.cached_tokens``, once: with the first token that was sampled."""
+        first, seq.sampled = not seq.sampled, True
+        return seq.cached_tokens if first else None
+
+    def append(self, seq: Sequence, tokens: list[int], cached: int | None = None) -> Output:
+        """Give the sequence these tokens, as many as its limit allows, and see whether it ends with them."""
+        cut = len(seq.tokens) + len(tokens) > seq.limit
+        seq.tokens += tokens[: seq.limit - len(seq.tokens)]
+        new, seq.said = seq.tokens[seq.said :], len(seq.tokens)
+        guided, finish, closed = seq.guided, None, None
+        if guided and guided.ended and not guided.closing and not cut:
+            finish = "stop"
+        elif len(seq.tokens) >= seq.limit or (guided and guided.closing and guided.ended):
+            finish, closed = "length", guided.complete and not cut if guided else None
+        if finish:
+            self._end(seq)
+        return Output(id=seq.id, token_ids=new, finish=finish, closed=closed, cached_tokens=cached)
+
+    def record_guided(self, seq: Sequence, token: int | None, masks: Masks, row: int) -> Output:
+        """``record`` for a row with a mask: its token leads further into the grammar."""
+        assert seq.guided
+        why = masks.failed.get(row)
+        if row in masks.complete:
+            cached = self._cached(seq)
+            self._end(seq)
+            return Output(id=seq.id, token_ids=[], finish="stop", cached_tokens=cached)
+        if why is None and (token is None or token == NONE_LEFT or token in seq.end_ids):
+            return self.record(seq, token)
+        try:
+            if why is None and token is not None:
+                more = seq.guided.take(token, seq.limit - len(seq.tokens))
+                return self.append(seq, more, cached=self._cached(seq))
+        except LeftTheGrammar as exc:
+            why = str(exc)
+        self._end(seq)
+        return Output(
+            id=seq.id,
+            token_ids=[],
+            finish="error",
+            error_code=GRAMMAR_FAILED,
+            error=f"after {seq.output_len:,} tokens of output the grammar could not be followed ({why}); "
+            "make it simpler",
+        )
+
+    def record_guessed(
+        self, seq: Sequence, guesses: Rows[int], drawn: Rows[int | None], output: Output
+    ) -> tuple[Output, int]:
+        """Add to ``output`` what was drawn behind right guesses. Returns it, and how many were right.
+
+        drawn: [1 + guesses], each as if the guesses before it were right; the first is in ``output``.
+        """
+        right = 0
+        for guess, before, token in zip(guesses, drawn, drawn[1:], strict=False):
+            if output.finish or before != guess:
+                break
+            right += 1
+            if token is None:  # these logits are no numbers: the next step finds out for itself
+                break
+            more = self.record(seq, token)
+            token_ids = [*output.token_ids, *more.token_ids]
+            output = replace(more, token_ids=token_ids, cached_tokens=output.cached_tokens)
+        return output, right
