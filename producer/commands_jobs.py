@@ -53,6 +53,7 @@ Examples:
 @click.option("--min-p", type=float)
 @click.option("--seed", type=int, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@click.option("--adapter", "adapter_id", metavar="NAME", help="Through this LoRA adapter of the worker's.")
 @click.option("--json-schema", metavar="FILE", help="The answer is JSON that fits this schema.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on to --max-tokens.")
 @click.option(

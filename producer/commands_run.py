@@ -45,6 +45,7 @@ Examples:
 @click.option("--errors", metavar="FILE", help="Rows that failed; default: OUTPUT.errors.jsonl.")
 @click.option("--model", help="Default: what the lines name, GRISTMILL_MODEL, or the only one in the cache.")
 @click.option("--max-tokens", type=click.IntRange(1), help="For lines that do not say.")
+@click.option("--adapter", metavar="NAME", help="A LoRA adapter of the worker's; for lines that name none.")
 @click.option("--json-schema", metavar="FILE", help="Answers fit this schema; for lines that do not say.")
 @click.option("--temperature", type=click.FloatRange(0), help="For lines that do not say.")
 @click.option("--seed", type=click.IntRange(0), help="For lines that do not say.")
@@ -90,6 +91,8 @@ def _prepare(
 ) -> Prepared:
     """The checked input. Invalid lines are shown, then raised or (``skip``) left to the error file."""
     defaults = {n: options[n] for n in ("max_tokens", "temperature", "seed") if options[n] is not None}
+    if options["adapter"]:
+        defaults["adapter_id"] = options["adapter"]
     if response_format := schema_option(options["json_schema"]):
         defaults["response_format"] = response_format
     skip = options["on_invalid"] == "skip"

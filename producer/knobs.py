@@ -23,6 +23,7 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "swap-gib": (click.FloatRange(0), "Host memory for KV blocks that had to make way."),
     "speculate": (click.IntRange(0), "Guessed tokens a step may check for a sequence; 0: none."),
     "memory-fraction": (click.FloatRange(0, 1, min_open=True), "CUDA: part of the card's memory to use."),
+    "lora-adapters": (str, "LoRA adapters that requests may name: NAME=DIR,NAME=DIR."),
     "num-threads": (click.IntRange(1), "CPU threads of the engine."),
     "default-max-tokens": (click.IntRange(1), "Output tokens for a request that names no number."),
 }

@@ -33,6 +33,7 @@ _SAMPLING = (
     "typical_p",
     "min_tokens",
     "seed",
+    "adapter_id",
     "stop_token_ids",
     "ignore_eos",
     "frequency_penalty",
@@ -129,6 +130,7 @@ class _Body(Record):
     typical_p: Float | None = None
     min_tokens: Int | None = None
     seed: Int | None = None
+    adapter_id: str | None = None
     frequency_penalty: Float | None = None
     presence_penalty: Float | None = None
     repetition_penalty: Float | None = None

@@ -86,6 +86,8 @@ class SamplingParams(Record):
     ignore_eos: Bool = False
     grammar: GrammarSpec | None = None
     """What the text must look like."""
+    adapter_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Name of a LoRA adapter that the worker has. None: the model as it is."""
 
     logprobs: Count | None = None
     """Tell the log probability of each token, and of so many of the most likely ones. They are the model's

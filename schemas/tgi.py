@@ -63,6 +63,7 @@ class _Parameters(Record):
             "frequency_penalty": self.frequency_penalty,
             "best_of": self.best_of,
             "seed": self.seed,
+            "adapter_id": self.adapter_id,
             "stop": self.stop,
             "truncate": self.truncate,
             "echo": self.return_full_text,
@@ -83,9 +84,8 @@ def parse_generate(body: Any) -> Request:
     """A body of these routes. Raises InvalidRequest or its subclasses, each naming the field."""
     given = _Body.from_python(body)
     parameters = given.parameters or _Parameters(do_sample=True)
-    for name in ("grammar", "adapter_id"):
-        if getattr(parameters, name) is not None:
-            raise Unsupported(f"{name}: not supported here by this version; leave it out", param=name)
+    if parameters.grammar is not None:
+        raise Unsupported("grammar: not supported here by this version; leave it out", param="grammar")
     return Request(
         endpoint=Endpoint.NATIVE,
         model=None,

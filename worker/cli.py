@@ -47,6 +47,16 @@ def cli() -> None:
 @click.option("--swap-gib", type=float, help="Host memory for KV blocks that had to make way; default 0.")
 @click.option("--speculate", type=int, help="Guessed tokens a step may check for a sequence; 0: none.")
 @click.option("--memory-fraction", type=float, help="CUDA: part of the card's memory to use.")
+@click.option("--lora-adapters", metavar="NAME=DIR,…", help="LoRA adapters that jobs may name.")
+@click.option("--lora-dir", metavar="DIR", help="Jobs may name every adapter directory in it, too.")
+@click.option("--lora-memory-mib", type=int, help="What loaded adapters may take together; default 512.")
+@click.option("--lora-max-rank", type=int, help="Adapters of a higher rank are refused; default 256.")
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    default=None,
+    help="CPU: a request's numbers are the same bits whatever else runs; slower.",
+)
 @click.option("--num-threads", type=int, help="CPU threads of the engine.")
 @click.option("--max-stop-sequences", type=int, help="Stop strings of one request.")
 @click.option("--max-top-n-tokens", type=int, help="Likely tokens told with each token.")

@@ -94,6 +94,7 @@ def engine_request(generation: Generation) -> Request:
         stop_token_ids=[*sampling.stop_token_ids, *(() if sampling.ignore_eos else tokenizer.eos_token_ids)],
         ignore_eos=sampling.ignore_eos,
         grammar=grammar_of(job),
+        adapter=sampling.adapter_id,
         priority=job.priority.rank,
         arrival=generation.started_at,
         cache_salt=job.tenant,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AliasChoices, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic_settings import NoDecode
 
 from ..engine.settings import DType, EngineSettings
 from ..schemas.errors import Misconfigured
@@ -53,6 +54,14 @@ class WorkerSettings(Settings):
         ),
     ] = 0.9
     num_threads: PositiveInt | None = None
+    lora_adapters: Annotated[dict[str, Path], NoDecode, Field(validation_alias=_tgi("lora_adapters"))] = (
+        Field(default_factory=dict[str, Path])
+    )
+    """In the environment: ``name=directory,name=directory``."""
+    lora_dir: Path | None = None
+    lora_memory_mib: PositiveInt = 512
+    lora_max_rank: PositiveInt = 256
+    deterministic: bool = False
 
     max_stop_sequences: Annotated[PositiveInt, Field(validation_alias=_tgi("max_stop_sequences"))] = 16
     max_top_n_tokens: Annotated[int, Field(ge=0, validation_alias=_tgi("max_top_n_tokens"))] = 20
@@ -99,6 +108,17 @@ class WorkerSettings(Settings):
             return self.served_model_name
         path = Path(self.model)
         return path.resolve().name if path.is_dir() else self.model
+
+    @field_validator("lora_adapters", mode="before")
+    @classmethod
+    def _named_directories(cls, value: object) -> object:
+        """TGI takes a bare path or Hub id as well, which would leave the name to guesswork."""
+        if not isinstance(value, str):
+            return value
+        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+        if wrong := next((name for name, _, path in pairs if not name or not path), None):
+            raise ValueError(f"{wrong!r} is not name=directory; write them as a=/x,b=/y")
+        return {name: path for name, _, path in pairs}
 
     def engine(self, model_dir: Path) -> EngineSettings:
         """The part the engine needs, for a model that lies in ``model_dir``.
