@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import Any, get_args
 
 from gristmill import schemas
 from gristmill.schemas.batch_lines import OutputLine, Response
 from gristmill.schemas.dead import DeadLetter
 from gristmill.schemas.events import Crashed, Delta, Done, End, Prompt, Released, Started, Trial, Unknown
+from gristmill.schemas.grammar import GrammarKind, GrammarSpec
 from gristmill.schemas.job import Endpoint, Job, JobState, Message, Priority
 from gristmill.schemas.result import (
     Choice,
@@ -85,6 +86,8 @@ messages = st.builds(
     name=maybe(TEXT),
 )
 
+grammars = st.builds(GrammarSpec, kind=st.sampled_from(get_args(GrammarKind)), text=TEXT, close=st.booleans())
+
 
 @st.composite
 def sampling_params(draw: st.DrawFn) -> SamplingParams:
@@ -101,6 +104,8 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         stop_token_ids=draw(IDS),
         include_stop=draw(st.booleans()),
         ignore_eos=draw(st.booleans()),
+        grammar=draw(maybe(grammars)),
+        adapter_id=draw(maybe(NAME)),
         typical_p=draw(st.floats(0, 1, exclude_min=True)),
         repetition_penalty=draw(st.floats(0.1, 100)),
         frequency_penalty=draw(st.floats(-2, 2)),
@@ -204,6 +209,7 @@ EVENTS: dict[type[Record], st.SearchStrategy[Any]] = {
 }
 
 RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
+    GrammarSpec: grammars,
     SamplingParams: sampling_params(),
     Message: messages,
     Job: jobs(),
