@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +84,22 @@ def compiler(model: Path) -> Compiler:
     return Compiler(model, 288)
 
 
-def run(engine: Engine, requests: Iterable[Request]) -> dict[str, Said]:
+def run(engine: Engine, requests: Iterable[Request], late: Iterable[Request] = ()) -> dict[str, Said]:
+    """``late``: come after the eighth step."""
     said: dict[str, Said] = {}
-    for request in requests:
-        engine.add(request)
-        said[request.id] = Said()
-    while engine.has_work:
+
+    def add(some: Iterable[Request]) -> None:
+        for request in some:
+            engine.add(request)
+            said[request.id] = Said()
+        wait(engine._guide._waiting.values())  # so that they all begin in the same step
+
+    add(requests)
+    for step in count(1):
+        if not engine.has_work:
+            break
+        if step == 9:
+            add(late)
         for output in engine.step():
             one = said[output.id]
             one.pieces.append(output.token_ids)
@@ -186,7 +198,8 @@ def test_guided_rows_leave_their_neighbours_alone(engine: Engine, together: dict
 
 def test_preempted_and_chunked_equals_batched(model: Path, together: dict[str, Said]) -> None:
     cramped = start(model, max_num_seqs=8, max_batch_prefill_tokens=16, max_batch_total_tokens=256)
-    assert tokens(run(cramped, mixed())) == tokens(together)
+    urgent = [replace(request, priority=0) for request in mixed()[::2]]
+    assert tokens(run(cramped, mixed()[1::2], urgent)) == tokens(together)
     assert cramped.stats.preemptions > 0, "nobody was preempted: the test shows nothing"
 
 
