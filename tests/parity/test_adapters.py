@@ -172,6 +172,8 @@ def test_chunked_prefill_with_adapters_equals_peft(llama: Judge) -> None:
 def test_preempted_sequences_with_adapters_equal_peft(llama: Judge) -> None:
     cramped = engine(llama, max_batch_total_tokens=256, max_total_tokens=192)
     todo = [replace(request, max_tokens=3 * STEPS) for request in requests(4)]
+    first = [replace(todo[0], id=name, adapter=name, max_tokens=1) for name in ADAPTERS]
+    run(cramped, first)  # the adapters are here: nobody comes late and spares the others
     said = run(cramped, todo)
     assert cramped.stats.preemptions > 0, "nobody was preempted: the test shows nothing"
     for request in todo:
