@@ -123,6 +123,8 @@ class ClaimBook(ABC):
 
     def _finish(self, tags: Iterable[str], debt: Debt) -> list[str]:
         tags = list(tags)
+        if not tags:  # a worker may end before it has a connection to the broker
+            return []
         with self._lock:
             for tag in tags:
                 self._held.pop(tag, None)

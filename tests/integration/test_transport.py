@@ -426,6 +426,13 @@ def test_leaving_a_message_says_nothing_and_stops_renewing(put, inbox, queue) ->
 # ---- trouble
 
 
+def test_claims_that_never_had_a_connection_have_nothing_to_hand_back() -> None:
+    """A worker may be told to end between its readiness and its first look at the queues."""
+    claims = Claims(lease_s=LEASE_S)
+    claims.hand_back()
+    claims.close()
+
+
 def test_claims_are_adopted_by_the_next_connection(put, inbox, queue, valkey) -> None:
     put("hello")
     box = inbox()
