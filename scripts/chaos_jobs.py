@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
-import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from gristmill.worker.generation import Generation
 
 MIN_TOKENS, MAX_TOKENS = 96, 160
 NEAR_TIE = 1e-4
+SLICE = 100
+"""Jobs that a process of the undisturbed run takes at a time."""
 BURST = 12
 MODEL = "m"
 WORDS = [
@@ -171,22 +176,36 @@ def write_model(name: str, directory: Path) -> Path:
 def undisturbed(
     model: Path, asked: Sequence[Asked], *, threads: int, say: Any = lambda _text: None
 ) -> tuple[list[Asked], dict[int, Said]]:
-    """Run all jobs in an engine in this process. Those that want a stop string get one, out of their text.
+    """Run all jobs in engines of ``threads`` each, as many as there are cores for. Those that want a stop
+    string get one, out of their text.
 
     The stop string is taken from behind the first 96 tokens, and the job is run again with it.
     """
+    final: list[Asked] = []
+    said: dict[int, Said] = {}
+    slices = [asked[start : start + SLICE] for start in range(0, len(asked), SLICE)]
+    processes = max(1, (os.cpu_count() or 1) // threads)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for some, theirs in pool.map(partial(_undisturbed, model, threads), slices):
+            final += some
+            said |= theirs
+            say(f"undisturbed run: {len(said)}/{len(asked)} jobs")
+    return final, said
+
+
+def _undisturbed(model: Path, threads: int, asked: Sequence[Asked]) -> tuple[list[Asked], dict[int, Said]]:
     engine = Engine(EngineSettings(model=str(model), dtype="float32", num_threads=threads, max_num_seqs=64))
     tokenizer = Tokenizer(model)
-    said = _run(engine, tokenizer, asked, say)
+    said = _run(engine, tokenizer, asked)
     final: list[Asked] = []
     for one in asked:
         stop = _stop_in(tokenizer, said[one.number]) if one.wants_stop else None
         final.append(replace(one, sampling=one.sampling | {"stop": (stop,)}) if stop else one)
-    said |= _run(engine, tokenizer, [one for one in final if "stop" in one.sampling], say)
+    said |= _run(engine, tokenizer, [one for one in final if "stop" in one.sampling])
     return final, said
 
 
-def _run(engine: Engine, tokenizer: Tokenizer, asked: Iterable[Asked], say: Any) -> dict[int, Said]:
+def _run(engine: Engine, tokenizer: Tokenizer, asked: Iterable[Asked]) -> dict[int, Said]:
     running: dict[str, tuple[int, Generation]] = {}
     for one in asked:
         job = one.job()
@@ -196,7 +215,6 @@ def _run(engine: Engine, tokenizer: Tokenizer, asked: Iterable[Asked], say: Any)
         running[generation.request_id] = one.number, generation
         engine.add(intake.engine_request(generation))
     said: dict[int, Said] = {}
-    told_at = time.monotonic()
     while engine.has_work:
         for output in engine.step():
             number, generation = running[output.id]
@@ -204,9 +222,6 @@ def _run(engine: Engine, tokenizer: Tokenizer, asked: Iterable[Asked], say: Any)
                 engine.abort(output.id)
             if generation.done is not None:
                 said[number] = Said("".join(generation.parts), generation.ids, generation.prompt_ids)
-        if time.monotonic() - told_at > 2:
-            told_at = time.monotonic()
-            say(f"undisturbed run: {len(said)}/{len(running)} jobs")
     return said
 
 
