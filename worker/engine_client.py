@@ -214,8 +214,10 @@ class EngineClient:
         self._listener.on_step(told, step.stats, time.time())
         with self._lock:
             before = self._trials.runnable if self._trials.on else None
+            leaving = len(self._leaving)  # one may have ended by itself before it heard that it should leave
             self._note(step.outputs)
-            if stopped or before != (self._trials.runnable if self._trials.on else None):
+            left = len(self._leaving) < leaving
+            if left or before != (self._trials.runnable if self._trials.on else None):
                 self._arrange()
 
     def _note(self, outputs: list[Output]) -> None:
