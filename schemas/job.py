@@ -131,6 +131,12 @@ class Job(Record):
             return self.sampling.seed
         return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8], "big")
 
+    @property
+    def batch_id(self) -> str | None:
+        """Of the bulk run whose row it is: rows are called ``<batch>.<line>``. None: it stands alone."""
+        batch, dot, _ = self.id.partition(".")
+        return batch if dot else None
+
 
 def new_job_id() -> str:
     """A fresh id that sorts by time: ``job_`` + 12 hex digits of milliseconds + 16 random ones."""

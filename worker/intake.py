@@ -73,6 +73,14 @@ def check_grammar(job: Job, checker: GrammarChecker, max_tokens: int) -> None:
         checker.check(grammar, max_tokens)
 
 
+def group_of(job: Job) -> str:
+    """Whose outputs may tell what this job will say: those of its bulk run, or its tenant's that stand alone.
+
+    Never another tenant's: ids of runs are whatever their submitters chose.
+    """
+    return f"{job.tenant}/{job.batch_id or ''}"  # no tenant's name holds a slash
+
+
 def engine_request(generation: Generation) -> Request:
     """What the engine must know to continue ``generation`` from the tokens it has."""
     job, sampling, tokenizer = generation.job, generation.job.sampling, generation.tokenizer
@@ -98,5 +106,5 @@ def engine_request(generation: Generation) -> Request:
         priority=job.priority.rank,
         arrival=generation.started_at,
         cache_salt=job.tenant,
-        group=job.tenant,
+        group=group_of(job),
     )
