@@ -1,4 +1,4 @@
-"""OpenAI's request bodies in, OpenAI's response bodies out: ``/v1/chat/completions`` and ``/v1/completions``.
+"""OpenAI's request bodies, as they become jobs.
 
 A field we act on is validated; one that changes nothing here is accepted; a known feature that is missing is
 refused unless it is at its neutral value; anything else is an unknown field. Nothing is silently ignored.
@@ -6,19 +6,17 @@ refused unless it is at its neutral value; anything else is an unknown field. No
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Annotated, Any, cast
 
 from pydantic import Field
 
-from .errors import InvalidRequest, Unsupported
-from .grammar import CLOSE_FIELD, GRAMMAR_FIELDS, with_grammar
-from .job import Endpoint, Message
-from .result import Choice, FinishReason, Result, TokenLogprob, TopLogprob, Usage
-from .sampling import SamplingParams
-from .wire import MAX_COUNT, Bool, Float, Int, Record, shown
+from ..errors import InvalidRequest, Unsupported
+from ..grammar import CLOSE_FIELD, GRAMMAR_FIELDS, with_grammar
+from ..job import Endpoint, Message
+from ..sampling import SamplingParams
+from ..wire import MAX_COUNT, Bool, Float, Int, Record
+from .messages import check_neutral, kind_of, parse_messages
 
 COMPLETIONS_DEFAULT_MAX_TOKENS = 16
 """OpenAI's own default for /v1/completions; the chat endpoint has none."""
@@ -82,18 +80,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Known and not offered: accepted when null or one of these values, which ask for nothing."""
 
-_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-    "refusal": (),
-    "audio": (),
-    "annotations": ([],),
-    "reasoning": (),
-    "reasoning_content": (),
-}
 _GRAMMAR = frozenset([*GRAMMAR_FIELDS, CLOSE_FIELD])
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,23 +232,17 @@ PARSERS = {Endpoint.CHAT: parse_chat, Endpoint.COMPLETIONS: parse_completion}
 def _without_neutral(body: Any) -> dict[str, Any]:
     """The body without what changes nothing. Raises Unsupported for a feature that was really asked for."""
     if not isinstance(body, dict):
-        raise InvalidRequest(f"the request is {_kind(body)}, not a JSON object", param="body")
+        raise InvalidRequest(f"the request is {kind_of(body)}, not a JSON object", param="body")
     kept: dict[str, Any] = {}
     for name, value in cast("dict[str, Any]", body).items():
         if name in _NO_EFFECT:
             if name == "store" and value not in (None, False):
                 raise Unsupported("store: nothing is kept beyond the result; leave it out", param=name)
         elif name in _NEUTRAL:
-            _check_neutral(name, value, _NEUTRAL[name])
+            check_neutral(name, value, _NEUTRAL[name])
         elif name not in _GRAMMAR and value is not None:  # null means "not given" everywhere in this API
             kept[name] = value
     return kept | with_grammar({k: v for k, v in cast("dict[str, Any]", body).items() if k in _GRAMMAR})
-
-
-def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
-    if value is None or any(type(value) is type(each) and value == each for each in neutral):
-        return
-    raise Unsupported(f"{name}: not supported by this version; leave it out", param=name)
 
 
 def _one_prompt(prompt: Any, *, listed: bool = False) -> tuple[str | None, tuple[int, ...] | None]:
@@ -286,162 +267,3 @@ def _one_prompt(prompt: Any, *, listed: bool = False) -> tuple[str | None, tuple
     if not many[0]:
         raise InvalidRequest("prompt is empty", param="prompt")
     return many[0], None
-
-
-def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """OpenAI's turns in ours: text parts are joined by newlines, "developer" becomes "system".
-
-    Raises InvalidRequest or Unsupported naming ``messages.<index>.<field>``.
-    """
-    if not messages:
-        raise InvalidRequest("messages is empty", param="messages")
-    return tuple(_message(turn, f"messages.{index}") for index, turn in enumerate(messages))
-
-
-def _message(turn: Mapping[str, Any], where: str) -> Message:
-    if not isinstance(turn, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' lists are untyped
-        raise InvalidRequest(f"{where}: a message is an object with role and content", param=where)
-    role, content, name = turn.get("role"), turn.get("content"), turn.get("name")
-    for key, value in turn.items():
-        if key in _MESSAGE_NEUTRAL:
-            _check_neutral(f"{where}.{key}", value, _MESSAGE_NEUTRAL[key])
-        elif key not in ("role", "content", "name"):
-            name = f"{where}.{shown(str(key))}"
-            raise InvalidRequest(f"unknown field '{name}'; remove it", param=name)
-    if not isinstance(role, str) or role not in _ROLES:
-        raise InvalidRequest(f"{where}.role is none of {', '.join(_ROLES)}", param=f"{where}.role")
-    if name is not None and not isinstance(name, str):
-        raise InvalidRequest(f"{where}.name is {_kind(name)}, not a string", param=f"{where}.name")
-    return Message(role=_ROLES[role], content=_content(content, f"{where}.content"), name=name)
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list | tuple) or not content:
-        raise InvalidRequest(f"{where} is {_kind(content)}, not a string or a list of parts", param=where)
-    texts: list[str] = []
-    for index, part in enumerate(cast("Sequence[Any]", content)):
-        fields = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
-        kind: Any = fields.get("type")
-        if not isinstance(kind, str):
-            raise InvalidRequest(
-                f"{where}.{index}: a part is an object with a type", param=f"{where}.{index}"
-            )
-        if kind != "text":
-            raise Unsupported(
-                f"{where}.{index}: parts of type {kind[:40]!r} are not supported by this version; text only",
-                param=f"{where}.{index}.type",
-            )
-        text: Any = fields.get("text")
-        if not isinstance(text, str):
-            raise InvalidRequest(
-                f"{where}.{index}.text is {_kind(text)}, not a string", param=f"{where}.{index}"
-            )
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _kind(value: Any) -> str:
-    """What JSON calls a value's type: what a user is told instead of the value."""
-    names: dict[Any, str] = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-    }
-    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
-
-
-def response_body(result: Result) -> dict[str, Any]:
-    """The ``chat.completion`` (for a job of the chat endpoint) or ``text_completion`` of a result."""
-    is_chat = result.endpoint is Endpoint.CHAT
-    body: dict[str, Any] = {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{result.job_id}",
-        "object": "chat.completion" if is_chat else "text_completion",
-        "created": int(result.timings.submitted_at),
-        "model": result.model,
-        "choices": [
-            _chat_choice(each) if is_chat else _text_choice(each, result.prompt_logprobs)
-            for each in result.choices
-        ],
-        "usage": usage_body(result.usage),
-        "system_fingerprint": None,
-    }
-    if is_chat and result.prompt_logprobs is not None:
-        body["prompt_logprobs"] = _prompt_body(result.prompt_logprobs)
-    return body
-
-
-def usage_body(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage object."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
-
-
-def _chat_choice(choice: Choice) -> dict[str, Any]:
-    message = {"role": "assistant", "content": choice.text, "refusal": None}
-    told = None
-    if choice.logprobs is not None:
-        told = {"content": [_chat_token(each) for each in choice.logprobs], "refusal": None}
-    return {"index": choice.index, "message": message, "logprobs": told, **_ending(choice)}
-
-
-def _chat_token(told: TokenLogprob) -> dict[str, Any]:
-    return {**_chat_top(told), "top_logprobs": [_chat_top(each) for each in told.top]}
-
-
-def _chat_top(told: TopLogprob) -> dict[str, Any]:
-    body = told.token.encode() if told.raw is None else bytes.fromhex(told.raw)
-    return {"token": told.token, "logprob": told.logprob, "bytes": list(body)}
-
-
-def _text_choice(choice: Choice, prompt: tuple[TokenLogprob, ...] | None) -> dict[str, Any]:
-    """``prompt``: what was told of it; it stands before the output's tokens if the text begins with it."""
-    body: dict[str, Any] = {"index": choice.index, "text": choice.text, "logprobs": None}
-    if prompt is not None:
-        body["prompt_logprobs"] = _prompt_body(prompt)
-    if choice.logprobs is not None:
-        echoed = prompt if choice.echo and prompt is not None else ()
-        body["logprobs"] = _text_logprobs((*echoed, *choice.logprobs))
-    return body | _ending(choice)
-
-
-def _text_logprobs(told: Sequence[TokenLogprob]) -> dict[str, Any]:
-    texts = [one.token for one in told]
-    offsets = [0, *accumulate(len(text) for text in texts)][: len(texts)]
-    return {
-        "tokens": texts,
-        "token_logprobs": [one.logprob for one in told],
-        "top_logprobs": [
-            None if one.logprob is None else {each.token: each.logprob for each in one.top} for one in told
-        ],
-        "text_offset": offsets,
-    }
-
-
-def _prompt_body(told: Sequence[TokenLogprob]) -> list[dict[str, Any] | None]:
-    """vLLM's shape: by token id, the prompt's own token first; null for the first one."""
-    return [
-        None
-        if one.logprob is None
-        else {
-            str(each.id): {"logprob": each.logprob, "decoded_token": each.token} for each in (one, *one.top)
-        }
-        for one in told
-    ]
-
-
-def _ending(choice: Choice) -> dict[str, Any]:
-    reason = "length" if choice.finish_reason is FinishReason.LENGTH else "stop"
-    ending: dict[str, Any] = {"finish_reason": reason, "stop_reason": choice.stop_reason}
-    if choice.closed is not None:
-        ending["closed"] = choice.closed
-    if choice.token_ids is not None:
-        ending["token_ids"] = list(choice.token_ids)
-    return ending

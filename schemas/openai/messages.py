@@ -1,0 +1,95 @@
+"""Turns of a conversation in OpenAI's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from ..errors import InvalidRequest, Unsupported
+from ..job import Message
+from ..wire import shown
+
+_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+    "reasoning": (),
+    "reasoning_content": (),
+}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+
+def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """OpenAI's turns in ours: text parts are joined by newlines, "developer" becomes "system".
+
+    Raises InvalidRequest or Unsupported naming ``messages.<index>.<field>``.
+    """
+    if not messages:
+        raise InvalidRequest("messages is empty", param="messages")
+    return tuple(_message(turn, f"messages.{index}") for index, turn in enumerate(messages))
+
+
+def _message(turn: Mapping[str, Any], where: str) -> Message:
+    if not isinstance(turn, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' lists are untyped
+        raise InvalidRequest(f"{where}: a message is an object with role and content", param=where)
+    role, content, name = turn.get("role"), turn.get("content"), turn.get("name")
+    for key, value in turn.items():
+        if key in _MESSAGE_NEUTRAL:
+            check_neutral(f"{where}.{key}", value, _MESSAGE_NEUTRAL[key])
+        elif key not in ("role", "content", "name"):
+            name = f"{where}.{shown(str(key))}"
+            raise InvalidRequest(f"unknown field '{name}'; remove it", param=name)
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InvalidRequest(f"{where}.role is none of {', '.join(_ROLES)}", param=f"{where}.role")
+    if name is not None and not isinstance(name, str):
+        raise InvalidRequest(f"{where}.name is {kind_of(name)}, not a string", param=f"{where}.name")
+    return Message(role=_ROLES[role], content=_content(content, f"{where}.content"), name=name)
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple) or not content:
+        raise InvalidRequest(f"{where} is {kind_of(content)}, not a string or a list of parts", param=where)
+    texts: list[str] = []
+    for index, part in enumerate(cast("Sequence[Any]", content)):
+        fields = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
+        kind: Any = fields.get("type")
+        if not isinstance(kind, str):
+            raise InvalidRequest(
+                f"{where}.{index}: a part is an object with a type", param=f"{where}.{index}"
+            )
+        if kind != "text":
+            raise Unsupported(
+                f"{where}.{index}: parts of type {kind[:40]!r} are not supported by this version; text only",
+                param=f"{where}.{index}.type",
+            )
+        text: Any = fields.get("text")
+        if not isinstance(text, str):
+            raise InvalidRequest(
+                f"{where}.{index}.text is {kind_of(text)}, not a string", param=f"{where}.{index}"
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    """Raises Unsupported for a value that asks for something that is not there."""
+    if value is None or any(type(value) is type(each) and value == each for each in neutral):
+        return
+    raise Unsupported(f"{name}: not supported by this version; leave it out", param=name)
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value's type: what a user is told instead of the value."""
+    names: dict[Any, str] = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+    }
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
