@@ -7,12 +7,16 @@ from .messages import Request
 from .processors import check_processors
 
 
-def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> None:
+def check_request(
+    request: Request, *, max_model_len: int, vocab_size: int, length_knob: str | None = None
+) -> None:
     """Raises PromptTooLong, or InvalidRequest naming the field, the value and the range."""
     if not request.prompt_ids:
         raise InvalidRequest("the prompt has no tokens", param="prompt_ids")
     if len(request.prompt_ids) >= max_model_len:
-        raise PromptTooLong(prompt_tokens=len(request.prompt_ids), max_tokens=None, limit=max_model_len)
+        raise PromptTooLong(
+            prompt_tokens=len(request.prompt_ids), max_tokens=None, limit=max_model_len, knob=length_knob
+        )
     for name, ids in (
         ("prompt_ids", request.prompt_ids),
         ("output_ids", request.output_ids),

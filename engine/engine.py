@@ -13,6 +13,7 @@ from torch import Tensor
 from ..schemas.errors import BadInput, InvalidRequest
 from ..schemas.settings import default_home
 from .block_pool import BlockPool
+from .cadence import Cadence
 from .checks import check_request
 from .guided.guide import Guide
 from .guided.masks import Masks
@@ -58,6 +59,7 @@ class Engine:
             max_num_seqs=settings.max_num_seqs,
             prefix_cache=settings.prefix_cache,
             swap=self._swap_space(settings),
+            cadence=Cadence(settings.waiting_served_ratio, settings.max_waiting_tokens),
         )
         self._desk = runner.adapter_desk(settings)
         self._sampler = Sampler(runner.spec.vocab_size, runner.device, _native(settings, runner))
@@ -84,6 +86,7 @@ class Engine:
         return EngineInfo(
             vocab_size=runner.spec.vocab_size,
             max_model_len=runner.max_model_len,
+            length_knob=runner.length_knob,
             num_blocks=runner.num_blocks,
             block_size=runner.block_size,
             max_num_seqs=self._scheduler.max_running,
@@ -125,7 +128,10 @@ class Engine:
         if request.id in self._seqs:
             raise InvalidRequest(f"request {request.id} is running already", param="id")
         check_request(
-            request, max_model_len=self._runner.max_model_len, vocab_size=self._runner.spec.vocab_size
+            request,
+            max_model_len=self._runner.max_model_len,
+            length_knob=self._runner.length_knob,
+            vocab_size=self._runner.spec.vocab_size,
         )
         seq = Sequence(
             request,

@@ -161,6 +161,8 @@ class EngineInfo:
     vocab_size: int
     max_model_len: int
     """Prompt + output of one sequence at most: the model's limit, the setting, or all of the KV cache."""
+    length_knob: str | None = None
+    """Which setting made that so, ``max_total_tokens`` or ``max_batch_total_tokens``. None: the model."""
     num_blocks: int
     block_size: int
     max_num_seqs: int

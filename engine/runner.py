@@ -86,6 +86,7 @@ class Runner:
         self.dtype = _dtype(settings, self.device)
         self.block_size = settings.kv_block_size
         self.max_model_len = _max_model_len(settings, self.spec)
+        self.length_knob = "max_total_tokens" if settings.max_total_tokens else None
         self.step_tokens = _step_tokens(settings, self.device)
         with self._timed("kernels"):
             library = self._library(settings)
@@ -202,7 +203,7 @@ class Runner:
             )
         blocks = self._fit_cache(blocks)
         if blocks < per_sequence:  # one sequence alone must fit, or it could never finish
-            self.max_model_len = blocks * self.block_size
+            self.max_model_len, self.length_knob = blocks * self.block_size, "max_batch_total_tokens"
             log.warning(
                 "runner.context_shortened", extra={"max_model_len": self.max_model_len, "blocks": blocks}
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from dataclasses import dataclass
+from math import inf
 
 from ..schemas.errors import PromptTooLong
 from .block_pool import BlockPool
+from .cadence import Cadence
 from .planner import Planner
 from .prefix_cache import PrefixCache
 from .sequence import Sequence
@@ -63,7 +65,8 @@ class Scheduler:
     Rank is (priority, arrival, number). Whoever ranks first of the running can take blocks from everybody
     behind, and fits alone; so it always advances. Who is admitted next is the planner's choice: it lets the
     later come first within bounds, so within a class nobody waits for ever. Classes are strict: a lower one
-    waits for as long as a higher one fills the engine.
+    waits for as long as a higher one fills the engine. While everybody running decodes, the cadence may hold
+    an admission back for a bounded number of steps; never one of a higher class than all of them.
 
     Invariant, between steps: every known sequence is either running or waiting; a waiting one holds no
     blocks; blocks held by running ones and free ones add up to the pool.
@@ -79,10 +82,12 @@ class Scheduler:
         prefix_cache: bool = True,
         swap: SwapSpace | None = None,
         planner: Planner | None = None,
+        cadence: Cadence | None = None,
     ) -> None:
         self.pool = pool
         self.cache = PrefixCache(pool, block_size, enabled=prefix_cache, swap=swap)
         self.planner = planner or Planner()
+        self.cadence = cadence or Cadence()
         self.block_size = block_size
         self.step_tokens = step_tokens
         # No more than the budget feeds with a token each: a running sequence never waits for budget.
@@ -106,6 +111,7 @@ class Scheduler:
                 prompt_tokens=seq.prompt_len,
                 max_tokens=seq.limit - seq.prompt_len,
                 limit=self.pool.capacity * self.block_size,
+                knob="max_batch_total_tokens",
             )
 
     def add(self, seq: Sequence) -> None:
@@ -167,6 +173,7 @@ class Scheduler:
 
     def advance(self, plan: StepPlan) -> None:
         """The model has run ``plan``: its tokens, guesses apart, have keys and values now."""
+        self.cadence.stepped(prompts=any(_in_its_prompt(work.seq) for work in plan.work))
         for work in plan.work:
             before = work.seq.computed
             work.seq.computed += work.known
@@ -202,9 +209,27 @@ class Scheduler:
         while prefilling and prefilling[0] in self._preempted:
             prefilling.popleft()
         head = self.planner.next()
-        if head and (not prefilling or head.rank < prefilling[0].rank) and self._admit(head):
+        if (
+            head
+            and (not prefilling or head.rank < prefilling[0].rank)
+            and self._may_interrupt(head)
+            and self._admit(head)
+        ):
             return head
         return prefilling.popleft() if prefilling else None
+
+    def _may_interrupt(self, head: Sequence) -> bool:
+        """Whether those who decode may be slowed down for ``head`` now.
+
+        A step that has a prompt in it takes more of them; who was running already goes on at once.
+        """
+        if self.cadence.off or head.preempted or any(map(_in_its_prompt, self.running)):
+            return True
+        priority = head.request.priority
+        return self.cadence.may_interrupt(
+            waiting=bisect_left(self.waiting, (priority + 1, -inf, 0), key=_rank),
+            served=bisect_left(self.running, (priority + 1, -inf, 0), key=_rank),
+        )
 
     def _admit(self, seq: Sequence) -> bool:
         """Move one that waits to the running, at the cost of lower classes if need be."""
@@ -337,3 +362,8 @@ class Scheduler:
 
 def _rank(seq: Sequence) -> tuple[int, float, int]:
     return seq.rank
+
+
+def _in_its_prompt(seq: Sequence) -> bool:
+    """Not all of its prompt has been computed."""
+    return seq.computed < seq.prompt_len

@@ -34,6 +34,11 @@ class EngineSettings(BaseModel):
     """Prompt + output of one sequence. None: what the model was trained for."""
     max_batch_total_tokens: PositiveInt | None = None
     """Tokens in the KV cache, all sequences together. None: as many as the memory warm-up says."""
+    waiting_served_ratio: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """Let prompts in once this many wait for each sequence that decodes, so that the decoding ones are slowed
+    down less often. 0: at once."""
+    max_waiting_tokens: NonNegativeInt = 20
+    """Tokens that the decoding ones get at most before they are slowed down for whoever waits."""
     kv_block_size: PositiveInt = 16
     prefix_cache: bool = True
     """Keep the keys and values of what was computed for as long as there is room, for who begins likewise."""

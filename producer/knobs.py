@@ -16,8 +16,12 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "attention": (click.Choice(["auto", "cpu", "torch"]), "Attention kernel."),
     "max-num-seqs": (click.IntRange(1), "Sequences that run together."),
     "max-batch-prefill-tokens": (click.IntRange(1), "Token budget of one step."),
+    "max-input-tokens": (click.IntRange(1), "Prompt of one sequence."),
     "max-total-tokens": (click.IntRange(1), "Prompt and output of one sequence."),
     "max-batch-total-tokens": (click.IntRange(1), "Tokens in the KV cache."),
+    "max-concurrent-requests": (click.IntRange(1), "Jobs of a class that a worker takes on at a time."),
+    "waiting-served-ratio": (click.FloatRange(0), "Let prompts in once so many wait for each that decodes."),
+    "max-waiting-tokens": (click.IntRange(0), "… or once those have decoded for so many steps."),
     "kv-block-size": (click.IntRange(1), "Tokens per KV block."),
     "prefix-cache": (bool, "Keep what was computed for prompts that begin alike; default: yes."),
     "swap-gib": (click.FloatRange(0), "Host memory for KV blocks that had to make way."),
@@ -25,6 +29,9 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "memory-fraction": (click.FloatRange(0, 1, min_open=True), "CUDA: part of the card's memory to use."),
     "lora-adapters": (str, "LoRA adapters that requests may name: NAME=DIR,NAME=DIR."),
     "num-threads": (click.IntRange(1), "CPU threads of the engine."),
+    "max-stop-sequences": (click.IntRange(1), "Stop strings of one request."),
+    "max-top-n-tokens": (click.IntRange(0), "Likely tokens told with each token."),
+    "max-best-of": (click.IntRange(1), "Choices of one request."),
     "default-max-tokens": (click.IntRange(1), "Output tokens for a request that names no number."),
 }
 

@@ -37,6 +37,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def with_a_greater(knob: str) -> str:
+    """What an operator may do about a limit of the worker's, for the end of a message."""
+    flag = knob.replace("_", "-")
+    return f"start workers with a greater --{flag} (GRISTMILL_{knob.upper()})"
+
+
 class GristmillError(Exception):
     """Root of the tree. ``code`` is a stable contract; the message may change."""
 
@@ -129,23 +135,39 @@ class PayloadTooLarge(BadInput):
 
 
 class PromptTooLong(BadInput):
-    """The prompt, or the prompt and the tokens asked for, do not fit the model."""
+    """The prompt, or the prompt and the tokens asked for, do not fit the model or a limit of the worker's.
+
+    ``knob``: the setting that ``limit`` comes from; None: the model.
+    """
 
     code = "context_length_exceeded"
 
     def __init__(
-        self, *, prompt_tokens: int, max_tokens: int | None, limit: int, asked_by: str = "max_tokens"
+        self,
+        *,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        limit: int,
+        asked_by: str = "max_tokens",
+        knob: str | None = None,
     ) -> None:
-        if max_tokens is None or prompt_tokens >= limit:
+        other = with_a_greater(knob) if knob else "use a model with a longer context"
+        takes = f"this worker takes {limit:,} in all" + (f" ({knob})" if knob else "")
+        if knob == "max_input_tokens":
             text = (
-                f"prompt is {prompt_tokens:,} tokens and this worker takes {limit:,} in all; "
-                f"shorten it by at least {prompt_tokens - limit + 1:,} or use a model with a longer context"
+                f"prompt is {prompt_tokens:,} tokens and this worker takes {limit:,} of a prompt ({knob}); "
+                f"shorten it by {prompt_tokens - limit:,}, or {other}"
+            )
+        elif max_tokens is None or prompt_tokens >= limit:
+            text = (
+                f"prompt is {prompt_tokens:,} tokens and {takes}; "
+                f"shorten it by at least {prompt_tokens - limit + 1:,}, or {other}"
             )
         else:
             text = (
                 f"prompt ({prompt_tokens:,} tokens) + {asked_by} ({max_tokens:,}) is "
-                f"{prompt_tokens + max_tokens:,} and this worker takes {limit:,} in all; "
-                f"lower {asked_by} to {limit - prompt_tokens:,}"
+                f"{prompt_tokens + max_tokens:,} and {takes}; "
+                f"lower {asked_by} to {limit - prompt_tokens:,}, or {other}"
             )
         super().__init__(text)
         self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit

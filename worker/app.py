@@ -172,7 +172,9 @@ class WorkerApp:
 
     def _controller(self, app: Celery, handler: JobHandler) -> Any:
         """Celery's worker, which claims and waits in as many threads as there can be deliveries."""
-        places = len(self.queues) * max_places(handler.engine.info)
+        places = len(self.queues) * max_places(
+            handler.engine.info, most=self.settings.max_concurrent_requests
+        )
         return app.WorkController(
             pool_cls=EnginePool,
             # A thread for each job that runs, was evicted or waits to be stored: more than are let in.

@@ -28,29 +28,33 @@ class Held:
     """It has made a token."""
 
 
-def claimable(held: Sequence[Held], info: EngineInfo, stats: Stats | None) -> list[Priority]:
+def claimable(
+    held: Sequence[Held], info: EngineInfo, stats: Stats | None, most: int | None = None
+) -> list[Priority]:
     """The classes of which the engine could start another job soon, the most urgent first.
 
     A job counts only against its own class and those below: what a more urgent one may evict is no obstacle
     to it. So interactive work is claimed by a worker that is full of batch work, and each class has at most
-    ``max_places`` jobs of its own and more urgent ones here.
+    ``max_places`` jobs of its own and more urgent ones here. ``most``: max_concurrent_requests.
     """
-    return [priority for priority in Priority if _has_room(priority.rank, held, info, stats)]
+    places = max_places(info, stats, most)
+    return [priority for priority in Priority if _has_room(priority.rank, held, info, stats, places)]
 
 
-def max_places(info: EngineInfo, stats: Stats | None = None) -> int:
+def max_places(info: EngineInfo, stats: Stats | None = None, most: int | None = None) -> int:
     """Jobs that a class may have in hand: those that run, and a few so that a place is never empty.
 
     Fewer run once memory ran out, as ``stats`` says; without it, the most there can be.
     """
     running = stats.max_running if stats and stats.max_running else info.max_num_seqs
-    return running + max(1, running // 16)
+    places = running + max(1, running // 16)
+    return places if most is None else min(places, most)
 
 
-def _has_room(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats | None) -> bool:
+def _has_room(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats | None, places: int) -> bool:
     """Beyond this an idle neighbour should have the next one."""
     firm = [job for job in held if job.rank <= rank]  # the others would make way
-    if len(firm) >= max_places(info, stats):
+    if len(firm) >= places:
         return False
     if (
         stats is not None

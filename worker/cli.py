@@ -36,8 +36,18 @@ def cli() -> None:
 @click.option("--attention", type=click.Choice(["auto", "cpu", "torch"]))
 @click.option("--max-num-seqs", type=int, help="Sequences that run together.")
 @click.option("--max-batch-prefill-tokens", type=int, help="Token budget of one step.")
+@click.option("--max-input-tokens", type=int, help="Prompt of one sequence; default: what the total leaves.")
 @click.option("--max-total-tokens", type=int, help="Prompt + output of one sequence.")
 @click.option("--max-batch-total-tokens", type=int, help="Tokens in the KV cache.")
+@click.option("--max-concurrent-requests", type=int, help="Jobs of a class that are taken on at a time.")
+@click.option(
+    "--waiting-served-ratio",
+    type=float,
+    help="Let prompts in once so many wait for each sequence that decodes; default 0: at once.",
+)
+@click.option(
+    "--max-waiting-tokens", type=int, help="… or once those have decoded for so many steps; default 20."
+)
 @click.option("--kv-block-size", type=int, help="Tokens per KV block.")
 @click.option(
     "--prefix-cache/--no-prefix-cache",

@@ -231,7 +231,14 @@ class JobHandler:
             default = (
                 generation.max_tokens or self._settings.default_max_tokens
             )  # an earlier worker's, if any
-            allowed = intake.budget(job, len(prompt_ids), info.max_model_len, default)
+            allowed = intake.budget(
+                job,
+                len(prompt_ids),
+                info.max_model_len,
+                default,
+                max_input_tokens=self._settings.max_input_tokens,
+                knob=info.length_knob,
+            )
             wishes.check_limits(job.sampling, self._settings)
             wishes.check_ids(job.sampling, info)
             generation.processors = wishes.processors(
@@ -445,4 +452,5 @@ class JobHandler:
             return []
         # The others are being committed: the engine has done with them.
         held = [slot.held() for slot in self._slots.all() if not slot.ended.is_set()]
-        return capacity.claimable(held, self.engine.info, self.engine.stats)
+        most = self._settings.max_concurrent_requests
+        return capacity.claimable(held, self.engine.info, self.engine.stats, most)

@@ -41,21 +41,35 @@ def _encode(job: Job, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     return tokenizer.encode(job.prompt, add_special_tokens=True)
 
 
-def budget(job: Job, prompt_tokens: int, limit: int, default_max_tokens: int) -> int:
+def budget(
+    job: Job,
+    prompt_tokens: int,
+    limit: int,
+    default_max_tokens: int,
+    *,
+    max_input_tokens: int | None = None,
+    knob: str | None = None,
+) -> int:
     """How many tokens of output the job may have. Raises PromptTooLong with the numbers.
 
-    ``limit`` is what a sequence may hold in all. Who names no number gets the default, or what is left.
+    ``limit`` is what a sequence may hold in all, and ``knob`` the setting that says so. Who names no number
+    gets the default, or what is left.
     """
+    if max_input_tokens is not None and prompt_tokens > max_input_tokens:
+        raise PromptTooLong(
+            prompt_tokens=prompt_tokens, max_tokens=None, limit=max_input_tokens, knob="max_input_tokens"
+        )
     asked = job.sampling.max_tokens
     room = limit - prompt_tokens
     if room < 1 or (asked is not None and asked > room):
-        raise PromptTooLong(prompt_tokens=prompt_tokens, max_tokens=asked, limit=limit)
+        raise PromptTooLong(prompt_tokens=prompt_tokens, max_tokens=asked, limit=limit, knob=knob)
     if job.sampling.min_tokens > room:
         raise PromptTooLong(
             prompt_tokens=prompt_tokens,
             max_tokens=job.sampling.min_tokens,
             limit=limit,
             asked_by="min_tokens",
+            knob=knob,
         )
     return asked if asked is not None else max(job.sampling.min_tokens, min(default_max_tokens, room))
 

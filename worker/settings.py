@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import NoDecode
 
 from ..engine.settings import DType, EngineSettings
@@ -35,10 +43,28 @@ class WorkerSettings(Settings):
     max_batch_prefill_tokens: Annotated[
         PositiveInt | None, Field(validation_alias=_tgi("max_batch_prefill_tokens"))
     ] = None
+    max_input_tokens: Annotated[
+        PositiveInt | None,
+        Field(
+            validation_alias=AliasChoices(
+                "max_input_tokens", "GRISTMILL_MAX_INPUT_TOKENS", "MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"
+            )
+        ),
+    ] = None
+    """Of one prompt. None: as many as ``max_total_tokens`` leaves."""
     max_total_tokens: Annotated[PositiveInt | None, Field(validation_alias=_tgi("max_total_tokens"))] = None
     max_batch_total_tokens: Annotated[
         PositiveInt | None, Field(validation_alias=_tgi("max_batch_total_tokens"))
     ] = None
+    waiting_served_ratio: Annotated[
+        float, Field(ge=0.0, allow_inf_nan=False, validation_alias=_tgi("waiting_served_ratio"))
+    ] = 0.0
+    max_waiting_tokens: Annotated[NonNegativeInt, Field(validation_alias=_tgi("max_waiting_tokens"))] = 20
+    max_concurrent_requests: Annotated[
+        PositiveInt | None, Field(validation_alias=_tgi("max_concurrent_requests"))
+    ] = None
+    """Jobs of a class, and of those above it, that the worker takes on; the others stay in the queue.
+    None: as many as run together, and a few."""
     kv_block_size: PositiveInt = 16
     prefix_cache: bool = True
     swap_gib: Annotated[float, Field(ge=0.0)] = 0.0
@@ -108,6 +134,16 @@ class WorkerSettings(Settings):
             return self.served_model_name
         path = Path(self.model)
         return path.resolve().name if path.is_dir() else self.model
+
+    @model_validator(mode="after")
+    def _a_prompt_leaves_room_for_output(self) -> Self:
+        prompt, whole = self.max_input_tokens, self.max_total_tokens
+        if prompt is not None and whole is not None and prompt >= whole:
+            raise ValueError(
+                f"max_input_tokens ({prompt}) must be less than max_total_tokens ({whole}), which counts the "
+                "output, too"
+            )
+        return self
 
     @field_validator("lora_adapters", mode="before")
     @classmethod

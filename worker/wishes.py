@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from ..engine.messages import Dry, EngineInfo, Processors, Watermark
 from ..engine.tokenizer import Tokenizer
-from ..schemas.errors import InvalidRequest, Unsupported
+from ..schemas.errors import InvalidRequest, Unsupported, with_a_greater
 from ..schemas.sampling import SamplingParams
 from .settings import WorkerSettings
 
@@ -26,8 +26,8 @@ def check_limits(sampling: SamplingParams, settings: WorkerSettings) -> None:
         limit: int = getattr(settings, knob)
         if value > limit:
             raise InvalidRequest(
-                f"{param} asks for {value:,} {things} and this worker allows {limit:,}; ask for at most "
-                f"{limit:,}, or start workers with a greater GRISTMILL_{knob.upper()}",
+                f"{param} asks for {value:,} {things} and this worker allows {limit:,} ({knob}); "
+                f"ask for at most {limit:,}, or {with_a_greater(knob)}",
                 param=param,
             )
     if sampling.choices > 1:

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 from gristmill.engine.block_pool import BlockPool
+from gristmill.engine.cadence import Cadence
 from gristmill.engine.messages import Request
 from gristmill.engine.planner import Planner
 from gristmill.engine.scheduler import Scheduler, StepPlan
@@ -106,6 +107,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots=st.integers(0, 6),
         seed=st.integers(0, 3),
         overtakes=st.integers(0, 3),
+        ratio=st.sampled_from([0.0, 0.0, 0.5, 3.0]),
+        patience=st.integers(0, 3),
     )
     def start(
         self,
@@ -117,6 +120,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots: int,
         seed: int,
         overtakes: int,
+        ratio: float,
+        patience: int,
     ) -> None:
         self.overtakes = overtakes
         self.overtaken: Counter[str] = Counter()
@@ -131,6 +136,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_cache=prefix_cache,
             swap=SwapSpace(slots, self.cells, lambda: pays.random() < 0.7),
             planner=Planner((overtakes, overtakes, overtakes)),
+            cadence=Cadence(ratio, patience),
         )
         self.alive: dict[str, Sequence] = {}
         self.number = 0
@@ -252,9 +258,9 @@ SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_co
 TestScheduler = SchedulerMachine.TestCase
 
 
-def scheduler(**options: int) -> Scheduler:
+def scheduler(cadence: Cadence | None = None, **options: int) -> Scheduler:
     given = {"capacity": 100, "block_size": 4, "step_tokens": 16, "max_num_seqs": 8} | options
-    return Scheduler(BlockPool(given.pop("capacity")), **given)
+    return Scheduler(BlockPool(given.pop("capacity")), cadence=cadence, **given)
 
 
 def run(scheduler: Scheduler) -> dict[str, int]:
@@ -344,6 +350,53 @@ def test_a_sequence_that_can_never_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(PromptTooLong, match=r"30 tokens.*max_tokens \(20\) is 50.*takes 40") as refused:
         scheduler(capacity=10).add(make(1, prompt=30, max_tokens=20))
     assert refused.value.limit == 40
+
+
+# ---- the cadence of prompts
+
+
+def decoding(cadence: Cadence, count: int) -> Scheduler:
+    """So many that have their prompts behind them."""
+    it = scheduler(cadence)
+    for number in range(count):
+        it.add(make(number, prompt=2, max_tokens=90))
+    run(it)
+    assert all(seq.pending == 1 for seq in it.running)
+    return it
+
+
+def test_a_prompt_waits_until_enough_do_and_then_all_come_in_together() -> None:
+    it = decoding(Cadence(waiting_served_ratio=0.5, max_waiting_tokens=100), 4)
+    it.add(make(4, prompt=3, max_tokens=9))
+    for _ in range(5):
+        assert run(it) == {f"s{number}": 1 for number in range(4)}
+    it.add(make(5, prompt=3, max_tokens=9))
+    assert run(it) == {f"s{number}": 1 for number in range(4)} | {"s4": 3, "s5": 3}
+
+
+def test_a_prompt_waits_for_a_bounded_number_of_tokens() -> None:
+    it = decoding(Cadence(waiting_served_ratio=9.0, max_waiting_tokens=3), 2)
+    it.add(make(2, prompt=3, max_tokens=9))
+    assert [len(run(it)) for _ in range(4)] == [2, 2, 2, 3]
+    it.add(make(3, prompt=3, max_tokens=9))
+    assert [len(run(it)) for _ in range(4)] == [3, 3, 3, 4], "counted anew after each prompt"
+
+
+def test_without_a_ratio_or_patience_a_prompt_comes_in_at_once() -> None:
+    for cadence in (Cadence(0.0, 100), Cadence(9.0, 0)):
+        it = decoding(cadence, 3)
+        it.add(make(3, prompt=3, max_tokens=9))
+        assert len(run(it)) == 4
+
+
+def test_nobody_is_held_back_for_a_lower_class_nor_beside_a_prompt_nor_twice() -> None:
+    it = decoding(Cadence(9.0, 100), 2)
+    it.add(make(2, prompt=20, max_tokens=9, priority=0))
+    assert run(it) == {"s0": 1, "s1": 1, "s2": 14}, "it outranks those who decode"
+    it.add(make(3, prompt=3, max_tokens=9))
+    assert run(it) == {"s0": 1, "s1": 1, "s2": 6, "s3": 3}, "the step is slow already"
+    it._preempt(it.running[-1])
+    assert len(run(it)) == 4, "it was running"
 
 
 # ---- the prefix cache
