@@ -22,7 +22,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..schemas import keys
@@ -30,6 +29,7 @@ from ..schemas.errors import IdempotencyConflict, JobNotFound
 from ..schemas.events import Delta, End, EntryId, Event, event_from_json
 from ..schemas.job import Job, JobState, Priority
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
+from .script import Script, lua
 
 T = TypeVar("T")
 
@@ -44,23 +44,11 @@ _ECHOED = ("endpoint", "custom_id", "retry_of", "metadata")
 _NOT_IN_DIGEST = {"id", "v", "submitted_at", "expires_at", "stream"}
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
-    """One Lua file. ``sha`` is what the server calls it."""
-
-    text: str
-    sha: str
-    timed: bool
-    """It tells the time: behind its arguments comes the unix time in ms, or "" for the server's clock."""
-
-
 def _script(name: str) -> Script:
-    folder = Path(__file__).parent / "lua"
-    text = (folder / f"{name}.lua").read_text(encoding="utf-8")
+    """A Lua file, behind ``clock.lua`` if it tells the time."""
+    text = lua(name)
     timed = "clock()" in text
-    if timed:
-        text = (folder / "clock.lua").read_text(encoding="utf-8") + text
-    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), timed)
+    return Script.of(lua("clock") + text if timed else text, timed=timed)
 
 
 SUBMIT, CLAIM, PUBLISH, FINISH, RELEASE = map(_script, ("submit", "claim", "publish", "finish", "release"))

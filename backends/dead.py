@@ -20,8 +20,9 @@ from ..schemas.job import Job
 from ..schemas.settings import Settings
 from ..schemas.wire import loads
 from .embedded import Embedded
-from .message_queue import DEAD_LIMIT, DEAD_TTL_S, load_script, run_script
+from .message_queue import DEAD_LIMIT, DEAD_TTL_S, load_script
 from .redis import connect, redis_errors
+from .script import run_script
 
 PAGE = 100
 _WHERE = "dead letters"

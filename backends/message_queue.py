@@ -9,10 +9,8 @@ redis-py's exceptions pass through: kombu and Celery act on them; ``broker.py`` 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -20,6 +18,7 @@ from redis.exceptions import NoScriptError
 
 from ..schemas import keys
 from ..schemas.errors import NotReplicated
+from .script import Script, lua, run_script
 
 SWEEP_LIMIT = 500
 """Claims handed back by one sweep, so that a sweep never blocks the server for long."""
@@ -206,28 +205,12 @@ class MessageQueue:
         return "" if self.now_ms is None else self.now_ms
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
-    text: str
-    sha: str
-
-
 def load_script(name: str) -> Script:
     """A Lua file behind ``queue_common.lua``, with the key names of ``schemas/keys.py`` filled in."""
-    folder = Path(__file__).parent / "lua"
-    common = (folder / "queue_common.lua").read_text(encoding="utf-8")
+    common = lua("queue_common")
     for placeholder, key in _NAMES.items():
         common = common.replace(f"'{{{placeholder}}}'", f"'{key}'")
-    text = common + (folder / f"queue_{name}.lua").read_text(encoding="utf-8")
-    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
-
-
-def run_script(client: redis.Redis, script: Script, *args: str | bytes | int) -> Any:
-    """EVALSHA; the text only to a server that does not know it yet."""
-    try:
-        return client.evalsha(script.sha, 0, *args)
-    except NoScriptError:
-        return client.eval(script.text, 0, *args)
+    return Script.of(common + lua(f"queue_{name}"))
 
 
 def _both(client: redis.Redis, *commands: tuple[str | bytes | int, ...]) -> Any:

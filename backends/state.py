@@ -29,9 +29,10 @@ from ..schemas.job import Job, JobState
 from ..schemas.settings import Settings
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
 from . import calls
-from .calls import Call, Claim, Due, Entry, Final, Resubscribed, Script, Write
+from .calls import Call, Claim, Due, Entry, Final, Resubscribed, Write
 from .embedded import Embedded
 from .redis import connect, connect_async, redis_errors
+from .script import Script, run_script
 
 __all__ = [
     "AsyncState",
@@ -236,11 +237,7 @@ class State:
             if call.script is None:
                 reply = client.execute_command(*call.args)
             else:
-                rest = (len(call.keys), *call.keys, *call.args, *self._time(call.script))
-                try:
-                    reply = client.evalsha(call.script.sha, *rest)
-                except NoScriptError:  # a server that restarted or failed over
-                    reply = client.eval(call.script.text, *rest)
+                reply = run_script(client, call.script, *call.args, *self._time(call.script), keys=call.keys)
         return call.parse(reply)
 
     def _time(self, script: Script) -> tuple[str | int, ...]:
