@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from ..schemas.errors import BrokerUnavailable, Misconfigured
 from ..schemas.settings import Settings
+from .aws_errors import BUSY, botocore_errors
 from .redis import redact
 
 LONG_POLL_S = 20
@@ -29,7 +30,7 @@ BATCH = 10
 """Entries of one batch call, and messages of one receive, at most."""
 MAX_NAME_CHARS = 80
 CONNECTIONS = 32
-_BUSY = {"RequestThrottled", "ThrottlingException", "Throttling", "OverLimit", "RequestTimeout", "SlowDown"}
+_NO_QUEUE = {"QueueDoesNotExist", "NonExistentQueue"}
 
 
 class NoQueue(Misconfigured):
@@ -187,7 +188,7 @@ class SqsQueues:
             reply = getattr(self._client(self._patience_s), call)(QueueUrl=url, Entries=entries)
         failed: Iterable[dict[str, Any]] = reply.get("Failed", ())
         for failure in failed:
-            if not failure.get("SenderFault") or failure.get("Code") in _BUSY:
+            if not failure.get("SenderFault") or failure.get("Code") in BUSY:
                 raise BrokerUnavailable(f"{self.where}, {queue}: {failure.get('Code')}")
         return [messages[int(failure["Id"])] for failure in failed]
 
@@ -212,39 +213,24 @@ class SqsQueues:
     @contextmanager
     def errors(self, queue: str | None = None) -> Generator[None]:
         """botocore's exceptions as ours. What network or service may mend unasked is BrokerUnavailable."""
-        bx: Any = import_module("botocore.exceptions")
-        text = self.where + (f", {queue}" if queue else "")
-        try:
+        with botocore_errors(
+            self.where + (f", {queue}" if queue else ""),
+            away=BrokerUnavailable,
+            missing=lambda code: self._no_queue(queue) if code in _NO_QUEUE else None,
+            rights="check the credentials, the policy and the region",
+            settings="write sqs://KEY:SECRET@, set GRISTMILL_SQS_REGION, or what AWS tools read",
+            endpoint="GRISTMILL_SQS_ENDPOINT_URL",
+        ):
             yield
-        except bx.ClientError as exc:
-            code = str(exc.response.get("Error", {}).get("Code", "")).rpartition(".")[2]
-            status = int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-            if code in ("QueueDoesNotExist", "NonExistentQueue"):
-                self._forget(queue)
-                raise NoQueue(
-                    f"{text}: there is no such queue; run `gristmill queues create --model MODEL`, "
-                    "or name its URL in GRISTMILL_SQS_QUEUES"
-                ) from exc
-            if status >= 500 or status == 429 or code in _BUSY:
-                raise BrokerUnavailable(f"{text}: {code} ({status})") from exc
-            raise Misconfigured(
-                f"{text}: {code} ({status}); check the credentials, the policy and the region"
-            ) from exc
-        except (bx.HTTPClientError, bx.ConnectionError, bx.IncompleteReadError, OSError) as exc:
-            raise BrokerUnavailable(f"{text}: {exc}") from exc
-        except (bx.MetadataRetrievalError, bx.CredentialRetrievalError, bx.TokenRetrievalError) as exc:
-            raise BrokerUnavailable(f"{text}: credentials cannot be fetched: {exc}") from exc
-        except bx.BotoCoreError as exc:
-            raise Misconfigured(
-                f"{text}: {exc}; write sqs://KEY:SECRET@, set GRISTMILL_SQS_REGION, or what AWS tools read"
-            ) from exc
-        except ValueError as exc:  # an endpoint that is no URL
-            raise Misconfigured(f"GRISTMILL_SQS_ENDPOINT_URL: {exc}") from exc
 
-    def _forget(self, queue: str | None) -> None:
-        """A queue that was deleted may be created again, under another URL."""
+    def _no_queue(self, queue: str | None) -> NoQueue:
+        """The error for a queue that is gone. It may be created again, under another URL: forget this one."""
         if queue is not None and queue not in self.configured:
             self._urls.pop(queue, None)
+        return NoQueue(
+            f"{self.where}{f', {queue}' if queue else ''}: there is no such queue; run "
+            "`gristmill queues create --model MODEL`, or name its URL in GRISTMILL_SQS_QUEUES"
+        )
 
 
 def whole_seconds(seconds: float) -> int:

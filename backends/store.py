@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..schemas.errors import InvalidRequest, Misconfigured, StoreUnavailable
 from ..schemas.settings import Settings
+from .aws_errors import botocore_errors, code_and_status
 
 # Each part starts with a letter or a digit: no "..", no hidden file, no absolute path, no empty part.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -28,7 +29,6 @@ S3_READ_TIMEOUT_S = 30.0
 S3_ATTEMPTS = 3
 S3_CONNECTIONS = 32
 CONFLICT_TRIES = 5
-_BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestTimeTooSkewed"}
 _PROBE = "gristmill-check"
 
 
@@ -254,7 +254,7 @@ class S3Store:
                     self._client.put_object(Bucket=self.bucket, Key=key, Body=body, IfNoneMatch="*")
                     return True
                 except self._client.exceptions.ClientError as exc:
-                    code, status = _code_and_status(exc)
+                    code, status = code_and_status(exc)
                     if status == 412:
                         return False
                     if status != 409 or code != "ConditionalRequestConflict":
@@ -278,7 +278,7 @@ class S3Store:
             try:
                 self._client.head_object(Bucket=self.bucket, Key=key)
             except self._client.exceptions.ClientError as exc:
-                if _code_and_status(exc)[1] != 404:
+                if code_and_status(exc)[1] != 404:
                     raise
             else:
                 return True
@@ -304,7 +304,7 @@ class S3Store:
             try:
                 self._client.head_bucket(Bucket=self.bucket)
             except self._client.exceptions.ClientError as exc:
-                if _code_and_status(exc)[1] == 404:
+                if code_and_status(exc)[1] == 404:
                     raise self._no_bucket() from exc
                 raise
         if write:
@@ -327,35 +327,16 @@ class S3Store:
     @contextmanager
     def _errors(self) -> Generator[None]:
         """botocore's exceptions as ours. What network or server may mend unasked is StoreUnavailable."""
-        bx: Any = import_module("botocore.exceptions")
-        try:
+        with botocore_errors(
+            f"{self.url} at {self._endpoint}",
+            away=StoreUnavailable,
+            missing=lambda code: self._no_bucket() if code == "NoSuchBucket" else None,
+            rights="check the credentials and the bucket's policy",
+            settings="set GRISTMILL_S3_ACCESS_KEY, GRISTMILL_S3_SECRET_KEY and GRISTMILL_S3_REGION, or what "
+            "AWS tools read",
+            endpoint="GRISTMILL_S3_ENDPOINT_URL",
+        ):
             yield
-        except bx.ClientError as exc:
-            code, status = _code_and_status(exc)
-            if code == "NoSuchBucket":
-                raise self._no_bucket() from exc
-            text = f"{self.url} at {self._endpoint}: {code} ({status})"
-            if status >= 500 or status == 429 or code in _BUSY:
-                raise StoreUnavailable(text) from exc
-            raise Misconfigured(f"{text}; check the credentials and the bucket's policy") from exc
-        except (bx.HTTPClientError, bx.ConnectionError, bx.IncompleteReadError, OSError) as exc:
-            raise StoreUnavailable(f"{self.url} at {self._endpoint}: {exc}") from exc
-        except (bx.MetadataRetrievalError, bx.CredentialRetrievalError, bx.TokenRetrievalError) as exc:
-            raise StoreUnavailable(f"{self.url}: credentials cannot be fetched: {exc}") from exc
-        except bx.BotoCoreError as exc:
-            raise Misconfigured(
-                f"{self.url}: {exc}; set GRISTMILL_S3_ACCESS_KEY, GRISTMILL_S3_SECRET_KEY and "
-                "GRISTMILL_S3_REGION, or what AWS tools read"
-            ) from exc
-        except ValueError as exc:  # an endpoint that is no URL
-            raise Misconfigured(f"GRISTMILL_S3_ENDPOINT_URL: {exc}") from exc
-
-
-def _code_and_status(exc: Any) -> tuple[str, int]:
-    """Of a botocore ClientError: S3's error code and the HTTP status."""
-    response = exc.response
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return str(response.get("Error", {}).get("Code", "")), int(status)
 
 
 def _s3_client(settings: Settings) -> Any:
