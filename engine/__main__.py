@@ -91,7 +91,7 @@ def _add(engine: Engine, command: Add) -> Iterator[Output]:
         try:
             engine.add(request)
         except BadInput as exc:
-            yield Output(id=request.id, token_ids=[], finish="error", error_code=exc.code, error=exc.message)
+            yield Output.failed(request.id, exc.code, exc.message)
 
 
 def _abort(engine: Engine, command: Abort) -> Iterator[Output]:

@@ -285,10 +285,7 @@ class Engine:
             self._scheduler.add(seq)
         for seq, _ in turn.failed:
             del self._seqs[seq.id]
-        return [
-            Output(id=seq.id, token_ids=[], finish="error", error_code=error.code, error=error.message)
-            for seq, error in turn.failed
-        ]
+        return [Output.failed(seq.id, error.code, error.message) for seq, error in turn.failed]
 
     def _swap_space(self, settings: EngineSettings) -> SwapSpace | None:
         """Where blocks go that are wanted again, should that cost less than computing them."""
@@ -324,12 +321,10 @@ class Engine:
         """End the one sequence for which not even the smallest step has memory."""
         seq = plan.work[0].seq
         self._end(seq)
-        return Output(
-            id=seq.id,
-            token_ids=[],
-            finish="error",
-            error_code=OUT_OF_MEMORY,
-            error=f"memory ran out for {plan.tokens} tokens of this sequence of {len(seq.tokens):,}, alone "
+        return Output.failed(
+            seq.id,
+            OUT_OF_MEMORY,
+            f"memory ran out for {plan.tokens} tokens of this sequence of {len(seq.tokens):,}, alone "
             "in the engine; lower max_batch_total_tokens to leave more for a step, or add memory",
         )
 
@@ -337,15 +332,7 @@ class Engine:
         """Queue a sequence whose grammar is ready, with the tokens that are forced from the start."""
         if isinstance(begins, BadInput):
             self._end(seq)
-            return [
-                Output(
-                    id=seq.id,
-                    token_ids=[],
-                    finish="error",
-                    error_code=begins.code,
-                    error=begins.message,
-                )
-            ]
+            return [Output.failed(seq.id, begins.code, begins.message)]
         output = self._recorder.append(seq, begins)
         if output.finish:
             return [output]

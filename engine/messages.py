@@ -7,7 +7,7 @@ The only writer and the only reader of a pipe are the same version of this file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from ..schemas.grammar import GrammarKind
 from ..schemas.logprobs import TokenLogprobs
@@ -152,6 +152,11 @@ class Output:
     """Of the prompt, found in the prefix cache; said with what the first sampled token brings."""
     error_code: str | None = None
     error: str | None = None
+
+    @classmethod
+    def failed(cls, request_id: str, code: str, why: str) -> Self:
+        """The end of a request that cannot go on, or could never be run."""
+        return cls(id=request_id, token_ids=[], finish="error", error_code=code, error=why)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,21 +36,17 @@ class Recorder:
         """Append the token, or end the sequence because of it."""
         if token is None:
             self._end(seq, spoiled=True)
-            return Output(
-                id=seq.id,
-                token_ids=[],
-                finish="error",
-                error_code=BAD_LOGITS,
-                error=f"the model gave no numbers after {len(seq.tokens):,} tokens of this sequence",
+            return Output.failed(
+                seq.id,
+                BAD_LOGITS,
+                f"the model gave no numbers after {len(seq.tokens):,} tokens of this sequence",
             )
         if token == NONE_LEFT:
             self._end(seq)
-            return Output(
-                id=seq.id,
-                token_ids=[],
-                finish="error",
-                error_code=NOTHING_ALLOWED,
-                error=f"after {seq.output_len:,} tokens of output the request rules out every token: "
+            return Output.failed(
+                seq.id,
+                NOTHING_ALLOWED,
+                f"after {seq.output_len:,} tokens of output the request rules out every token: "
                 "allowed_token_ids, bad_words, the grammar and min_tokens leave none; allow more",
             )
         if token in seq.end_ids:
@@ -95,12 +91,10 @@ class Recorder:
         except LeftTheGrammar as exc:
             why = str(exc)
         self._end(seq)
-        return Output(
-            id=seq.id,
-            token_ids=[],
-            finish="error",
-            error_code=GRAMMAR_FAILED,
-            error=f"after {seq.output_len:,} tokens of output the grammar could not be followed ({why}); "
+        return Output.failed(
+            seq.id,
+            GRAMMAR_FAILED,
+            f"after {seq.output_len:,} tokens of output the grammar could not be followed ({why}); "
             "make it simpler",
         )
 
