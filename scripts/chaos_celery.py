@@ -17,7 +17,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from gristmill.engine.engine import Engine
 from gristmill.engine.settings import EngineSettings
 from gristmill.engine.tokenizer import Tokenizer
 from gristmill.schemas.errors import BrokerUnavailable
-from gristmill.schemas.events import EntryId
 from gristmill.schemas.job import Job
 from gristmill.worker import intake
 from gristmill.worker.generation import Generation
@@ -160,7 +159,6 @@ class StockCelery:
     """The side of a chaos run: see ``chaos_stacks.Side``."""
 
     ready_word = " ready."
-    streams = False
 
     def __init__(self, broker: Valkey, directory: Path, model: Path, *, lease_s: float, small: bool) -> None:
         assert small, "the comparison is for the tiny model"
@@ -190,9 +188,6 @@ class StockCelery:
             self._app.send_task(TASK, args=[job.to_json()], task_id=job.id, queue=QUEUE)
         except (kombu.exceptions.OperationalError, redis.RedisError, OSError) as exc:
             raise BrokerUnavailable(f"stock Celery: {exc!r}") from exc
-
-    def stream(self, one: Asked, last: EntryId | None) -> Iterator[Any]:
-        raise NotImplementedError("tasks do not stream")
 
     def count_ended(self) -> int:
         return sum(not path.name.startswith(".") for path in (self._directory / "results").iterdir())

@@ -11,7 +11,7 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 
 from chaos_jobs import Asked
-from chaos_stacks import Side
+from chaos_stacks import Side, Streams
 from gristmill.schemas.errors import GristmillError
 
 SUBMITTERS, FOLLOWERS = 8, 48
@@ -85,12 +85,12 @@ class Crowd:
                 self._stop.wait(0.3)
                 continue
             self.accepted_numbers.add(one.number)
-            if one.follow and self._side.streams:
+            if one.follow and isinstance(self._side, Streams):
                 self._followed[one.number] = shown = Followed()
-                self._followers.append(self._following.submit(self._follow, one, shown))
+                self._followers.append(self._following.submit(self._follow, self._side, one, shown))
             return
 
-    def _follow(self, one: Asked, shown: Followed) -> None:
+    def _follow(self, side: Streams, one: Asked, shown: Followed) -> None:
         draw = random.Random(one.key)
         if one.follow == "late" and self._stop.wait(draw.uniform(0.5, 8.0)):
             return
@@ -98,7 +98,7 @@ class Crowd:
         last = None
         while not self._stop.is_set():
             try:
-                for chunk in self._side.stream(one, last):
+                for chunk in side.stream(one, last):
                     if chunk.reset:
                         shown.trouble = f"a reset at token {chunk.offset}"
                     shown.parts.append(chunk.text)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from chaos_jobs import MODEL, Asked
 from gristmill.backends.state import open_state
@@ -44,15 +44,20 @@ class Side(Protocol):
 
     model: Path
     ready_word: str
-    streams: bool
 
     def launch(self, number: int) -> Worker: ...
     def submit(self, one: Asked) -> None: ...
-    def stream(self, one: Asked, last: EntryId | None) -> Iterator[Any]: ...
     def count_ended(self) -> int: ...
     def settled(self, asked: Sequence[Asked], /) -> bool: ...
     def outcome(self, one: Asked) -> Outcome: ...
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """What a stack may offer beyond a ``Side``: to show a job's text while it grows."""
+
+    def stream(self, one: Asked, last: EntryId | None) -> Iterator[Any]: ...
 
 
 def worker_env(directory: Path, **settings: object) -> dict[str, str]:
@@ -67,7 +72,6 @@ class Gristmill:
     """Our own client, workers and results in a directory."""
 
     ready_word = "worker.ready"
-    streams = True
 
     def __init__(self, broker: Valkey, directory: Path, model: Path, *, lease_s: float, small: bool) -> None:
         self.model, self._directory = model, directory
