@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.settings import EngineSettings
 
 from ..support.adapters import ATTENTION, write_adapter
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -36,15 +37,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 STEPS = 24
 NEAR_TIE = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Judge:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from gristmill.engine.settings import EngineSettings
 from ..support.adapters import write_adapter
 from ..support.feeding import Fed, feed, generate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 8
 BROAD: dict[str, Any] = {
     # Wide enough that matrix libraries change kernels between one row and many.
@@ -32,15 +33,6 @@ BROAD: dict[str, Any] = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 1024,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads on a busy machine wait for one another more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

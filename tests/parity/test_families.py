@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from gristmill.engine.runner import Runner
 from gristmill.engine.settings import EngineSettings
 
 from ..support.feeding import Fed, generate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 THETA = {"rope_theta": 10_000.0}
 LLAMA3 = {
@@ -85,15 +86,6 @@ def runner(directory: Path, attention: str, **settings: Any) -> Runner:
             **settings,
         )
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread; on a busy machine its barriers cost minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

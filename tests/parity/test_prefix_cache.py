@@ -8,27 +8,18 @@ without.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from gristmill.engine.engine import Engine
 from gristmill.engine.messages import Request
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.native.build import find_compiler
 from gristmill.engine.settings import EngineSettings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])

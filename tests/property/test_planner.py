@@ -13,6 +13,8 @@ from gristmill.engine.sequence import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ..support.scheduling import tokens_fed
+
 PREFIX, OWN, OUTPUT = 256, 40, 8
 FAMILIES, ROWS = 6, 20
 NAMES = (b"a", b"b")
@@ -51,41 +53,23 @@ def lru(it: Scheduler) -> Scheduler:
     return it
 
 
-def computed(it: Scheduler, seqs: list[Sequence]) -> int:
-    """Tokens that go through the model until all have ended."""
-    for seq in seqs:
-        it.add(seq)
-    fed = 0
-    while it.has_work:
-        plan = it.plan()
-        fed += plan.tokens
-        sampling = [work.seq for work in plan.work if work.samples]
-        it.advance(plan)
-        for seq in sampling:
-            seq.tokens.append(7)
-            if len(seq.tokens) == seq.limit:
-                it.remove(seq)
-    it.check()
-    return fed
-
-
 def test_in_a_shuffled_queue_larger_than_the_cache_each_prefix_is_computed_once() -> None:
     rows = FAMILIES * ROWS
     for seed in range(5):
-        fed = computed(scheduler(Planner()), shuffled_families(seed))
+        fed = tokens_fed(scheduler(Planner()), shuffled_families(seed))
         assert fed == FAMILIES * PREFIX + rows * (OWN + OUTPUT - 1), f"seed {seed}"
 
 
 def test_it_computes_less_than_half_of_what_arrival_order_with_an_lru_does() -> None:
-    planned = computed(scheduler(Planner()), shuffled_families(1))
+    planned = tokens_fed(scheduler(Planner()), shuffled_families(1))
     plain = lru(scheduler(Planner((0, 0, 0))))
-    assert planned < computed(plain, shuffled_families(1)) / 2
+    assert planned < tokens_fed(plain, shuffled_families(1)) / 2
 
 
 def test_keeping_blocks_by_who_still_wants_them_helps_arrival_order_too() -> None:
-    kept = computed(scheduler(Planner((0, 0, 0))), shuffled_families(1))
+    kept = tokens_fed(scheduler(Planner((0, 0, 0))), shuffled_families(1))
     plain = lru(scheduler(Planner((0, 0, 0))))
-    assert kept < computed(plain, shuffled_families(1))
+    assert kept < tokens_fed(plain, shuffled_families(1))
 
 
 @settings(max_examples=150, deadline=None)

@@ -27,6 +27,8 @@ from hypothesis.stateful import (
     rule,
 )
 
+from ..support.scheduling import tokens_fed
+
 
 def make(
     number: int,
@@ -402,22 +404,6 @@ def test_nobody_is_held_back_for_a_lower_class_nor_beside_a_prompt_nor_twice() -
 # ---- the prefix cache
 
 
-def fed_in_all(it: Scheduler) -> int:
-    """Run until everybody has ended; tokens that went through the model."""
-    fed = 0
-    while it.has_work:
-        plan = it.plan()
-        fed += plan.tokens
-        sampling = [work.seq for work in plan.work if work.samples]
-        it.advance(plan)
-        for seq in sampling:
-            seq.tokens.append(7)
-            if len(seq.tokens) == seq.limit:
-                it.remove(seq)
-        it.check()
-    return fed
-
-
 def test_a_prefix_that_many_share_is_computed_once() -> None:
     """512 tokens in common and 48 of its own each, all there at once; 64 tokens of output."""
     it = scheduler(capacity=4_000, block_size=16, step_tokens=512, max_num_seqs=128)
@@ -425,7 +411,7 @@ def test_a_prefix_that_many_share_is_computed_once() -> None:
     seqs = [make(n, [*prefix, *[n] * 48], max_tokens=64) for n in range(64)]
     for seq in seqs:
         it.add(seq)
-    assert fed_in_all(it) == 512 + 64 * (48 + 63)
+    assert tokens_fed(it) == 512 + 64 * (48 + 63)
     assert [seq.cached_tokens for seq in seqs] == [0] + [512] * 63
     assert it.cache.hits == 63 * 512
     assert it.cache.queries == 64 * 560
@@ -435,7 +421,7 @@ def test_without_the_cache_everybody_computes_everything() -> None:
     it = Scheduler(BlockPool(100), block_size=4, step_tokens=16, max_num_seqs=8, prefix_cache=False)
     for number in (1, 2):
         it.add(make(number, [5] * 20, max_tokens=4))
-    assert fed_in_all(it) == 2 * (20 + 3)
+    assert tokens_fed(it) == 2 * (20 + 3)
     assert it.cache.hits == it.cache.queries == 0
 
 
@@ -443,13 +429,13 @@ def test_another_salt_shares_nothing() -> None:
     it = scheduler()
     for number, salt in ((1, "ann"), (2, "bob"), (3, "ann")):
         it.add(make(number, [5] * 17, max_tokens=1, salt=salt))
-    assert fed_in_all(it) == 17 + 17 + 1
+    assert tokens_fed(it) == 17 + 17 + 1
 
 
 def test_a_prompt_known_to_its_end_still_computes_its_last_token() -> None:
     it = scheduler()
     it.add(make(1, [5] * 16, max_tokens=1))
-    fed_in_all(it)
+    tokens_fed(it)
     it.add(make(2, [5] * 16, max_tokens=1))
     assert run(it) == {"s2": 4}
 
@@ -458,7 +444,7 @@ def test_what_was_generated_is_found_by_the_next_turn() -> None:
     it = scheduler()
     first = make(1, [5] * 10, max_tokens=11)
     it.add(first)
-    fed_in_all(it)
+    tokens_fed(it)
     turn = make(2, [*first.tokens, 8, 8], max_tokens=1)
     it.add(turn)
     assert run(it) == {"s2": 3}, "20 tokens had keys and values, in 5 full blocks"

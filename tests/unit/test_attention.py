@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,17 +22,10 @@ from torch import Tensor
 
 from ..support.feeding import Fed, Piece
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the kernels get their own number of threads
+
 CPU = torch.device("cpu")
 MAX_LEN = 1200
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So that a busy machine costs no barriers; the kernels get their own number of threads below."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def library(dtype: torch.dtype, threads: int = 1) -> Library:

@@ -15,39 +15,29 @@ def sampling(**parameters: Any) -> SamplingParams:
 
 
 def test_every_parameter_arrives() -> None:
+    alike: dict[str, Any] = {
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+        "typical_p": 0.8,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": 0.5,
+        "seed": 3,
+        "truncate": 100,
+        "watermark": True,
+    }
     found = sampling(
+        **alike,
         max_new_tokens=7,
         do_sample=True,
-        temperature=0.7,
-        top_k=5,
-        top_p=0.9,
-        typical_p=0.8,
-        repetition_penalty=1.1,
-        frequency_penalty=0.5,
-        seed=3,
         stop=["END"],
-        truncate=100,
         return_full_text=True,
         details=True,
         decoder_input_details=True,
         top_n_tokens=4,
-        watermark=True,
     )
     assert found == SamplingParams(
-        max_tokens=7,
-        temperature=0.7,
-        top_k=5,
-        top_p=0.9,
-        typical_p=0.8,
-        repetition_penalty=1.1,
-        frequency_penalty=0.5,
-        seed=3,
-        stop=("END",),
-        truncate=100,
-        echo=True,
-        logprobs=4,
-        prompt_logprobs=0,
-        watermark=True,
+        **alike, max_tokens=7, stop=("END",), echo=True, logprobs=4, prompt_logprobs=0
     )
 
 
