@@ -38,6 +38,10 @@ class Listener(Protocol):
         """It is about to run alone: put that on record, then call ``armed``. False: it is over."""
         ...
 
+    def awaits_record(self, request_id: str) -> bool:
+        """It ran alone, and the record does not say yet that it lived. ``recorded`` will be called."""
+        ...
+
     def resume(self, request_ids: set[str]) -> list[Request]:
         """What the engine has to continue, tokens so far included. Those left out are forgotten."""
         ...
@@ -72,7 +76,7 @@ class EngineClient:
         self._inside: set[str] = set()  # given to the live engine; not ended there
         self._leaving: set[str] = set()  # of these: told to stop, for good or for a trial's sake
         self._arming: str | None = None  # the listener was asked to put on record that it runs alone
-        self._armed: str | None = None  # and has done so
+        self._armed: str | None = None  # and has done so; what became of it is not on record yet
         self._proven = True  # the engine has answered the canary, or its own warm-up
         self._stopping = threading.Event()
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
@@ -122,7 +126,7 @@ class EngineClient:
         """
         with self._lock:
             self._trials.add(request.id, suspect=suspect)
-            if self._trials.on or not self._proven:
+            if self._anybody_waits or not self._proven:
                 self._arrange()
             else:
                 self._give([request])
@@ -131,8 +135,13 @@ class EngineClient:
         """The answer to ``Listener.arm``, any time later."""
         with self._lock:
             if request_id == self._arming:  # not for a trial that a crash has ended
-                self._armed = request_id
+                self._arming, self._armed = None, request_id
                 self._arrange()
+
+    def recorded(self) -> None:
+        """What became of somebody who ran alone is on record."""
+        with self._lock:
+            self._arrange()
 
     def abort(self, request_id: str) -> None:
         """Free the request's blocks within a step. Unknown ids are ignored."""
@@ -154,6 +163,8 @@ class EngineClient:
         """Bring the engine's requests in line with what the trials allow.
 
         Before a trial everybody else leaves, and has left, so that a crash meets nobody but the suspects.
+        After one nobody else comes before the record says that its suspect lived: should the next one take
+        the worker along, whoever stands there as running alone is blamed.
         """
         if not self._proven or self._process is None:
             return
@@ -166,6 +177,10 @@ class EngineClient:
             return
         while coming := self._trials.runnable - self._inside:
             alone = self._trials.alone
+            if self._armed is not None and self._armed != alone:
+                if self._listener.awaits_record(self._armed):
+                    return
+                self._armed = None
             if alone in coming and self._armed != alone:
                 if self._arming != alone and not self._listener.arm(alone):
                     self._trials.remove(alone)  # it ended just before it was submitted
@@ -213,12 +228,15 @@ class EngineClient:
         told = [o for o in step.outputs if o.id not in stopped and o.id != CANARY.id]
         self._listener.on_step(told, step.stats, time.time())
         with self._lock:
-            before = self._trials.runnable if self._trials.on else None
-            leaving = len(self._leaving)  # one may have ended by itself before it heard that it should leave
+            waiting = self._anybody_waits
             self._note(step.outputs)
-            left = len(self._leaving) < leaving
-            if left or before != (self._trials.runnable if self._trials.on else None):
+            if waiting:
                 self._arrange()
+
+    @property
+    def _anybody_waits(self) -> bool:
+        """For a trial to end, for somebody to leave before it, or for the record after it."""
+        return self._trials.on or bool(self._leaving) or self._armed is not None
 
     def _note(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -246,7 +264,9 @@ class EngineClient:
             self._process, self._proven = None, False  # who is submitted now waits for the next one
             # Who had just been sent is not to blame, unless reading it is all that the engine had to do.
             verdict = self._trials.crashed(self._inside - untaken or self._inside)
-            self._inside, self._leaving, self._arming, self._armed = set(), set(), None, None
+            self._inside, self._leaving, self._arming = set(), set(), None
+            if self._armed in verdict.suspects:
+                self._armed = None  # the crash itself goes on its record
         self.stats = None  # the next one's cache is empty: room must not be judged by these
         self._blame(reason, verdict)
         while self._restarts_left > 0 and not self._stopping.is_set():

@@ -67,6 +67,8 @@ class Generation:
     """1 once an end or stop token was drawn: it counts as usage and has no text."""
     history: History = field(default_factory=History)
     """What died with it so far."""
+    on_trial: bool = False
+    """The log says that it runs alone, and not yet what came of it."""
 
     _detokenizer: Detokenizer = field(init=False)
     _stop: StopMatcher = field(init=False)
@@ -293,6 +295,8 @@ class Generation:
         pending = len(self.ids) - self._journalled
         if self._entries >= LONG_LOG_ENTRIES:
             tokens, wait_s = LONG_JOURNAL_TOKENS, LONG_JOURNAL_S
+        elif self.on_trial:  # the others wait until the log says that it lived
+            return 0.0
         elif self.job.stream:
             return 0.0 if self._journalled == 0 else self.flushed_at + STREAM_FLUSH_S
         else:
@@ -356,10 +360,14 @@ class Generation:
         self._unconfirmed.append(Entry(self._seq, event))
 
     def confirm(self) -> bool:
-        """The entries of the last ``take_entries`` are in the log. True: a ``Trial`` was among them."""
-        armed = any(isinstance(entry.event, Trial) for entry in self._unconfirmed)
+        """The entries of the last ``take_entries`` are in the log. True: a trial began or ended by them."""
+        told = False
+        for entry in self._unconfirmed:
+            begins = isinstance(entry.event, Trial)
+            told |= begins or self.on_trial
+            self.on_trial = begins or (self.on_trial and isinstance(entry.event, Prompt))
         self._unconfirmed.clear()
-        return armed
+        return told
 
     @property
     def complete(self) -> bool:

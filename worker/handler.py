@@ -84,7 +84,7 @@ class JobHandler:
             state,
             on_complete=self._on_complete,
             on_fenced=self._on_fenced,
-            on_armed=lambda generation: self.listener.on_armed(generation),
+            on_trial_recorded=lambda generation: self.listener.on_trial_recorded(generation),
         )
         self.listener = EngineListener(
             worker_id,
@@ -357,9 +357,9 @@ class JobHandler:
     def _on_fenced(self, generation: Generation) -> None:
         log.warning("job.fenced", extra={"job_id": generation.job.id, "attempt": generation.attempt})
         self._metrics.on_fenced()
-        self.engine.abort(generation.request_id)
         if slot := self._slots.of(generation):
             slot.end(Disposition.DROP)
+        self.engine.abort(generation.request_id)
 
     # ---- control
 

@@ -102,10 +102,22 @@ class EngineListener:
             self._publisher.wake()
             return True
 
-    def on_armed(self, generation: Generation) -> None:
-        """The publisher's answer to ``arm``: it is on record."""
-        log.info("job.tried_alone", extra={"job_id": generation.job.id, "attempt": generation.attempt})
-        self.engine.armed(generation.request_id)
+    def awaits_record(self, request_id: str) -> bool:
+        """It ran alone and lived: a worker that dies now must not leave a log that blames it."""
+        with self._publisher.lock:
+            generation = self._slots.generation(request_id)
+            if generation is None or not generation.on_trial:
+                return False
+            slot = self._slots.of(generation)
+            return slot is not None and not slot.ended.is_set()
+
+    def on_trial_recorded(self, generation: Generation) -> None:
+        """The publisher's answer to ``arm`` and to ``awaits_record``."""
+        if generation.on_trial:
+            log.info("job.tried_alone", extra={"job_id": generation.job.id, "attempt": generation.attempt})
+            self.engine.armed(generation.request_id)
+        else:
+            self.engine.recorded()
 
     def resume(self, request_ids: set[str]) -> list[Request]:
         """What the engine has to continue of these, tokens so far included."""

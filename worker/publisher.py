@@ -29,10 +29,11 @@ class Publisher:
         *,
         on_complete: Callable[[Generation], None],
         on_fenced: Callable[[Generation], None],
-        on_armed: Callable[[Generation], None],
+        on_trial_recorded: Callable[[Generation], None],
     ) -> None:
         self._state = state
-        self._on_complete, self._on_fenced, self._on_armed = on_complete, on_fenced, on_armed
+        self._on_complete, self._on_fenced = on_complete, on_fenced
+        self._on_trial_recorded = on_trial_recorded
         self.lock = threading.Condition()
         self._live: dict[str, Generation] = {}
         self._closing = False
@@ -137,7 +138,7 @@ class Publisher:
 
     def _settle(self, generation: Generation, fenced: bool) -> None:
         with self.lock:
-            armed = generation.confirm()
+            trial_recorded = generation.confirm()
             finished = fenced or generation.complete
             if self._live.get(generation.job.id) is not generation:  # it was let go of meanwhile
                 return
@@ -145,7 +146,8 @@ class Publisher:
                 del self._live[generation.job.id]
         if fenced:
             self._on_fenced(generation)
-        elif finished:
+            return
+        if finished:
             self._on_complete(generation)
-        elif armed:
-            self._on_armed(generation)
+        if trial_recorded:
+            self._on_trial_recorded(generation)

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from gristmill.engine.messages import Output, Request, Stats
+from gristmill.engine.messages import Output, Request, Stats, Step
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.settings import EngineSettings
 from gristmill.worker.engine_client import EngineClient
@@ -33,6 +34,7 @@ class Jobs:
         self.client: EngineClient
         self.crashes: list[tuple[str, Verdict]] = []
         self.armed: list[str] = []
+        self.unrecorded: set[str] = set()
         self.late: list[Request] = []
 
     def on_step(self, outputs: list[Output], _stats: Stats, _now: float) -> None:
@@ -53,6 +55,9 @@ class Jobs:
         self.armed.append(request_id)
         threading.Thread(target=self.client.armed, args=[request_id]).start()
         return True
+
+    def awaits_record(self, request_id: str) -> bool:
+        return request_id in self.unrecorded
 
     def resume(self, request_ids: set[str]) -> list[Request]:
         self.resumed.append(request_ids)
@@ -156,6 +161,79 @@ def test_a_suspect_that_ended_just_before_it_was_submitted_holds_nobody_up(
         client.submit(jobs.request("b", []))
         wait_until(lambda: jobs.ended.get("b") == "length", READY_S, "the next one ends")
         assert not client.on_trial
+
+
+class ScriptedProcess:
+    """An engine process whose steps the test writes: orders of events that a real one takes by chance."""
+
+    untaken: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.inside: set[str] = set()
+        self.told_to_leave: set[str] = set()
+
+    def add(self, requests: list[Request]) -> None:
+        self.inside.update(request.id for request in requests)
+
+    def abort(self, ids: set[str]) -> None:
+        self.told_to_leave |= ids
+
+
+@pytest.fixture
+def scripted(tiny: EngineSettings, jobs: Jobs) -> EngineClient:
+    client = jobs.client = EngineClient(tiny, jobs, start_timeout_s=READY_S, stall_s=60.0, restarts=0)
+    client._process = ScriptedProcess()  # type: ignore[assignment]
+    return client
+
+
+def step(client: EngineClient, *outputs: Output) -> None:
+    stats = Stats(running=1, waiting=0, free_blocks=9, total_blocks=9, preemptions=0, step_s=0.01, tokens=1)
+    client._take(Step(outputs=list(outputs), stats=stats))
+
+
+def inside(client: EngineClient) -> set[str]:
+    return client._process.inside  # type: ignore[union-attr]
+
+
+def alone(client: EngineClient, jobs: Jobs, name: str) -> None:
+    client.submit(jobs.request(name, []), suspect=True)
+    wait_until(lambda: name in inside(client), 5, "its trial is on record, and begins")
+
+
+def test_a_suspect_that_ends_by_itself_as_it_should_leave_lets_the_next_one_in(
+    scripted: EngineClient, jobs: Jobs
+) -> None:
+    """It had been told to; nobody said that it had left, and everybody waited for that, for ever."""
+    alone(scripted, jobs, "a")
+    scripted.submit(jobs.request("b", []), suspect=True)
+    step(scripted, Output(id="a", token_ids=[7]))
+    assert scripted._process.told_to_leave == {"a"}  # type: ignore[union-attr]
+    assert inside(scripted) == {"a"}
+    step(scripted, Output(id="a", token_ids=[8], finish="length"))
+    wait_until(lambda: "b" in inside(scripted), 5, "its turn has come")
+    assert jobs.armed == ["a", "b"]
+
+
+@pytest.mark.parametrize("suspect", [False, True])
+@pytest.mark.parametrize("finish", [None, "length"])
+def test_nobody_runs_after_a_trial_before_the_record_says_that_its_suspect_lived(
+    scripted: EngineClient, jobs: Jobs, suspect: bool, finish: Literal["length"] | None
+) -> None:
+    """The next one killed the whole worker: its log still said that the other was running alone."""
+    alone(scripted, jobs, "a")
+    scripted.submit(jobs.request("b", []), suspect=suspect)
+    jobs.unrecorded.add("a")
+    step(scripted, Output(id="a", token_ids=[7], finish=finish))
+    if finish is None and suspect:
+        step(scripted, Output(id="a", token_ids=[], finish="abort"))
+    scripted.submit(jobs.request("c", []))
+    scripted.recorded()
+    assert jobs.armed == ["a"]
+    assert inside(scripted) == {"a"}, "b and c wait"
+    jobs.unrecorded.clear()
+    scripted.recorded()
+    wait_until(lambda: "b" in inside(scripted), 5, "its turn has come")
+    assert ("c" in inside(scripted)) is not suspect
 
 
 def test_an_engine_that_may_not_be_started_again_is_given_up(tiny: EngineSettings, jobs: Jobs) -> None:

@@ -9,7 +9,7 @@ from gristmill.engine.messages import Output
 from gristmill.engine.tokenizer import Tokenizer
 from gristmill.schemas import logprobs
 from gristmill.schemas.errors import InvalidRequest
-from gristmill.schemas.events import Delta, Done, EntryId, Event, Started
+from gristmill.schemas.events import Crashed, Delta, Done, EntryId, Event, Started, Trial
 from gristmill.schemas.job import Job, JobState
 from gristmill.schemas.logprobs import TokenLogprobs
 from gristmill.schemas.result import ErrorInfo, FinishReason
@@ -162,6 +162,40 @@ def test_streams_flush_their_first_token_at_once_and_others_gather(tokenizer: To
     for n in range(15):
         quiet.push(token(505), now=11.0 + n / 1000)
     assert quiet.due_at() == 0.0, "16 tokens are waiting"
+
+
+def test_a_suspect_that_lives_goes_on_record_at_once(tokenizer: Tokenizer) -> None:
+    """Everybody else waits for that: until then a death of the worker would be its fault."""
+    made = generation(tokenizer)
+    made.note(Trial(at=11.0))
+    assert not made.on_trial
+    made.take_entries(11.0)
+    made.push(token(504), now=11.1)  # comes while the server takes the trial down
+    assert made.confirm()
+    assert made.on_trial
+    assert made.due_at() == 0.0, "one token, of the sixteen that others gather"
+    made.take_entries(11.2)
+    assert made.confirm()
+    assert not made.on_trial
+    made.push(token(505), now=11.3)
+    assert made.due_at() == 11.8
+    made.take_entries(11.8)
+    assert not made.confirm()
+
+
+def test_the_record_of_a_trial_ends_with_whatever_ends_the_attempt(tokenizer: Tokenizer) -> None:
+    for ending in ("crash", "stop"):
+        made = generation(tokenizer)
+        made.note(Trial(at=11.0))
+        made.take_entries(11.0)
+        made.confirm()
+        if ending == "crash":
+            made.note(Crashed(code="engine_died", worker="w", alone=True, tokens=0, at=12.0))
+        else:
+            made.end_early(FinishReason.CANCELLED, 12.0)
+        made.take_entries(12.0)
+        assert made.confirm()
+        assert not made.on_trial, ending
 
 
 @pytest.mark.parametrize("reason", [FinishReason.CANCELLED, FinishReason.EXPIRED])
