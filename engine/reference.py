@@ -15,7 +15,8 @@ from torch import Tensor
 from .layers.rope import tables
 from .models.config import Config
 from .models.families import from_hf
-from .weights import Checkpoint, expected_tensors
+from .quant.weights import ModelWeights
+from .weights import expected_tensors
 
 
 class Reference:
@@ -24,11 +25,9 @@ class Reference:
     def __init__(self, directory: Path | str, dtype: torch.dtype = torch.float32) -> None:
         config = Config.load(Path(directory))
         self.spec, self.dtype = from_hf(config), dtype
-        checkpoint = Checkpoint(Path(directory))
-        expected = expected_tensors(self.spec)
-        checkpoint.verify(expected, tied=self.spec.tied_embeddings)
+        weights = ModelWeights(Path(directory), config, self.spec)
         cpu = torch.device("cpu")
-        self._weights = {name: checkpoint.tensor(name, dtype, cpu) for name in expected}
+        self._weights = {name: weights.fetch(name, dtype, cpu) for name in expected_tensors(self.spec)}
 
     def generate(self, prompt_ids: Sequence[int], max_tokens: int, stop_ids: Sequence[int] = ()) -> list[int]:
         """Greedy output ids; a stop id is kept and ends the output."""

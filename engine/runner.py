@@ -29,12 +29,12 @@ from .lora.files import Desk, open_desk
 from .lora.rows import Adapted, adapted
 from .memory import is_out_of_memory
 from .models.config import Config
-from .models.decoder import Decoder
+from .models.decoder import Decoder, none_is
 from .models.families import from_hf
 from .models.spec import ModelSpec
 from .native.library import MAX_HEAD_DIM, Library, load
+from .quant.weights import ModelWeights
 from .settings import EngineSettings
-from .weights import Checkpoint, expected_tensors
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ class Runner:
             torch.set_num_threads(settings.num_threads)
         with self._timed("open"):
             directory = Path(settings.model)
-            self.spec: ModelSpec = from_hf(Config.load(directory))
-            checkpoint = Checkpoint(directory)
-            checkpoint.verify(expected_tensors(self.spec), tied=self.spec.tied_embeddings)
+            config = Config.load(directory)
+            self.spec: ModelSpec = from_hf(config)
+            weights = ModelWeights(directory, config, self.spec)
         self.dtype = _dtype(settings, self.device)
         self.block_size = settings.kv_block_size
         self.max_model_len = _max_model_len(settings, self.spec)
@@ -92,8 +92,11 @@ class Runner:
             library = self._library(settings)
             self._attention = self._backend(settings, library)
         with self._timed("weights"), torch.inference_mode():
-            fetch = partial(checkpoint.tensor, dtype=self.dtype, device=self.device)
-            self._decoder = Decoder(self.spec, fetch, self._elementwise(library), self._linear(linear))
+            fetch = partial(weights.fetch, dtype=self.dtype, device=self.device)
+            packed = partial(weights.layer, dtype=self.dtype, device=self.device)
+            make, ops = self._linear(linear), self._elementwise(library)
+            # Deterministic mode knows dense layers only: weights are unpacked on load then.
+            self._decoder = Decoder(self.spec, fetch, ops, make, none_is if self.deterministic else packed)
         with self._timed("warm_up"):
             self.num_blocks = self._warm_up(settings)
         log.info("runner.ready", extra=self._summary())

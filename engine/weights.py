@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +18,18 @@ from .models.spec import ModelSpec
 HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
 """Written by old transformers versions; worked out from the config instead."""
 
+FLOATS = frozenset({"BF16", "F16", "F32"})
+
 Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a tensor lies in a checkpoint. ``shape`` None: any. ``kinds``: formats by safetensors' names."""
+
+    shape: tuple[int, ...] | None
+    kinds: frozenset[str] = FLOATS
+    optional: bool = False
 
 
 def expected_tensors(spec: ModelSpec) -> Shapes:
@@ -73,37 +86,56 @@ class Checkpoint:
         else:
             raise ModelInvalid(f"{directory} holds neither {single.name} nor {index.name}")
 
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._where)
+
     def verify(self, expected: Shapes, *, tied: bool) -> None:
         """Raise ModelInvalid unless the checkpoint holds exactly ``expected``, by name and shape.
 
         A tied model may carry a redundant ``lm_head.weight``; it is not read.
         """
+        self.verify_stored({name: Stored(shape) for name, shape in expected.items()}, tied=tied)
+
+    def verify_stored(self, expected: Mapping[str, Stored], *, tied: bool) -> frozenset[str]:
+        """The same for tensors in any number format; which of them are there, for some are optional."""
         present = {name for name in self._where if not name.endswith(HARMLESS_SUFFIX)}
         if tied:
             present.discard("lm_head.weight")
-        if missing := sorted(expected.keys() - present):
+        wanted = {name for name, stored in expected.items() if not stored.optional}
+        if missing := sorted(wanted - present):
             raise self._invalid("lacks", missing)
         if unexpected := sorted(present - expected.keys()):
             raise self._invalid("holds unexpected", unexpected)
-        for name, shape in expected.items():
-            piece = self._files[self._where[name]].get_slice(name)
-            found, kind = tuple(cast("list[int]", piece.get_shape())), str(piece.get_dtype())
-            if found != shape:
-                raise ModelInvalid(
-                    f"{self.directory}: tensor {name!r} is {list(found)}, the config says {list(shape)}"
-                )
-            if kind not in ("BF16", "F16", "F32"):
-                raise ModelInvalid(
-                    f"{self.directory}: tensor {name!r} is {kind}; BF16, F16 and F32 are supported"
-                )
+        for name in present & expected.keys():
+            self._compare(name, expected[name])
+        return frozenset(present & expected.keys())
+
+    def _compare(self, name: str, stored: Stored) -> None:
+        piece = self._files[self._where[name]].get_slice(name)
+        found, kind = tuple(cast("list[int]", piece.get_shape())), str(piece.get_dtype())
+        if stored.shape is not None and found != stored.shape:
+            raise ModelInvalid(
+                f"{self.directory}: tensor {name!r} is {list(found)}, the config says {list(stored.shape)}"
+            )
+        if kind not in stored.kinds:
+            *most, last = sorted(stored.kinds)
+            supported = f"{', '.join(most)} and {last} are" if most else f"{last} is"
+            raise ModelInvalid(f"{self.directory}: tensor {name!r} is {kind}; {supported} supported")
 
     def tensor(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A private copy of one tensor: the file may be replaced afterwards."""
+        return self._mapped(name).to(device=device, dtype=dtype, copy=True)
+
+    def stored(self, name: str, device: torch.device) -> Tensor:
+        """A private copy in the number format of the file."""
+        return self._mapped(name).to(device=device, copy=True)
+
+    def _mapped(self, name: str) -> Tensor:
         try:
-            mapped: Tensor = self._files[self._where[name]].get_tensor(name)
+            return self._files[self._where[name]].get_tensor(name)
         except SafetensorError as exc:
             raise ModelInvalid(f"{self.directory}: tensor {name!r} cannot be read: {exc}") from exc
-        return mapped.to(device=device, dtype=dtype, copy=True)
 
     def _open(self, path: Path) -> set[str]:
         """Keep the file open; the names it holds."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,13 @@ from .spec import ModelSpec
 
 Fetch = Callable[[str], Tensor]
 """A tensor by its Hugging Face name, in the engine's dtype on the engine's device."""
+
+Quantized = Callable[[Sequence[str], Tensor | None], Linear | None]
+"""The layer over modules' quantized weights, one above the other, and a bias. None: they are dense."""
+
+
+def none_is(_modules: Sequence[str], _bias: Tensor | None) -> None:
+    """No weight of this checkpoint is quantized."""
 
 
 NOBODY = Adapted()
@@ -41,10 +48,17 @@ class Layer:
 class Decoder:
     """Pre-norm transformer over packed tokens. Knows nothing of sequences: attention does."""
 
-    def __init__(self, spec: ModelSpec, fetch: Fetch, ops: Elementwise, make: Make = linear) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        fetch: Fetch,
+        ops: Elementwise,
+        make: Make = linear,
+        quantized: Quantized = none_is,
+    ) -> None:
         self.spec, self._ops = spec, ops
         self._embed = fetch("model.embed_tokens.weight")
-        self._layers = [_layer(spec, fetch, index, make) for index in range(spec.num_layers)]
+        self._layers = [_layer(spec, fetch, index, make, quantized) for index in range(spec.num_layers)]
         self._norm = fetch("model.norm.weight")
         self._head = make(self._embed if spec.tied_embeddings else fetch("lm_head.weight"), None)
 
@@ -76,12 +90,14 @@ class Decoder:
         return self._head(hidden)
 
 
-def _layer(spec: ModelSpec, fetch: Fetch, index: int, make: Make) -> Layer:
+def _layer(spec: ModelSpec, fetch: Fetch, index: int, make: Make, quantized: Quantized) -> Layer:
     prefix = f"model.layers.{index}."
 
     def joined(bias: bool, *names: str) -> Linear:
-        weight = torch.cat([fetch(f"{prefix}{name}.weight") for name in names])
-        return make(weight, torch.cat([fetch(f"{prefix}{name}.bias") for name in names]) if bias else None)
+        modules = [f"{prefix}{name}" for name in names]
+        biases = torch.cat([fetch(f"{module}.bias") for module in modules]) if bias else None
+        layer = quantized(modules, biases)
+        return layer or make(torch.cat([fetch(f"{module}.weight") for module in modules]), biases)
 
     return Layer(
         input_norm=fetch(f"{prefix}input_layernorm.weight"),

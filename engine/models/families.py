@@ -69,8 +69,6 @@ def _spec(
     windows: tuple[int | None, ...] | None = None,
     head_dim: int | None = None,
 ) -> ModelSpec:
-    if config.values.get("quantization_config"):
-        raise config.invalid("quantized checkpoints (quantization_config) are not supported")
     act = config.text("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise config.invalid(f"hidden_act {act!r} is not supported for this model type; silu is")

@@ -141,7 +141,6 @@ def test_a_directory_without_weights_or_config_is_refused(tmp_path: Path) -> Non
         ({"num_key_value_heads": 4}, "6 is no multiple of num_key_value_heads 4"),
         ({"model_type": "mamba"}, "'mamba' is not supported; llama, mistral, qwen2, qwen3 are"),
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
