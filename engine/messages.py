@@ -6,6 +6,7 @@ The only writer and the only reader of a pipe are the same version of this file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -154,9 +155,9 @@ class Output:
     error: str | None = None
 
     @classmethod
-    def failed(cls, request_id: str, code: str, why: str) -> Self:
+    def failed(cls, request_id: str, code: str, why: str, token_ids: Sequence[int] = ()) -> Self:
         """The end of a request that cannot go on, or could never be run."""
-        return cls(id=request_id, token_ids=[], finish="error", error_code=code, error=why)
+        return cls(id=request_id, token_ids=[*token_ids], finish="error", error_code=code, error=why)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

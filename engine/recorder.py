@@ -40,6 +40,7 @@ class Recorder:
                 seq.id,
                 BAD_LOGITS,
                 f"the model gave no numbers after {len(seq.tokens):,} tokens of this sequence",
+                _unsaid(seq),
             )
         if token == NONE_LEFT:
             self._end(seq)
@@ -48,11 +49,8 @@ class Recorder:
                 NOTHING_ALLOWED,
                 f"after {seq.output_len:,} tokens of output the request rules out every token: "
                 "allowed_token_ids, bad_words, the grammar and min_tokens leave none; allow more",
+                _unsaid(seq),
             )
-        if token in seq.end_ids:
-            cached = self._cached(seq)
-            self._end(seq)
-            return Output(id=seq.id, token_ids=[], finish="stop", stop_token_id=token, cached_tokens=cached)
         return self.append(seq, [token], cached=self._cached(seq))
 
     def _cached(self, seq: Sequence) -> int | None:
@@ -61,28 +59,37 @@ class Recorder:
         return seq.cached_tokens if first else None
 
     def append(self, seq: Sequence, tokens: list[int], cached: int | None = None) -> Output:
-        """Give the sequence these tokens, as many as its limit allows, and see whether it ends with them."""
-        cut = len(seq.tokens) + len(tokens) > seq.limit
-        seq.tokens += tokens[: seq.limit - len(seq.tokens)]
-        new, seq.said = seq.tokens[seq.said :], len(seq.tokens)
-        guided, finish, closed = seq.guided, None, None
-        if guided and guided.ended and not guided.closing and not cut:
+        """Give the sequence these tokens, as many as its limit allows, and see whether it ends with them.
+
+        An end token among them ends it there, sampled or forced.
+        """
+        room = seq.limit - len(seq.tokens)
+        fit = _before_end(seq, tokens[:room])
+        stop = tokens[len(fit)] if len(fit) < min(room, len(tokens)) else None
+        seq.tokens += fit
+        new, seq.said = _unsaid(seq), len(seq.tokens)
+        guided, cut, finish, closed = seq.guided, len(tokens) > room, None, None
+        if stop is not None or (guided and guided.ended and not guided.closing and not cut):
             finish = "stop"
         elif len(seq.tokens) >= seq.limit or (guided and guided.closing and guided.ended):
             finish, closed = "length", guided.complete and not cut if guided else None
         if finish:
             self._end(seq)
-        return Output(id=seq.id, token_ids=new, finish=finish, closed=closed, cached_tokens=cached)
+        return Output(
+            id=seq.id, token_ids=new, finish=finish, stop_token_id=stop, closed=closed, cached_tokens=cached
+        )
 
     def record_guided(self, seq: Sequence, token: int | None, masks: Masks, row: int) -> Output:
         """``record`` for a row with a mask: its token leads further into the grammar."""
         assert seq.guided
         why = masks.failed.get(row)
+        if token is not None and seq.guided.forced is not None:
+            token = seq.guided.forced  # also where something else in the request rules it out
         if row in masks.complete:
             cached = self._cached(seq)
             self._end(seq)
-            return Output(id=seq.id, token_ids=[], finish="stop", cached_tokens=cached)
-        if why is None and (token is None or token == NONE_LEFT or token in seq.end_ids):
+            return Output(id=seq.id, token_ids=_unsaid(seq), finish="stop", cached_tokens=cached)
+        if why is None and (token is None or token == NONE_LEFT or not _before_end(seq, [token])):
             return self.record(seq, token)
         try:
             if why is None and token is not None:
@@ -96,6 +103,7 @@ class Recorder:
             GRAMMAR_FAILED,
             f"after {seq.output_len:,} tokens of output the grammar could not be followed ({why}); "
             "make it simpler",
+            _unsaid(seq),
         )
 
     def record_guessed(
@@ -116,3 +124,15 @@ class Recorder:
             token_ids = [*output.token_ids, *more.token_ids]
             output = replace(more, token_ids=token_ids, cached_tokens=output.cached_tokens)
         return output, right
+
+
+def _before_end(seq: Sequence, tokens: list[int]) -> list[int]:
+    """Those before the first that ends ``seq``. Before ``min_tokens`` none does: a grammar may force one."""
+    early = max(0, seq.request.min_tokens - seq.output_len)
+    ends = (place for place in range(early, len(tokens)) if tokens[place] in seq.end_ids)
+    return tokens[: next(ends, len(tokens))]
+
+
+def _unsaid(seq: Sequence) -> list[int]:
+    """What a grammar forced at the very beginning, and what is new."""
+    return seq.tokens[seq.said :]

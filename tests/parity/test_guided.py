@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 from gristmill.engine.engine import Engine
 from gristmill.engine.guided.compiler import Compiler
-from gristmill.engine.messages import Grammar, Request
+from gristmill.engine.messages import Grammar, Processors, Request
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.settings import EngineSettings
 from gristmill.engine.tokenizer import Tokenizer
@@ -256,3 +256,30 @@ def test_a_bad_grammar_is_its_own_rows_error(engine: Engine) -> None:
     assert "Invalid type: nothing" in (said["bad"].error or "")
     assert "do not fit the grammar" in (said["strayed"].error or "")
     assert said["good"].tokens == [49]
+
+
+def test_a_stop_token_ends_a_text_also_where_the_grammar_forces_it(model: Path) -> None:
+    """It did not when forced tokens were skipped over, so asking for log probabilities changed the text."""
+    grammar = Grammar("regex", "abc[de]fgh[ij]")
+    asked = [ask("plain", grammar), ask("told", grammar, logprobs=0)]
+    for stop, expected in ((b"f", 4), (b"b", 1), (b"a", 0)):
+        stopping = [replace(request, stop_token_ids=list(stop)) for request in asked]
+        said = run(start(model), stopping)
+        assert [len(one.tokens) for one in said.values()] == [expected, expected]
+        assert [one.finish for one in said.values()] == ["stop", "stop"]
+    late = run(start(model), [replace(request, stop_token_ids=list(b"f"), min_tokens=9) for request in asked])
+    assert [len(one.tokens) for one in late.values()] == [8, 8]
+
+
+def test_what_is_forced_is_said_whatever_else_the_request_rules_out(model: Path) -> None:
+    barred = Processors(bad_words=[list(b"b"), list(b"g")])
+    asked = [ask("plain", Grammar("regex", "abc[de]fgh[ij]"), processors=barred)]
+    asked.append(replace(asked[0], id="told", logprobs=0))
+    assert [len(one.tokens) for one in run(start(model), asked).values()] == [8, 8]
+
+
+def test_tokens_forced_from_the_start_are_said_also_by_a_row_that_then_ends(model: Path) -> None:
+    """They were to come out with the first sampled token, and were lost when that was an end."""
+    asked = ask("short", Grammar("regex", "abc(d)?"), processors=Processors(bad_words=[list(b"d")]))
+    (said,) = run(start(model), [asked]).values()
+    assert (said.tokens, said.finish) == (list(b"abc"), "stop")
