@@ -246,10 +246,16 @@ def _to_json(
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A plain copy in which content made of text parts is one string: most templates take nothing else."""
     plain = cast("dict[str, Any]", _plain(message))
-    content = plain.get("content")
-    if isinstance(content, list):
-        plain["content"] = "\n".join(_part_text(part) for part in cast("list[Any]", content))
+    if isinstance(plain.get("content"), list):
+        plain["content"] = text_of(plain["content"])
     return plain
+
+
+def text_of(content: Any) -> str:
+    """A message's content as one string. Raises InvalidRequest for a part that is no text."""
+    if isinstance(content, list | tuple):
+        return "\n".join(_part_text(part) for part in cast("Sequence[Any]", content))
+    return content or ""
 
 
 def _part_text(part: Any) -> str:

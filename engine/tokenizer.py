@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,9 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from ..schemas.errors import InvalidRequest, ModelInvalid, ModelNotFound
+from ..schemas.job import Message
+from ..schemas.tools import Function
+from . import tool_prompt
 from .chat_template import ChatTemplate
 from .token_pieces import TokenPieces
 
@@ -96,6 +100,30 @@ class Tokenizer:
         return template.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, now=now, **extra
         )
+
+    def conversation(
+        self, messages: Sequence[Message], functions: Sequence[Function] = (), now: datetime | None = None
+    ) -> str:
+        """``apply_chat_template`` for turns that may call ``functions``, whether its template knows tools or
+        not."""
+        turns = tool_prompt.turns_of(messages)
+        with_tools = bool(functions) or any(m.role == "tool" or m.tool_calls for m in messages)
+        if with_tools and not self.knows_tools:
+            turns, functions = tool_prompt.plain_turns(messages, functions), ()
+        tools = tool_prompt.described(functions) if functions else None
+        return self.apply_chat_template(turns, tools=tools, now=now)
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """The chat template tells of tools, and of calls in the form that we read."""
+        moment = datetime.fromtimestamp(0, UTC)
+        try:
+            rendered = self.apply_chat_template(
+                tool_prompt.PROBE_TURNS, tools=tool_prompt.PROBE_TOOLS, now=moment
+            )
+        except InvalidRequest:
+            return False
+        return tool_prompt.tells_of_tools(rendered)
 
     def _id_of(self, name: str) -> int | None:
         written = self._named.get(name)

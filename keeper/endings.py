@@ -97,7 +97,12 @@ def _result(ending: Ending, claim: Claim, so_far: _SoFar, done: Done) -> Result:
         state=done.reason.state,
         endpoint=Endpoint(echo.get("endpoint", Endpoint.NATIVE)),
         choices=(
-            Choice(text="".join(so_far.parts), finish_reason=done.reason, stop_reason=done.stop_reason),
+            Choice(
+                text="".join(so_far.parts),
+                finish_reason=done.reason,
+                stop_reason=done.stop_reason,
+                tool_calls=done.tool_calls,
+            ),
         ),
         usage=done.usage,
         timings=Timings(

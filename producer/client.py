@@ -144,6 +144,9 @@ class Client:
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         prompt_ids: Sequence[int] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         model: str | None = None,
         stream: bool = False,
         priority: Priority | str = Priority.NORMAL,
@@ -155,15 +158,19 @@ class Client:
     ) -> JobHandle:
         """Send one job; when this returns, the broker has it. ``sampling``: the fields of SamplingParams.
 
-        Give ``prompt``, ``messages`` (OpenAI's form) or ``prompt_ids``. After ``deadline_s`` the job ends as
-        expired, with what it has by then. With the same ``idempotency_key`` the
-        job exists once, however often it is sent. Raises InvalidRequest, PayloadTooLarge, ModelNotFound,
-        IdempotencyConflict, BrokerUnavailable.
+        Give ``prompt``, ``messages`` (OpenAI's form) or ``prompt_ids``. In answer to messages the model may
+        call ``tools``, or must (``tool_choice``; OpenAI's forms): see ``tool_calls`` of the result's choices.
+        After ``deadline_s`` the job ends as expired, with what it has by then. With the same
+        ``idempotency_key`` the job exists once, however often it is sent. Raises InvalidRequest,
+        PayloadTooLarge, ModelNotFound, IdempotencyConflict, BrokerUnavailable.
         """
         given = Submission(
             prompt=prompt,
             messages=messages,
             prompt_ids=prompt_ids,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
             stream=stream,
             priority=priority,
             tenant=tenant,

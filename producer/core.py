@@ -37,6 +37,7 @@ from ..schemas.result import ErrorInfo, Result
 from ..schemas.sampling import SamplingParams
 from ..schemas.settings import Settings, load_settings
 from ..schemas.status import JobStatus, WorkerInfo
+from ..schemas.tools import TOOL_FIELDS, Toolbox, toolbox
 from ..schemas.wire import shown
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class Submission:
     prompt: str | None = None
     prompt_ids: Sequence[int] | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     stream: bool = False
     priority: Priority | str = Priority.NORMAL
     tenant: str | None = None
@@ -90,6 +94,7 @@ def build_job(
         "prompt_ids": None if given.prompt_ids is None else list(given.prompt_ids),
         "messages": None if given.messages is None else _messages(given.messages),
         "sampling": sampling_params(sampling),
+        "tools": _toolbox(given),
         "priority": given.priority,
         "tenant": tenant,
         "stream": given.stream,
@@ -101,6 +106,10 @@ def build_job(
         "retry_of": given.retry_of,
     }
     return Job.from_python(fields)
+
+
+def _toolbox(given: Submission) -> Toolbox | None:
+    return toolbox({name: getattr(given, name) for name in TOOL_FIELDS})
 
 
 def _messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
@@ -152,6 +161,7 @@ def job_of_row(row: Row, job_id: str, model: str, priority: Priority, settings: 
         prompt_ids=request.prompt_ids,
         messages=request.messages,
         sampling=request.sampling,
+        tools=request.tools,
         endpoint=request.endpoint,
         priority=priority,
         tenant=settings.tenant,

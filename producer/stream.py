@@ -40,6 +40,7 @@ from ..schemas.events import (
 from ..schemas.job import JobState
 from ..schemas.result import FinishReason, Result
 from ..schemas.status import JobStatus
+from ..schemas.tools import ToolCall
 
 IDLE_S = 15.0
 """Silence after which the log and the job's state are looked at."""
@@ -66,6 +67,8 @@ class Chunk:
     """Forget this choice's text so far: it changed, and this piece begins it anew. Rare: see Replica."""
     finish_reason: FinishReason | None = None
     """Set on the last piece of a choice."""
+    tool_calls: tuple[ToolCall, ...] | None = None
+    """Set on the last piece, if the choice's text has calls of the request's tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class _Choice:
     """All of them, while pieces are held back; empty otherwise."""
     begin_anew: bool = False
     finished: FinishReason | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -158,7 +162,7 @@ class Replica:
             text = given.text if reset else given.text[len(shown) :]
             choice.parts, choice.shown, choice.finished = [given.text], None, given.finish_reason
             offset = 0 if reset else choice.tokens
-            yield Chunk(text, (), given.index, offset, at, reset, given.finish_reason)
+            yield Chunk(text, (), given.index, offset, at, reset, given.finish_reason, given.tool_calls)
         self._whole = True
         if self.end is None:
             self.end = End(
@@ -180,6 +184,7 @@ class Replica:
                 choice = self._choice(event.choice)
                 choice.parts.append(event.text)
                 choice.finished = event.reason
+                choice.tool_calls = event.tool_calls
                 yield from self._show(entry_id, event.choice, choice.tokens, (), event.text, event.reason)
             case End():
                 self.end = event
@@ -230,7 +235,8 @@ class Replica:
             else:
                 text, ids, offset, reset = now, tuple(choice.ids), 0, True
             choice.shown, choice.ids = None, []
-        yield Chunk(text, ids, index, offset, entry_id, reset, finish_reason)
+        calls = choice.tool_calls if finish_reason else None
+        yield Chunk(text, ids, index, offset, entry_id, reset, finish_reason, calls)
 
     def _resume_failed(self) -> Iterator[Chunk]:
         """The log does not hold the entry to resume from: show everything, from the beginning."""
@@ -239,7 +245,8 @@ class Replica:
         for index, choice in self._choices.items():
             ids, choice.ids = tuple(choice.ids), []
             choice.shown = None
-            yield Chunk(choice.text, ids, index, 0, self.after or BEGINNING, True, choice.finished)
+            at, calls = self.after or BEGINNING, choice.tool_calls
+            yield Chunk(choice.text, ids, index, 0, at, True, choice.finished, calls)
 
 
 # ---- what to do next

@@ -26,6 +26,7 @@ from .job import Endpoint, JobState
 from .openai import PARSERS, Request, parse_messages, response_body
 from .result import ErrorInfo, Result
 from .sampling import SamplingParams
+from .tools import TOOL_FIELDS, toolbox
 from .wire import Record, loads
 
 MAX_CUSTOM_ID_CHARS = 512
@@ -67,6 +68,9 @@ class _BareLine(Record):
     prompt: Annotated[str, Field(strict=True, min_length=1)] | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
 
 
 def parse_line(data: bytes, number: int, defaults: Mapping[str, Any] = NO_DEFAULTS) -> Row:
@@ -141,6 +145,7 @@ def _bare_row(fields: dict[str, Any], number: int) -> Row:
         prompt=line.prompt,
         messages=None if line.messages is None else parse_messages(line.messages),
         sampling=SamplingParams.from_python(sampling),
+        tools=toolbox({name: getattr(line, name) for name in TOOL_FIELDS}),
         metadata=line.metadata or {},
     )
     return Row(number, line.custom_id or default_custom_id(number), request)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 from .errors import InvalidRequest
 from .job import JobState
 from .result import Crash, ErrorInfo, FinishReason, Usage
+from .tools import ToolCall
 from .wire import Answer, Bool, Float, Int, loads
 
 _ENTRY_ID = re.compile("([0-9]{1,20})-([0-9]{1,20})")
@@ -118,6 +119,8 @@ class Done(Answer):
     """What the detokeniser or the stop matcher still held back."""
     stop_reason: str | Int | None = None
     closed: Bool | None = None
+    """As in ``Choice``."""
+    tool_calls: tuple[ToolCall, ...] | None = None
     """As in ``Choice``."""
     error: ErrorInfo | None = None
     usage: Usage = Usage()

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from .sampling import SamplingParams
+from .tools import PastCall, Toolbox, check_fit
 from .wire import WIRE_VERSION, Bool, Count, Float, Record
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[0-9]{1,10})?$"
@@ -80,6 +81,10 @@ class Message(Record):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | tuple[dict[str, Any], ...] | None = None
     name: str | None = None
+    tool_calls: tuple[PastCall, ...] | None = None
+    """What the assistant called."""
+    tool_call_id: str | None = None
+    """With the role ``tool``: whose outcome the content is."""
 
 
 class Job(Record):
@@ -95,6 +100,8 @@ class Job(Record):
     prompt_ids: tuple[Count, ...] | None = None
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams = SamplingParams()
+    tools: Toolbox | None = None
+    """Functions that the model may call."""
     endpoint: Endpoint = Endpoint.NATIVE
     priority: Priority = Priority.NORMAL
     tenant: Tenant = DEFAULT_TENANT
@@ -116,6 +123,11 @@ class Job(Record):
             )
         if not (self.prompt or self.prompt_ids or self.messages):
             raise ValueError(f"{given[0]} is empty")
+        return self
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> Self:
+        check_fit(self.tools, self.sampling, chat=self.messages is not None)
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from .errors import GristmillError
 from .job import Endpoint, JobId, JobState
+from .tools import ToolCall
 from .wire import WIRE_VERSION, Answer, Bool, Float, Int
 
 
@@ -120,6 +121,8 @@ class Choice(Answer):
     """Of each token of the output, as far as they have text; None: not asked for."""
     closed: Bool | None = None
     """With a grammar, when the budget of tokens ran out: whether the text was completed all the same."""
+    tool_calls: tuple[ToolCall, ...] | None = None
+    """The calls in the text, if there are any and the request brought tools."""
 
 
 class Crash(Answer):

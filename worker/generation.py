@@ -14,6 +14,7 @@ from ..schemas.events import Crashed, Delta, Done, EntryId, Event, Prompt, Start
 from ..schemas.job import Job
 from ..schemas.logprobs import TokenLogprobs
 from ..schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, TokenLogprob, Usage
+from ..schemas.tools import ToolCall, calls_in
 from .history import History
 from .told import spelled, text_of
 
@@ -270,7 +271,19 @@ class Generation:
         closed: bool | None = None,
         error: ErrorInfo | None = None,
     ) -> None:
-        self.done = Done(reason=reason, stop_reason=stop_reason, closed=closed, error=error, at=now)
+        self.done = Done(
+            reason=reason,
+            stop_reason=stop_reason,
+            closed=closed,
+            tool_calls=self._tool_calls(),
+            error=error,
+            at=now,
+        )
+
+    def _tool_calls(self) -> tuple[ToolCall, ...] | None:
+        if self.job.tools is None:
+            return None
+        return calls_in("".join(self.parts), self.job.id) or None
 
     def _show(self, text: str) -> None:
         if text:
@@ -395,6 +408,7 @@ class Generation:
             finish_reason=done.reason,
             stop_reason=done.stop_reason,
             closed=done.closed,
+            tool_calls=done.tool_calls,
             echo=sampling.echo,
             token_ids=tuple(self.ids) if sampling.return_token_ids else None,
             logprobs=told,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
 
 from ..engine.guided.checker import GrammarChecker
+from ..engine.guided.tool_calls import grammar_of_calls
 from ..engine.messages import Grammar, Request
 from ..engine.tokenizer import Tokenizer
 from ..schemas.errors import InvalidRequest, PromptTooLong
@@ -33,9 +33,9 @@ def _encode(job: Job, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
             )
         return list(job.prompt_ids)
     if job.messages is not None:
-        messages: list[dict[str, Any]] = [m.model_dump(exclude_none=True) for m in job.messages]
         submitted = datetime.fromtimestamp(job.submitted_at, UTC)  # the same prompt on every attempt
-        prompt = tokenizer.apply_chat_template(messages, now=submitted)
+        functions = () if job.tools is None else job.tools.functions
+        prompt = tokenizer.conversation(job.messages, functions, submitted)
         return tokenizer.encode(prompt, add_special_tokens=False)
     assert job.prompt is not None, f"job {job.id}: validated without a prompt"
     return tokenizer.encode(job.prompt, add_special_tokens=True)
@@ -75,9 +75,10 @@ def budget(
 
 
 def grammar_of(job: Job) -> Grammar | None:
-    """What the job's output must look like, as the engine takes it."""
+    """What the job's output must look like, as the engine takes it. Raises InvalidSchema."""
     spec = job.sampling.grammar
-    return None if spec is None else Grammar(spec.kind, spec.text, spec.close)
+    grammar = None if spec is None else Grammar(spec.kind, spec.text, spec.close)
+    return grammar if job.tools is None else grammar_of_calls(job.tools, grammar)
 
 
 def check_grammar(job: Job, checker: GrammarChecker, max_tokens: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..job import Endpoint
 from ..result import Choice, FinishReason, Result, TokenLogprob, TopLogprob, Usage
+from ..tools import ToolCall, text_before_calls
 
 
 def response_body(result: Result) -> dict[str, Any]:
@@ -41,11 +42,22 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 
 def _chat_choice(choice: Choice) -> dict[str, Any]:
-    message = {"role": "assistant", "content": choice.text, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.tool_calls:
+        message["content"] = text_before_calls(choice.text) or None
+        message["tool_calls"] = [_call(each) for each in choice.tool_calls]
     told = None
     if choice.logprobs is not None:
         told = {"content": [_chat_token(each) for each in choice.logprobs], "refusal": None}
     return {"index": choice.index, "message": message, "logprobs": told, **_ending(choice)}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
 
 
 def _chat_token(told: TokenLogprob) -> dict[str, Any]:
@@ -94,7 +106,9 @@ def _prompt_body(told: Sequence[TokenLogprob]) -> list[dict[str, Any] | None]:
 
 
 def _ending(choice: Choice) -> dict[str, Any]:
-    reason = "length" if choice.finish_reason is FinishReason.LENGTH else "stop"
+    reason = "tool_calls" if choice.tool_calls else "stop"
+    if choice.finish_reason is FinishReason.LENGTH:
+        reason = "length"
     ending: dict[str, Any] = {"finish_reason": reason, "stop_reason": choice.stop_reason}
     if choice.closed is not None:
         ending["closed"] = choice.closed

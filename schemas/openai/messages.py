@@ -7,11 +7,10 @@ from typing import Any, cast
 
 from ..errors import InvalidRequest, Unsupported
 from ..job import Message
+from ..tools import PastCall
 from ..wire import shown
 
 _MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "refusal": (),
     "audio": (),
@@ -19,6 +18,7 @@ _MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning": (),
     "reasoning_content": (),
 }
+_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
@@ -39,14 +39,52 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     for key, value in turn.items():
         if key in _MESSAGE_NEUTRAL:
             check_neutral(f"{where}.{key}", value, _MESSAGE_NEUTRAL[key])
-        elif key not in ("role", "content", "name"):
+        elif key not in _FIELDS:
             name = f"{where}.{shown(str(key))}"
             raise InvalidRequest(f"unknown field '{name}'; remove it", param=name)
     if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"{where}.role is none of {', '.join(_ROLES)}", param=f"{where}.role")
     if name is not None and not isinstance(name, str):
         raise InvalidRequest(f"{where}.name is {kind_of(name)}, not a string", param=f"{where}.name")
-    return Message(role=_ROLES[role], content=_content(content, f"{where}.content"), name=name)
+    calls = _past_calls(turn.get("tool_calls"), f"{where}.tool_calls")
+    if calls and role != "assistant":
+        raise InvalidRequest(f"{where}: only an assistant calls tools", param=f"{where}.tool_calls")
+    return Message(
+        role=_ROLES[role],
+        content=None if calls and content is None else _content(content, f"{where}.content"),
+        name=name,
+        tool_calls=calls or None,
+        tool_call_id=_call_id(turn.get("tool_call_id"), role, f"{where}.tool_call_id"),
+    )
+
+
+def _past_calls(calls: Any, where: str) -> tuple[PastCall, ...]:
+    """What an assistant's turn called."""
+    if calls is not None and not isinstance(calls, list | tuple):
+        raise InvalidRequest(f"{where} is {kind_of(calls)}, not a list", param=where)
+    return tuple(
+        _past_call(call, f"{where}.{index}") for index, call in enumerate(cast("Sequence[Any]", calls or ()))
+    )
+
+
+def _past_call(call: Any, where: str) -> PastCall:
+    match call:
+        case {"id": str(call_id), "function": {"name": str(name), "arguments": str(arguments)}}:
+            return PastCall(id=call_id, name=name, arguments=arguments)
+        case _:
+            raise InvalidRequest(
+                f'{where}: a call is {{"id": …, "type": "function", "function": '
+                '{"name": …, "arguments": "<JSON>"}}}',
+                param=where,
+            )
+
+
+def _call_id(call_id: Any, role: str, where: str) -> str | None:
+    if call_id is None:
+        return None
+    if role != "tool" or not isinstance(call_id, str):
+        raise InvalidRequest(f"{where}: a string, and only in messages of the role tool", param=where)
+    return call_id
 
 
 def _content(content: Any, where: str) -> str:

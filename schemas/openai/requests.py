@@ -15,6 +15,7 @@ from ..errors import InvalidRequest, Unsupported
 from ..grammar import CLOSE_FIELD, GRAMMAR_FIELDS, with_grammar
 from ..job import Endpoint, Message
 from ..sampling import SamplingParams
+from ..tools import TOOL_FIELDS, Toolbox, check_fit, toolbox
 from ..wire import MAX_COUNT, Bool, Float, Int, Record
 from .messages import check_neutral, kind_of, parse_messages
 
@@ -55,9 +56,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -93,10 +91,14 @@ class Request:
     prompt_ids: tuple[int, ...] | None = None
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    tools: Toolbox | None = None
     stream: bool = False
     include_usage: bool = False
     """``stream_options.include_usage``: end the stream with the usage."""
     metadata: dict[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        check_fit(self.tools, self.sampling, chat=self.messages is not None)
 
 
 class _StreamOptions(Record):
@@ -166,6 +168,9 @@ class _ChatBody(_Body):
     max_completion_tokens: Int | None = None
     logprobs: Bool = False
     top_logprobs: Int | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
 
 
 def parse_completion(body: Any) -> Request:
@@ -200,6 +205,7 @@ def parse_chat(body: Any) -> Request:
         model=given.model,
         messages=parse_messages(given.messages),
         sampling=given.sampling(limits.pop() if limits else None, logprobs=_chat_logprobs(given)),
+        tools=toolbox({name: getattr(given, name) for name in TOOL_FIELDS}),
         stream=given.stream,
         include_usage=bool(given.stream_options and given.stream_options.include_usage),
         metadata=given.metadata or {},

@@ -32,6 +32,15 @@ def test_a_schema_travels_with_a_job_and_a_bad_one_is_that_jobs_error(
     chosen = client.submit("a", max_tokens=9, guided_choice=["left", "right"])
     bad = client.submit("a", max_tokens=9, guided_json={"type": "thing"})
     tight = client.submit("a", max_tokens=3, guided_json=PERSON)
+    called = client.submit(
+        messages=[{"role": "user", "content": "Hi"}],
+        tools=[{"type": "function", "function": {"name": "greet", "parameters": PERSON}}],
+        tool_choice="required",
+        truncate=100,
+        max_tokens=300,
+        temperature=1.5,
+        seed=2,
+    )
 
     for job in (free, short):
         jsonschema.validate(json.loads(job.result(timeout_s=120).text), PERSON)
@@ -47,6 +56,13 @@ def test_a_schema_travels_with_a_job_and_a_bad_one_is_that_jobs_error(
         assert failed is not None
         assert failed.error is not None
         assert failed.error.code == "invalid_schema"
+
+    choice = called.result(timeout_s=120).choices[0]
+    assert choice.tool_calls
+    for call in choice.tool_calls:
+        assert call.name == "greet"
+        jsonschema.validate(json.loads(call.arguments), PERSON)
+    assert [*called.stream()][-1].tool_calls == choice.tool_calls
 
     schema = tmp_path / "person.json"
     schema.write_text(json.dumps(PERSON))

@@ -25,6 +25,7 @@ from gristmill.schemas.result import (
 )
 from gristmill.schemas.sampling import SamplingParams
 from gristmill.schemas.status import JobStatus, ModelInfo, WorkerInfo
+from gristmill.schemas.tools import Function, PastCall, Toolbox, ToolCall
 from gristmill.schemas.wire import Answer, Record
 from hypothesis import strategies as st
 
@@ -63,6 +64,13 @@ token_logprobs = st.builds(
     raw=maybe(TEXT),
     top=st.lists(tops, max_size=2).map(tuple),
 )
+
+
+def calls(record: type[ToolCall]) -> st.SearchStrategy[Any]:
+    return st.builds(record, id=TEXT, name=TEXT, arguments=TEXT)
+
+
+tool_calls = st.lists(calls(ToolCall), max_size=2).map(tuple)
 choices = st.builds(
     Choice,
     index=COUNT,
@@ -71,6 +79,7 @@ choices = st.builds(
     stop_reason=maybe(TEXT | COUNT),
     token_ids=maybe(IDS),
     echo=st.booleans(),
+    tool_calls=maybe(tool_calls),
     logprobs=maybe(st.lists(token_logprobs, max_size=2).map(tuple)),
 )
 
@@ -84,6 +93,21 @@ messages = st.builds(
     role=NAME,
     content=maybe(TEXT | st.lists(OBJECT, max_size=2).map(tuple)),
     name=maybe(TEXT),
+    tool_calls=maybe(st.lists(calls(PastCall), max_size=2).map(tuple)),
+    tool_call_id=maybe(TEXT),
+)
+functions = st.builds(
+    Function,
+    name=st.from_regex("[A-Za-z0-9_.-]{1,20}", fullmatch=True),
+    description=maybe(TEXT),
+    parameters=maybe(OBJECT),
+    strict=maybe(st.booleans()),
+)
+toolboxes = st.builds(
+    Toolbox,
+    functions=st.lists(functions, min_size=1, max_size=3, unique_by=lambda each: each.name).map(tuple),
+    mode=st.sampled_from(["auto", "required"]),
+    parallel=st.booleans(),
 )
 
 grammars = st.builds(GrammarSpec, kind=st.sampled_from(get_args(GrammarKind)), text=TEXT, close=st.booleans())
@@ -193,6 +217,7 @@ EVENTS: dict[type[Record], st.SearchStrategy[Any]] = {
         choice=COUNT,
         text=TEXT,
         stop_reason=maybe(TEXT | COUNT),
+        tool_calls=maybe(tool_calls),
         error=maybe(error_infos),
         usage=usages,
         at=TIME,
@@ -210,6 +235,10 @@ EVENTS: dict[type[Record], st.SearchStrategy[Any]] = {
 
 RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     GrammarSpec: grammars,
+    Function: functions,
+    Toolbox: toolboxes,
+    ToolCall: calls(ToolCall),
+    PastCall: calls(PastCall),
     SamplingParams: sampling_params(),
     Message: messages,
     Job: jobs(),

@@ -87,7 +87,7 @@ def test_fields_at_their_neutral_value_change_nothing(neutral: dict[str, Any]) -
     [
         ("n", 2),
         ("n", True),
-        ("tools", [{"type": "function"}]),
+        ("prediction", {"type": "content"}),
         ("best_of", 3),
         ("store", True),
     ],

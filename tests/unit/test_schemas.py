@@ -315,7 +315,7 @@ def test_the_readme_maps_every_module_and_its_examples_are_events() -> None:
     text = (ROOT / "schemas" / "README.md").read_text()
     for module in pkgutil.iter_modules(schemas.__path__):
         importlib.import_module(f"{schemas.__name__}.{module.name}")
-        assert f"`{module.name}.py`" in text
+        assert f"`{module.name}{'/' if module.ispkg else '.py'}`" in text
     examples = [found for found in re.findall(r'\{"kind".*\}', text) if "…" not in found]
     assert len(examples) >= 5
     for example in examples:
