@@ -30,6 +30,8 @@ class Stored:
     shape: tuple[int, ...] | None
     kinds: frozenset[str] = FLOATS
     optional: bool = False
+    also: tuple[tuple[int, ...], ...] = ()
+    """Other shapes that will do."""
 
 
 def expected_tensors(spec: ModelSpec) -> Shapes:
@@ -107,14 +109,15 @@ class Checkpoint:
             raise self._invalid("lacks", missing)
         if unexpected := sorted(present - expected.keys()):
             raise self._invalid("holds unexpected", unexpected)
-        for name in present & expected.keys():
-            self._compare(name, expected[name])
+        for name, stored in expected.items():
+            if name in present:
+                self._compare(name, stored)
         return frozenset(present & expected.keys())
 
     def _compare(self, name: str, stored: Stored) -> None:
         piece = self._files[self._where[name]].get_slice(name)
         found, kind = tuple(cast("list[int]", piece.get_shape())), str(piece.get_dtype())
-        if stored.shape is not None and found != stored.shape:
+        if stored.shape is not None and found not in (stored.shape, *stored.also):
             raise ModelInvalid(
                 f"{self.directory}: tensor {name!r} is {list(found)}, the config says {list(stored.shape)}"
             )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..models.config import Config
 from ..weights import Stored
-from .grouped import Grouped, unpack_bits
+from .grouped import Grouped, column_order, unpack_bits
 from .method import INT32, Site, divided
 
 BITS = (2, 3, 4, 8)
@@ -54,19 +53,8 @@ class Gptq:
         codes = unpack_bits(found["qweight"].T, self._bits, site.columns)
         stored = unpack_bits(found["qzeros"], self._bits, site.rows)
         zeros = (stored + self._more) & ((1 << self._bits) - 1)
-        order = self._order(site, found["g_idx"], len(zeros)) if "g_idx" in found else None
+        order = None
+        if "g_idx" in found:
+            order = column_order(self._config, f"{site.module}.g_idx", found["g_idx"], len(zeros))
         codes = codes if order is None else codes[:, order]
         return Grouped.of(self._bits, codes, found["scales"].T, zeros.T, order)
-
-    def _order(self, site: Site, g_idx: Tensor, groups: int) -> Tensor | None:
-        """Inputs sorted by their group; None: they are already."""
-        size = site.columns // groups
-        counts = torch.bincount(g_idx.clamp(-1, groups).long() + 1, minlength=groups + 2)
-        inside, outside = counts[1:-1], int(counts[0] + counts[-1])
-        if outside or bool((inside != size).any()):
-            raise self._config.invalid(
-                f"{site.module}.g_idx puts {int(inside.min())} to {int(inside.max())} inputs into a group, "
-                f"and {outside} into none of the {groups}; {size} in each are supported"
-            )
-        order = torch.argsort(g_idx.long(), stable=True)
-        return None if torch.equal(order, torch.arange(site.columns, device=order.device)) else order

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layers.linear import Linear
+from ..models.config import Config
 from .packed import OnCall, Packed
 
 log = logging.getLogger(__name__)
@@ -185,3 +186,18 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     index = at // 32
     pairs = wide[..., index] | (following[..., index] << 32)
     return ((pairs >> (at % 32)) & ((1 << bits) - 1)).to(torch.int32)
+
+
+def column_order(config: Config, name: str, g_idx: Tensor, groups: int) -> Tensor | None:
+    """Columns sorted by their group; None: they are already. Raises unless groups are of one size."""
+    columns = len(g_idx)
+    size = columns // groups
+    counts = torch.bincount(g_idx.clamp(-1, groups).long() + 1, minlength=groups + 2)
+    inside, outside = counts[1:-1], int(counts[0] + counts[-1])
+    if outside or bool((inside != size).any()):
+        raise config.invalid(
+            f"{name} puts {int(inside.min())} to {int(inside.max())} inputs into a group, "
+            f"and {outside} into none of the {groups}; {size} in each are supported"
+        )
+    order = torch.argsort(g_idx.long(), stable=True)
+    return None if torch.equal(order, torch.arange(columns, device=order.device)) else order

@@ -13,11 +13,19 @@ from ..models.config import Config
 from ..models.spec import ModelSpec
 from ..weights import Checkpoint, Stored, expected_tensors
 from .awq import Awq
+from .compressed import compressed_tensors
+from .fp8 import Fp8Checkpoint
 from .gptq import Gptq
 from .method import Found, Method, Site, quantization
 from .packed import Packed, side_by_side
 
-METHODS: dict[str, Found] = {"awq": Awq, "gptq": Gptq}
+METHODS: dict[str, Found] = {
+    "awq": Awq,
+    "compressed-tensors": compressed_tensors,
+    "fbgemm_fp8": Fp8Checkpoint,
+    "fp8": Fp8Checkpoint,
+    "gptq": Gptq,
+}
 
 
 class ModelWeights:

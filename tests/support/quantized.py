@@ -71,3 +71,14 @@ def assert_same_model(quantized: Path, plain: Path) -> None:
     """Unpacked on load bit for bit; packed, and with joined layers, within float32's rounding."""
     assert torch.equal(Reference(quantized).logits(PROMPT), Reference(plain).logits(PROMPT))
     torch.testing.assert_close(spoken(quantized), spoken(plain), rtol=1e-4, atol=1e-4)
+
+
+def packed_along(fields: Tensor, bits: int) -> Tensor:
+    """int32 [n * bits / 32, m] of integers [n, m]: down each column one stream of bits, lowest first."""
+    n, m = fields.shape
+    words = torch.empty(n * bits // 32, m, dtype=torch.int32)
+    for column in range(m):
+        stream = sum(int(field) << (bits * i) for i, field in enumerate(fields[:, column].tolist()))
+        raw = stream.to_bytes(n * bits // 8, "little")
+        words[:, column] = torch.frombuffer(bytearray(raw), dtype=torch.int32)
+    return words

@@ -13,7 +13,15 @@ from gristmill.schemas.errors import ModelInvalid
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..support.quantized import Store, assert_same_model, reconfigure, runner, spoken, write_quantized
+from ..support.quantized import (
+    Store,
+    assert_same_model,
+    packed_along,
+    reconfigure,
+    runner,
+    spoken,
+    write_quantized,
+)
 
 GROUP = 32
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
@@ -36,17 +44,6 @@ def random_codes(module: str, weight: Tensor, bits: int, symmetric: bool) -> tup
 def meant(codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor) -> Tensor:
     """[outputs, inputs]: (code - zero) * scale, each with those of its input's group."""
     return ((codes - zeros[group_of]).float() * scales.float()[group_of]).T
-
-
-def packed_along(fields: Tensor, bits: int) -> Tensor:
-    """int32 [n * bits / 32, m] of integers [n, m]: down each column one stream of bits, lowest first."""
-    n, m = fields.shape
-    words = torch.empty(n * bits // 32, m, dtype=torch.int32)
-    for column in range(m):
-        stream = sum(int(field) << (bits * i) for i, field in enumerate(fields[:, column].tolist()))
-        raw = stream.to_bytes(n * bits // 8, "little")
-        words[:, column] = torch.frombuffer(bytearray(raw), dtype=torch.int32)
-    return words
 
 
 def awq(module: str, weight: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
