@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -34,11 +35,13 @@ class BuildFailed(Exception):
 def build(cache: Path, name: str = "kernels") -> Path:
     """The shared library of ``name``.cpp for this machine, built now if ``cache`` does not hold it yet.
 
+    One compilation of that file and the headers beside it.
+
     Raises BuildFailed: no compiler, a compiler error, or a cache that cannot be written or is not ours.
     """
-    source = resources.files(__name__.rpartition(".")[0]).joinpath(f"{name}.cpp").read_bytes()
+    sources = read_sources(name)
     compiler = find_compiler()
-    target = _private(cache) / f"{name}-{key(source)}.so"
+    target = _private(cache) / f"{name}-{key(sources)}.so"
     if target.exists():
         return target
     if compiler is None:
@@ -47,7 +50,7 @@ def build(cache: Path, name: str = "kernels") -> Path:
         )
     with _locked(target.with_suffix(".lock")):
         if not target.exists():  # another process may have built it while we waited
-            _compile(compiler, source, target)
+            _compile(compiler, name, sources, target)
     return target
 
 
@@ -56,12 +59,24 @@ def find_compiler() -> str | None:
     return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 
-def key(source: bytes) -> str:
-    """What a built library depends on: source, flags, torch (its OpenMP), and the instructions of this CPU.
+def read_sources(name: str) -> dict[str, bytes]:
+    """``name``.cpp and every header, by file name: all that the compiler may read of ours."""
+    folder = resources.files(__name__.rpartition(".")[0])
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
+        if file.name == f"{name}.cpp" or file.name.endswith(".h")
+    }
+
+
+def key(sources: Mapping[str, bytes]) -> str:
+    """What a built library depends on: sources, flags, torch (its OpenMP), and the instructions of this CPU.
 
     The compiler is left out: a machine without one may use what an image was shipped with.
     """
-    digest = hashlib.sha256(source)
+    digest = hashlib.sha256()
+    for name, text in sources.items():
+        digest.update(name.encode() + b"\0" + hashlib.sha256(text).digest())
     for part in (*FLAGS, torch.__version__, platform.machine(), _instructions()):
         digest.update(b"\0" + part.encode())
     return digest.hexdigest()[:20]
@@ -107,11 +122,12 @@ class _locked:  # noqa: N801  (used like a function)
         os.close(self.fd)
 
 
-def _compile(compiler: str, source: bytes, target: Path) -> None:
+def _compile(compiler: str, name: str, sources: Mapping[str, bytes], target: Path) -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
-        cpp, so = Path(work, "kernels.cpp"), Path(work, "kernels.so")
-        cpp.write_bytes(source)
+        cpp, so = Path(work, f"{name}.cpp"), Path(work, f"{name}.so")
+        for file, text in sources.items():
+            Path(work, file).write_bytes(text)
         command = [compiler, *FLAGS, "-fopenmp", str(cpp), "-o", str(so)]
         if runtime := _openmp_in_use():
             # Share torch's thread pool: two OpenMP runtimes in one process would fight over the cores.

@@ -3,33 +3,17 @@
 //
 // The noise of a token is a hash (noise.py), cheap enough to make for every token sixteen at a time; the two logarithms
 // that turn it into Gumbel noise are taken only where an upper bound says that the token could still win.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-namespace {
+#include "vectors.h"
 
-using bf16 = uint16_t;
-constexpr int LANES = 16;
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
+namespace {
 
 constexpr double GREEDY_BELOW = 1e-5;
 constexpr double FIRST_REACH = 4.0;      // candidates within e^-4 of the best, at first
 constexpr double LAST_REACH = 64.0;      // beyond this: every token
 constexpr int ADD_UP_EVERY = 64;         // vectors summed in float before they join the double
-
-template <class V, class T> inline V load_as(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-inline vf splat(float x) { return vf{} + x; }
-inline vf load(const float* p) { return load_as<vf>(p); }
-inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; std::memcpy(&f, &u, 4); return f; }
 
 // Sixteen logits from `i` on; past the end there is minus infinity.
 template <class T> inline vf take(const T* row, int i, int vocab) {

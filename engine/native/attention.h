@@ -1,0 +1,118 @@
+// Paged attention: work items of a step, each tile by tile, and the joining of what was cut apart.
+#pragma once
+#include "amx.h"
+#include "kv_layout.h"
+
+namespace {
+
+struct Item { int32_t row, count, position, table, begin, end, part; };         // see attention/native_backend.py
+struct Merge { int32_t row, part, parts; };
+
+template <class T> struct Call {
+  const T *qkv, *keys, *values;
+  T* out;
+  const int32_t* tables;
+  float* scratch;                                                              // [parts][heads][dim16 + 2]
+  int table_width, window;
+  float scale;
+  Shape s;
+  bool uniform;                                                                // few rows as many would be computed
+};
+
+#if defined(GM_AMX)
+template <class T> inline bool use_amx(const Call<T>& c) {
+  return std::is_same_v<T, bf16> && c.s.dim % 32 == 0 && c.s.dim <= 256 && amx_allowed();
+}
+#endif
+
+template <class T> void run_item(const Call<T>& c, const Item& it, int head, Rows<T>& rows) {
+  const Shape& s = c.s;
+  const int dim16 = s.dim16(), group = s.group(), n = it.count * group;
+  rows.reset(n, dim16);
+  for (int t = 0; t < it.count; t++)
+    for (int g = 0; g < group; g++) {
+      const int r = t * group + g;
+      std::memcpy(rows.q.data() + size_t(r) * dim16, c.qkv + size_t(it.row + t) * s.stride + (head * group + g) * s.dim,
+                  s.dim * sizeof(T));
+      rows.limit[r] = it.position + t + 1;
+      rows.first[r] = c.window > 0 ? std::max(0, rows.limit[r] - c.window) : 0;
+    }
+#if defined(GM_AMX)
+  const bool amx = (n > 4 || c.uniform) && use_amx(c);                         // decode waits for memory, not for sums
+  if (amx) amx_configure(std::min(n, 16));                                     // a last group of fewer rows: padding
+#endif
+  const int32_t* table = c.tables + size_t(it.table) * c.table_width;
+  const int end = std::min<int>(it.end, it.position + it.count);
+  auto tile_at = [&](int start) {
+    Tile<T> tile;
+    for (int g = 0; g < TILE_GROUPS; g++) {
+      const size_t at = s.at(table, head, std::min(start + g * LANES, end - 1));
+      tile.keys[g] = c.keys + at;
+      tile.values[g] = c.values + at;
+    }
+    return tile;
+  };
+  int start = std::max<int>(it.begin, rows.first[0] / TILE * TILE);
+  for (Tile<T> tile = tile_at(start), next; start < end; start += TILE, tile = next) {
+    next = start + TILE < end ? tile_at(start + TILE) : tile;
+    int r = 0;
+#if defined(GM_AMX)
+    if constexpr (std::is_same_v<T, bf16>)
+      if (amx)
+        for (; r < n; r += 16) tile_step_amx(rows, r, std::min(16, n - r), start, end, tile, next, dim16, c.scale);
+#endif
+    if constexpr (ROWS == 4) {
+      for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, end, tile, next, dim16, c.scale);
+      if (n - r == 3) tile_step<T, 3>(rows, r, start, end, tile, next, dim16, c.scale), r += 3;
+      if (n - r == 2) tile_step<T, 2>(rows, r, start, end, tile, next, dim16, c.scale), r += 2;
+    }
+    for (; r < n; r++) tile_step<T, 1>(rows, r, start, end, tile, next, dim16, c.scale);
+  }
+  for (int t = 0; t < it.count; t++)
+    for (int g = 0; g < group; g++) {
+      const int r = t * group + g, h = head * group + g;
+      const float l = sum(load(rows.l.data() + size_t(r) * LANES));
+      const float* acc = rows.acc.data() + size_t(r) * dim16;
+      if (it.part < 0) {
+        T* out = c.out + (size_t(it.row + t) * s.heads + h) * s.dim;
+        for_lanes<T>(s.dim, [&](int i, int k) { put(out + i, load(acc + i) / l, k); });
+      } else {
+        float* part = c.scratch + (size_t(it.part) * s.heads + h) * (dim16 + 2);
+        part[0] = rows.m[r], part[1] = l;
+        std::memcpy(part + 2, acc, dim16 * sizeof(float));
+      }
+    }
+}
+
+template <class T> void run_merge(const Call<T>& c, const Merge& g, int h) {
+  const Shape& s = c.s;
+  const size_t size = s.dim16() + 2, step = size * s.heads;
+  const float* first = c.scratch + (size_t(g.part) * s.heads + h) * size;
+  float m = -1e30f, l = 0;
+  for (int p = 0; p < g.parts; p++) m = std::max(m, first[p * step]);
+  for (int p = 0; p < g.parts; p++) l += exp2f(first[p * step] - m) * first[p * step + 1];
+  T* out = c.out + (size_t(g.row) * s.heads + h) * s.dim;
+  for (int d = 0; d < s.dim; d++) {
+    float x = 0;
+    for (int p = 0; p < g.parts; p++) x += exp2f(first[p * step] - m) * first[p * step + 2 + d];
+    out[d] = narrow<T>(x / l);
+  }
+}
+
+template <class T>
+void attend_all(const Call<T>& c, const Item* items, int n_items, const Merge* merges, int n_merges, int threads) {
+  const int n = n_items * c.s.kv_heads;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Rows<T> rows;
+#if defined(GM_AMX)
+    AmxGuard guard(use_amx(c));
+#endif
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < n; i++) run_item(c, items[i / c.s.kv_heads], i % c.s.kv_heads, rows);
+#pragma omp for schedule(static)
+    for (int i = 0; i < n_merges * c.s.heads; i++) run_merge(c, merges[i / c.s.heads], i % c.s.heads);
+  }
+}
+
+}  // namespace

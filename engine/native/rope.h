@@ -1,0 +1,58 @@
+// Rotary embedding, with a norm before it where the model has one; keys and values go into the cache.
+#pragma once
+#include "kv_layout.h"
+
+namespace {
+
+// One head in fp32: optional RMS norm, then rotation of the two halves (cos, sin: dim/2 values each).
+template <class T>
+inline void norm_rotate(float* y, const T* x, const T* weight, float eps, const float* cos, const float* sin, int dim) {
+  const int half = dim / 2;
+  float scale = 1.f;
+  if (weight) {
+    vf square = {};
+    for_lanes<T>(dim, [&](int i, int k) { square += get(x + i, k) * get(x + i, k); });
+    scale = 1.f / std::sqrt(sum(square) / dim + eps);
+  }
+  for_lanes<T>(half, [&](int i, int k) {
+    vf a = get(x + i, k), b = get(x + i + half, k), c = get(cos + i, k), s = get(sin + i, k);
+    if (weight) a = a * scale * get(weight + i, k), b = b * scale * get(weight + i + half, k);
+    put(y + i, a * c - b * s, k);
+    put(y + i + half, b * c + a * s, k);
+  });
+}
+
+template <class T>
+void rope_store_rows(T* qkv, T* keys, T* values, const int64_t* slots, const int64_t* positions, const float* cos,
+                     const float* sin, const T* q_norm, const T* k_norm, float eps, int64_t rows, const Shape& s,
+                     int threads) {
+  const int half = s.dim / 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 3)
+  for (int64_t r = 0; r < rows; r++) {
+    float y[1024];                                                             // dim <= 1024: checked by the caller
+    const float *c = cos + positions[r] * half, *n = sin + positions[r] * half;
+    T* row = qkv + r * s.stride;
+    for (int h = 0; h < s.heads; h++) {
+      T* q = row + h * s.dim;
+      norm_rotate(y, q, q_norm, eps, c, n, s.dim);
+      for_lanes<T>(s.dim, [&](int i, int k) { put(q + i, load(y + i), k); });
+    }
+    const int32_t block = int32_t(slots[r] / s.block);
+    const int token = int(slots[r] % s.block);
+    for (int h = 0; h < s.kv_heads; h++) {
+      const T *k = row + (s.heads + h) * s.dim, *v = k + s.kv_heads * s.dim;
+      const size_t at = s.at(&block, h, token);
+      norm_rotate(y, k, k_norm, eps, c, n, s.dim);
+      std::fill(y + s.dim, y + s.dim16(), 0.f);                                // the padding dimensions
+      write_key(keys + at, y, s, token % LANES);
+      if constexpr (std::is_same_v<T, float>) {
+        std::memcpy(y, v, s.dim * sizeof(float));
+        write_value(values + at, y, s, token % LANES);
+      } else {
+        write_value(values + at, v, s, token % LANES);
+      }
+    }
+  }
+}
+
+}  // namespace

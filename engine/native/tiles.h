@@ -1,0 +1,101 @@
+// One tile of 64 keys for a few query rows: scores, running softmax, weighted values.
+#pragma once
+#include <vector>
+#include "dots.h"
+
+namespace {
+
+// The running softmax of the query rows of one work item.
+template <class T> struct Rows {
+  std::vector<T> q;                                                            // [rows][dim16], zero padded
+  std::vector<float> acc, m, l;                                                // [rows][dim16], [rows], [rows][16]
+  std::vector<int> first, limit;                                               // keys seen: first <= position < limit
+  void reset(int rows, int dim16) {
+    const size_t padded = (rows + 15) / 16 * 16;                               // whole tiles are read and written
+    q.assign(padded * dim16, T(0));
+    acc.assign(padded * dim16, 0.f);
+    m.assign(rows, -1e30f);
+    l.assign(size_t(rows) * LANES, 0.f);
+    first.resize(rows);
+    limit.resize(rows);
+  }
+};
+
+// How many keys of the tile at `start` any of the rows [r0, r0 + n) sees, counted from the tile's first.
+template <class T> inline int seen_in_tile(const Rows<T>& s, int r0, int n, int start, int end) {
+  int low = s.first[r0], high = 0;
+  for (int r = r0; r < r0 + n; r++) low = std::min(low, s.first[r]), high = std::max(high, s.limit[r]);
+  high = std::min(high, end);
+  return high <= start || low >= start + TILE ? 0 : std::min(TILE, high - start);
+}
+
+// Scores to weights, for n rows: dots [n][TILE] -> p [n][TILE]; fade[r] is what the sums so far are worth now.
+template <class T>
+inline void soften(Rows<T>& s, int r0, int n, int start, int end, int groups, float scale, const vf* dots, T* p,
+                   float* fade) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int r = 0; r < n; r++) {
+    const int limit = std::min(s.limit[r0 + r], end) - start, first = s.first[r0 + r] - start;
+    vf score[TILE_GROUPS], top = splat(-1e30f);
+    for (int g = 0; g < groups; g++) {
+      vi at = lane + g * LANES;
+      score[g] = (at < limit) & (at >= first) ? dots[r * TILE_GROUPS + g] * scale : splat(-1e30f);
+      top = vmax(top, score[g]);
+    }
+    const float old = s.m[r0 + r], m = std::max(old, largest(top));
+    fade[r] = exp2v(splat(old - m))[0];
+    s.m[r0 + r] = m;
+    vf total = load(s.l.data() + size_t(r0 + r) * LANES) * fade[r];
+    rounded(total);
+    const float above = std::max(m, -1e29f);                                   // hidden keys weigh 0, also when all are
+    for (int g = 0; g < groups; g++) {
+      vf e = exp2v(score[g] - above);
+      total += e;
+      store(p + r * TILE + g * LANES, e);
+    }
+    store(s.l.data() + size_t(r0 + r) * LANES, total);
+  }
+}
+
+inline void fade_rows(float* acc, int n, int dim16, const float* fade) {
+  for (int r = 0; r < n; r++)
+    for (int d = 0; d < dim16; d += LANES) store(acc + r * dim16 + d, load(acc + r * dim16 + d) * fade[r]);
+  __asm__ volatile("" ::: "memory");                                           // as rounded() does
+}
+
+// Where the four groups of a tile of 64 keys are.
+template <class T> struct Tile { const T *keys[TILE_GROUPS], *values[TILE_GROUPS]; };
+
+// One tile of at most 64 keys starting at `start`, for rows [r0, r0 + R).
+template <class T, int R>
+inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& tile, const Tile<T>& next, int dim16,
+                      float scale) {
+  const int count = seen_in_tile(s, r0, R, start, end), groups = (count + LANES - 1) / LANES;
+  if (count == 0) return;
+  vf dots[R][TILE_GROUPS];
+  const T* q = s.q.data() + size_t(r0) * dim16;
+  if (groups == TILE_GROUPS)
+    scores<R, TILE_GROUPS>(q, dim16, tile.keys, next.keys, dim16, dots[0]);
+  else
+    for (int g = 0; g < groups; g++) scores<R, 1>(q, dim16, tile.keys + g, next.keys + g, dim16, dots[0] + g);
+  alignas(64) T p[R * TILE];
+  float fade[R];
+  soften(s, r0, R, start, end, groups, scale, dots[0], p, fade);
+  float* acc = s.acc.data() + size_t(r0) * dim16;
+  fade_rows(acc, R, dim16, fade);
+  int d = 0;
+  const int pair = std::is_same_v<T, bf16> ? 2 : 1;
+  auto run = [&](auto vectors) {
+    constexpr int N = decltype(vectors)::value;
+    for (; d + N * LANES <= dim16; d += N * LANES) {
+      const T *now[TILE_GROUPS], *after[TILE_GROUPS];
+      for (int g = 0; g < TILE_GROUPS; g++) now[g] = tile.values[g] + d * pair, after[g] = next.values[g] + d * pair;
+      weighted<R, N>(p, now, after, count, dim16, acc + d);
+    }
+  };
+  run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+}  // namespace
