@@ -189,6 +189,8 @@ def test_batched_equals_transformers(
 def test_alone_equals_transformers(
     roomy: Engine, prompts: list[list[int]], answers: list[Answer], model: Any
 ) -> None:
+    """Every other one, of each kind: what a row of its own computes with does not depend on its words."""
+    prompts, answers = prompts[::2], answers[::2]
     compare([run(roomy, [request])[0] for request in greedy(prompts)], answers, model)
 
 
