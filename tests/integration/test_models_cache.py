@@ -49,7 +49,7 @@ def pulled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[st
         subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    stages = [json.loads(process.communicate(timeout=170)[0]) for process in processes]
+    stages = [json.loads(process.communicate(timeout=360)[0]) for process in processes]
     return home, stages
 
 
