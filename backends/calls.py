@@ -26,7 +26,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..schemas import keys
 from ..schemas.errors import IdempotencyConflict, JobNotFound
-from ..schemas.events import Delta, End, EntryId, Event, event_from_json
+from ..schemas.events import Candidate, Delta, End, EntryId, Event, event_from_json
 from ..schemas.job import Job, JobState, Priority
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
 from .script import Script, lua
@@ -38,7 +38,7 @@ Entry = tuple[EntryId, Event]
 EXPIRY_GRACE_S = 86_400.0
 """How long a job's keys outlive its ``expires_at``: somebody must still find it, and end it as expired."""
 
-_TAIL_ENTRIES = 8
+_TAIL_ENTRIES = 32
 _ECHOED = ("endpoint", "custom_id", "retry_of", "metadata")
 # Not part of what was asked for: when, under which id, and who reads along.
 _NOT_IN_DIGEST = {"id", "v", "submitted_at", "expires_at", "stream"}
@@ -136,6 +136,8 @@ def _echo(job: Job) -> str:
     said = job.model_dump(mode="json", include=set(_ECHOED), exclude_defaults=True)
     if job.sampling.seed is not None:
         said["seed"] = job.sampling.seed
+    if job.sampling.n > 1:
+        said["n"] = job.sampling.n
     return json.dumps(said, separators=(",", ":")) if said else ""
 
 
@@ -277,7 +279,7 @@ def _tokens(last_first: list[Entry]) -> int:
     """Tokens of output, by the last entry of each choice among the log's last ones."""
     ends: dict[int, int] = {}
     for _, event in last_first:
-        if isinstance(event, Delta):
+        if isinstance(event, Delta | Candidate):
             ends.setdefault(event.choice, event.offset + len(event.ids))
     return sum(ends.values())
 
@@ -301,7 +303,7 @@ class Due:
     attempts: int
     model: str
     echo: dict[str, Any]
-    """Those of endpoint, custom_id, retry_of, metadata and seed that the job has."""
+    """Those of endpoint, custom_id, retry_of, metadata, seed and n that the job has."""
 
 
 _DUE_FIELDS = ("state", "cancel", "expires_at", "submitted_at", "attempts", "model", "echo")

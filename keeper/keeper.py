@@ -340,7 +340,7 @@ def _ending_of_the_dead(found: Due, letter: DeadLetter) -> Ending:
         else:
             model, submitted_at, expires_at = job.model, job.submitted_at, job.expires_at
             echo = {"endpoint": job.endpoint, "custom_id": job.custom_id, "retry_of": job.retry_of}
-            echo |= {"metadata": job.metadata, "seed": job.sampling.seed}
+            echo |= {"metadata": job.metadata, "seed": job.sampling.seed, "n": job.sampling.n}
     text = f"its message was put aside and is not delivered again: {letter.reason}; `gristmill dead show`"
     return Ending(
         job_id=found.job_id,

@@ -25,6 +25,7 @@ from ..schemas.errors import (
     WaitTimeout,
 )
 from ..schemas.events import (
+    Candidate,
     Crashed,
     Delta,
     Done,
@@ -188,7 +189,7 @@ class Replica:
                 yield from self._show(entry_id, event.choice, choice.tokens, (), event.text, event.reason)
             case End():
                 self.end = event
-            case Started() | Prompt() | Released() | Trial() | Crashed() | Done() | Unknown():
+            case Started() | Prompt() | Candidate() | Released() | Trial() | Crashed() | Done() | Unknown():
                 pass
         if entry_id == self._resume_at:
             self._resume_at = None

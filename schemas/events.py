@@ -8,6 +8,7 @@ for subscribers in other languages.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 
 from .errors import InvalidRequest
@@ -48,14 +49,13 @@ class Started(Answer):
     """Unix seconds by the state server's clock."""
 
 
-class Delta(Answer):
+class _Tokens(Answer):
     """New tokens of one choice. ``text`` may be empty: half a character, or a possible stop string, waits.
 
     ``offset`` counts the tokens of this choice before ``ids``: a reader that knows how many tokens it has
     can tell a repetition (offset below), a continuation (equal) and a gap (above).
     """
 
-    kind: Literal["delta"] = "delta"
     choice: Int = 0
     offset: Int
     ids: tuple[Int, ...]
@@ -66,10 +66,16 @@ class Delta(Answer):
     """Of these tokens, packed: see ``logprobs.py``. None: the request did not ask."""
     max_tokens: Int | None = None
     """What the worker allowed a job that named no number, so that the next worker allows the same; set on the
-    first delta.
+    job's first delta.
     """
     cached_tokens: Int = 0
-    """Of the prompt, that the first attempt need not compute; set on the first delta."""
+    """Of the prompt, that the first attempt need not compute; set on the job's first delta."""
+
+
+class Delta(_Tokens):
+    """New tokens of a choice that is shown."""
+
+    kind: Literal["delta"] = "delta"
 
 
 class Prompt(Answer):
@@ -123,9 +129,24 @@ class Done(Answer):
     tool_calls: tuple[ToolCall, ...] | None = None
     """As in ``Choice``."""
     error: ErrorInfo | None = None
+    stop_tokens: Int = 0
+    """1: an end or stop token was drawn, which counts as usage and has no text. Told where a job has several
+    choices, so that an attempt which goes on with the others can count.
+    """
     usage: Usage = Usage()
     """Of the whole job so far; the last choice's is the job's."""
     at: Float
+
+
+class Candidate(_Tokens):
+    """The same of a choice that may not be shown: the best of several will be (``best_of``).
+
+    Once all have ended, the best are told as ``Delta`` and ``Done``, numbered anew.
+    """
+
+    kind: Literal["candidate"] = "candidate"
+    end: Done | None = None
+    """How it ended, on its last entry; ``text`` in there is its last."""
 
 
 class End(Answer):
@@ -146,17 +167,29 @@ class Unknown(Answer):
     kind: str
 
 
-Event: TypeAlias = Started | Prompt | Delta | Released | Trial | Crashed | Done | End | Unknown
-_KINDS: dict[str, type[Started | Prompt | Delta | Released | Trial | Crashed | Done | End]] = {
+Event: TypeAlias = Started | Prompt | Delta | Candidate | Released | Trial | Crashed | Done | End | Unknown
+_KINDS: dict[str, type[Started | Prompt | Delta | Candidate | Released | Trial | Crashed | Done | End]] = {
     "started": Started,
     "prompt": Prompt,
     "delta": Delta,
+    "candidate": Candidate,
     "released": Released,
     "trial": Trial,
     "crashed": Crashed,
     "done": Done,
     "end": End,
 }
+
+
+def decisive(ends: Iterable[Done]) -> Done:
+    """Of the ends of a job's choices the one that is the job's: the first error, else the first
+    that came from outside, else the first. At least one.
+    """
+    told = list(ends)
+    for bad in (JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED):
+        if (found := next((one for one in told if one.reason.state is bad), None)) is not None:
+            return found
+    return told[0]
 
 
 def event_from_json(data: str | bytes) -> Event:

@@ -6,6 +6,7 @@ uint32 and its log probability as float32; all little-endian, the same number of
 
 from __future__ import annotations
 
+import math
 import struct
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
@@ -56,6 +57,16 @@ def unpack(packed: str, count: int) -> list[TokenLogprobs]:
 def rounded(told: Sequence[TokenLogprobs]) -> list[TokenLogprobs]:
     """As they come back from a log, so that it makes no difference whether they do."""
     return unpack(pack(told), len(told))
+
+
+def likeliest(choices: Sequence[Sequence[TokenLogprobs]], count: int) -> list[int]:
+    """Which ``count`` of these outputs the model, by itself, thought most likely: positions, the best first.
+
+    By mean log probability a token, as OpenAI and TGI choose, so that short ones have no advantage. Equals
+    stay in order; one without tokens comes last.
+    """
+    means = [sum(one.logprob for one in told) / len(told) if told else -math.inf for told in choices]
+    return sorted(range(len(means)), key=lambda index: -means[index])[:count]
 
 
 def _unpack(body: bytes, at: int, top: int) -> TokenLogprobs:

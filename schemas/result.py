@@ -178,5 +178,7 @@ class Result(Answer):
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """The first choice's finish reason."""
-        return self.choices[0].finish_reason if self.choices else None
+        """Why it ended as it did: the first choice's reason, of those that led to ``state``."""
+        reasons = [choice.finish_reason for choice in self.choices]
+        first = reasons[0] if reasons else None
+        return next((reason for reason in reasons if reason.state is self.state), first)

@@ -50,7 +50,9 @@ class SamplingParams(Record):
     n: Annotated[Count, Field(ge=1, le=MAX_CHOICES)] = 1
     """Choices to return."""
     best_of: Annotated[Count, Field(ge=1, le=MAX_CHOICES)] | None = None
-    """Choices to make, of which the ``n`` most likely are returned. None: ``n``."""
+    """Choices to make, of which the ``n`` most likely are returned, by mean log probability a token and the
+    best first. All of them count as usage. None: ``n``.
+    """
 
     repetition_penalty: Annotated[Float, Field(gt=0.0, le=100.0)] = 1.0
     """Above 1: tokens of prompt and output become less likely."""
@@ -122,3 +124,8 @@ class SamplingParams(Record):
     def choices(self) -> int:
         """How many are made."""
         return self.best_of or self.n
+
+    @property
+    def ranked(self) -> bool:
+        """More are made than returned: nobody is shown any before the best are known."""
+        return self.choices > self.n

@@ -116,7 +116,7 @@ class EngineThread(threading.Thread):
         while not self._inbox.empty() or not self.engine.has_work:
             running = self._inbox.get()
             self._running[running.generation.request_id] = running
-            self.engine.add(intake.engine_request(running.generation))
+            self.engine.add(*intake.engine_requests(running.generation))
 
 
 def worker_app() -> Celery:
@@ -143,7 +143,8 @@ def worker_app() -> Celery:
         generation = engines[0].generate(job)
         path = directory / "results" / f"{job.id}.json"
         aside = path.with_name(f".{task.request.id}.{os.getpid()}.{time.time_ns()}")
-        aside.write_text(json.dumps({"text": "".join(generation.parts), "ids": generation.ids}))
+        (one,) = generation.completions
+        aside.write_text(json.dumps({"text": one.text, "ids": one.ids}))
         aside.rename(path)
         note(put=path.name)
         note(final=job.id)

@@ -213,7 +213,7 @@ def _run(engine: Engine, tokenizer: Tokenizer, asked: Iterable[Asked]) -> dict[i
         prompt_ids = intake.encode(job, tokenizer, engine.info.vocab_size)
         generation.admit(prompt_ids, job.sampling.max_tokens or 0, 0.0)
         running[generation.request_id] = one.number, generation
-        engine.add(intake.engine_request(generation))
+        engine.add(*intake.engine_requests(generation))
     said: dict[int, Said] = {}
     while engine.has_work:
         for output in engine.step():
@@ -221,7 +221,8 @@ def _run(engine: Engine, tokenizer: Tokenizer, asked: Iterable[Asked]) -> dict[i
             if generation.push(output, 0.0):
                 engine.abort(output.id)
             if generation.done is not None:
-                said[number] = Said("".join(generation.parts), generation.ids, generation.prompt_ids)
+                (one,) = generation.completions
+                said[number] = Said(one.text, one.ids, generation.prompt_ids)
     return said
 
 

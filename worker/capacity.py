@@ -23,9 +23,11 @@ class Held:
     rank: int
     """Of its class; 0 is the most urgent."""
     tokens: int
-    """Of prompt and output; 0 until the prompt is known."""
+    """Of the prompt and of all outputs; 0 until the prompt is known."""
     started: bool
     """It has made a token."""
+    sequences: int = 1
+    """Its choices that have not ended: so many places in the engine."""
 
 
 def claimable(
@@ -34,15 +36,16 @@ def claimable(
     """The classes of which the engine could start another job soon, the most urgent first.
 
     A job counts only against its own class and those below: what a more urgent one may evict is no obstacle
-    to it. So interactive work is claimed by a worker that is full of batch work, and each class has at most
-    ``max_places`` jobs of its own and more urgent ones here. ``most``: max_concurrent_requests.
+    to it. So interactive work is claimed by a worker that is full of batch work, and each class is given no
+    more once ``max_places`` choices of its own and more urgent ones are here. ``most``:
+    max_concurrent_requests.
     """
     places = max_places(info, stats, most)
     return [priority for priority in Priority if _has_room(priority.rank, held, info, stats, places)]
 
 
 def max_places(info: EngineInfo, stats: Stats | None = None, most: int | None = None) -> int:
-    """Jobs that a class may have in hand: those that run, and a few so that a place is never empty.
+    """Choices that a class may have in hand: those that run, and a few so that a place is never empty.
 
     Fewer run once memory ran out, as ``stats`` says; without it, the most there can be.
     """
@@ -54,7 +57,7 @@ def max_places(info: EngineInfo, stats: Stats | None = None, most: int | None = 
 def _has_room(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats | None, places: int) -> bool:
     """Beyond this an idle neighbour should have the next one."""
     firm = [job for job in held if job.rank <= rank]  # the others would make way
-    if len(firm) >= places:
+    if sum(job.sequences for job in firm) >= places:
         return False
     if (
         stats is not None
@@ -79,4 +82,5 @@ def _free_blocks(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats
 
 
 def _blocks(jobs: Iterable[Held], info: EngineInfo) -> int:
-    return sum(-(-job.tokens // info.block_size) for job in jobs)
+    """The prompt's are shared by its choices, each of which writes to a last one of its own."""
+    return sum(-(-job.tokens // info.block_size) + max(0, job.sequences - 1) for job in jobs)

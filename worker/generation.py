@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..engine.detokenizer import Detokenizer
 from ..engine.messages import Output, Processors
-from ..engine.stopping import StopMatcher
 from ..engine.tokenizer import Tokenizer
 from ..schemas import logprobs
-from ..schemas.events import Crashed, Delta, Done, EntryId, Event, Prompt, Started, Trial
+from ..schemas.events import (
+    Candidate,
+    Crashed,
+    Delta,
+    Done,
+    EntryId,
+    Event,
+    Prompt,
+    Started,
+    Trial,
+    decisive,
+)
 from ..schemas.job import Job
 from ..schemas.logprobs import TokenLogprobs
-from ..schemas.result import Choice, ErrorInfo, FinishReason, Result, Timings, TokenLogprob, Usage
-from ..schemas.tools import ToolCall, calls_in
+from ..schemas.result import ErrorInfo, FinishReason, Result, Timings, TokenLogprob, Usage
+from .completion import Completion
 from .history import History
 from .told import spelled, text_of
 
 STREAM_FLUSH_S = 0.05
 JOURNAL_TOKENS, JOURNAL_S = 16, 0.5
-PROMPT_ENTRY_TOKENS = 512
+ENTRY_TOKENS = 512
+"""Of a prompt, or of a choice that turned out best, in one entry."""
 LONG_LOG_ENTRIES, LONG_JOURNAL_TOKENS, LONG_JOURNAL_S = 2_000, 64, 1.0
+CHOICE_MARK = "#"
+"""Stands before a choice's number in the name of its request."""
+
+_Logged = Prompt | Delta | Candidate | Crashed | Trial | Done
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,15 +43,18 @@ class Entry:
     """One journal entry, ready to be written; written again unchanged until the write is confirmed."""
 
     seq: int
-    event: Prompt | Delta | Crashed | Trial | Done
+    event: _Logged
 
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """One attempt's tokens and text.
+    """One attempt at a job: its choices, what is told of its prompt, and what the journal has of both.
 
-    Invariants: ``ids[:_journalled]`` stand in the log or in ``_unconfirmed``; joined ``parts`` is what a
-    follower has been or will be shown; once ``done`` is set no token is added.
+    A choice that has ended stays as it is, whoever continues the others. An error of one is the job's: the
+    others end with it. With ``best_of`` nobody is shown a choice before all have ended; then the best are
+    written as what is shown, numbered anew.
+
+    Invariant: what was given to the journal stands in the log or in ``_unconfirmed``.
     """
 
     job: Job
@@ -49,52 +66,67 @@ class Generation:
     max_tokens: int = 0
     processors: Processors | None = None
     """What the job wants changed in its logits."""
-    ids: list[int] = field(default_factory=list[int])
-    parts: list[str] = field(default_factory=list[str])
-    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
-    """One for each of ``ids``, if the job asks."""
+    completions: list[Completion] = field(init=False)
+    """All that are made, by their number in the sampler's noise."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     """Of the prompt's tokens but the first, as far as they have come, if the job asks."""
     prompt_first: int | None = None
     """That first one, if the job asks."""
     prompt_rest: list[int] = field(default_factory=list[int])
     """Tokens of ``prompt_logprobs``: a complete log has to be enough for a result."""
-    done: Done | None = None
-    first_token_at: float | None = None
     flushed_at: float = 0.0
     cached_tokens: int | None = None
     """Of the prompt, as the attempt found that made the first token; None: there is no token yet."""
-    stop_tokens: int = 0
-    """1 once an end or stop token was drawn: it counts as usage and has no text."""
     history: History = field(default_factory=History)
     """What died with it so far."""
     on_trial: bool = False
     """The log says that it runs alone, and not yet what came of it."""
 
-    _detokenizer: Detokenizer = field(init=False)
-    _stop: StopMatcher = field(init=False)
-    _journalled: int = 0
     _prompt_journalled: int = 0
     _first_journalled: bool = False
-    _pending_text: list[str] = field(default_factory=list[str])
     _pending_since: float | None = None
     _seq: int = 0
     _entries: int = 0
     _marks: list[Crashed | Trial] = field(default_factory=list[Crashed | Trial])
     _unconfirmed: list[Entry] = field(default_factory=list[Entry])
-    _done_written: bool = False
+    _shown: list[Done] = field(default_factory=list[Done])
+    """How the choices that are returned ended, as far as the journal was told."""
 
     def __post_init__(self) -> None:
-        sampling = self.job.sampling
-        self._detokenizer = Detokenizer(
-            self.tokenizer, sampling.skip_special_tokens, continues=self.job.messages is None
-        )
-        self._stop = StopMatcher(sampling.stop, include_stop=sampling.include_stop)
+        count = self.job.sampling.choices
+        self.completions = [Completion(self.job, self.tokenizer, index) for index in range(count)]
 
     @property
     def request_id(self) -> str:
-        """What the engine calls this attempt: tokens of an earlier one must never be taken for ours."""
+        """What the engine calls this attempt: tokens of an earlier one must never be taken for ours.
+
+        It is one request, or if there are several choices what their names begin with.
+        """
         return f"{self.job.id}@{self.attempt}"
+
+    @property
+    def running(self) -> Iterator[tuple[str, Completion]]:
+        """The choices that have not ended, and what the engine calls them."""
+        for one in self.completions:
+            if one.done is None:
+                mark = f"{CHOICE_MARK}{one.index}" if len(self.completions) > 1 else ""
+                yield self.request_id + mark, one
+
+    @property
+    def tokens(self) -> int:
+        """Of output, of all choices."""
+        return sum(len(one.ids) for one in self.completions)
+
+    @property
+    def first_token_at(self) -> float | None:
+        """Of whichever choice was first."""
+        return min((one.first_token_at for one in self.completions if one.first_token_at), default=None)
+
+    @property
+    def done(self) -> Done | None:
+        """How the job ended: as the worst of its choices. None: some go on."""
+        ends = [one.done for one in self.completions if one.done is not None]
+        return decisive(ends) if len(ends) == len(self.completions) else None
 
     # ---- continuing from the journal
 
@@ -109,7 +141,15 @@ class Generation:
             for _, event in log:
                 self._take_over(event)
         finally:
-            self._journalled, self._prompt_journalled = len(self.ids), len(self.prompt_logprobs)
+            self._prompt_journalled = len(self.prompt_logprobs)
+        if self.job.sampling.ranked:
+            self._replay_the_best()
+
+    def _replay_the_best(self) -> None:
+        if not self._all_shown:
+            self._shown.clear()  # they are written in one go, or all again
+        for _, one in self.running if self._shown else ():  # a keeper ended the job
+            one.replay_end(decisive(self._shown).model_copy(update={"choice": one.index, "text": ""}))
 
     def _take_over(self, event: Event) -> None:
         self._entries += 1
@@ -120,25 +160,37 @@ class Generation:
                     True,
                 )
                 self._take_prompt(event.offset, event.ids, logprobs.unpack(event.logprobs, len(event.ids)))
-            case Delta():
-                self._replay_delta(event)
+            case Delta() if not self.job.sampling.ranked:
+                self._replay(event)
+            case Candidate():
+                self._replay(event)
+                if event.end is not None:
+                    self.completions[event.choice].replay_end(event.end)
             case Done():
-                self.done, self._done_written = event, True
-                self.parts.append(event.text)
+                self._shown.append(event)
+                if not self.job.sampling.ranked:
+                    self.completions[event.choice].replay_end(event)
             case Started():
                 self.started_at = min(self.started_at, event.at)
             case _:
                 pass
+
+    def _replay(self, event: Delta | Candidate) -> None:
+        if self.cached_tokens is None:
+            self.cached_tokens = event.cached_tokens
+        self.max_tokens = event.max_tokens or self.max_tokens
+        self.completions[event.choice].replay(event, self.started_at)
 
     def admit(self, prompt_ids: list[int], max_tokens: int, now: float) -> None:
         """Say what runs. Tokens of earlier attempts may have used up ``max_tokens`` already."""
         self.prompt_ids, self.max_tokens = prompt_ids, max_tokens
         if self.job.sampling.prompt_logprobs is not None:
             self.prompt_first = prompt_ids[0]
-        if self.job.sampling.echo and not self.ids:  # else it was shown with the first of them
-            self._show(self._prompt_text())
-        if len(self.ids) >= max_tokens:
-            self._finish(FinishReason.LENGTH, now=now)
+        for _, one in self.running:
+            if self.job.sampling.echo and not one.ids:  # else it was shown with the first of them
+                one.show(self._prompt_text())
+            if len(one.ids) >= max_tokens:
+                one.finish(FinishReason.LENGTH, now=now)
 
     def _prompt_text(self) -> str:
         job = self.job
@@ -157,138 +209,41 @@ class Generation:
         assert offset <= have, f"job {self.job.id}: nothing was said of prompt tokens {have} to {offset}"
         self.prompt_logprobs[offset - 1 :], self.prompt_rest[offset - 1 :] = told, ids
 
-    def _replay_delta(self, event: Delta) -> None:
-        fresh = event.ids[max(0, len(self.ids) - event.offset) :]
-        assert event.offset <= len(self.ids), f"job {self.job.id}: gap in the log before token {event.offset}"
-        if not fresh:
-            return
-        if self.first_token_at is None:
-            self.first_token_at = event.at
-        if self.cached_tokens is None:
-            self.cached_tokens = event.cached_tokens
-        self.max_tokens = event.max_tokens or self.max_tokens
-        self.parts.append(event.text)
-        if event.logprobs is not None:
-            self.logprobs += logprobs.unpack(event.logprobs, len(event.ids))[len(event.ids) - len(fresh) :]
-        for token in fresh:
-            self.ids.append(token)
-            if self.done is None:
-                _, matched = self._match(token)
-                if matched is not None:
-                    self._set_done(FinishReason.STOP, now=self.started_at, stop_reason=matched)
-
     # ---- what the engine reports
 
-    def push(self, output: Output, now: float) -> bool:
-        """Take one step's tokens. True: a stop string ended the job, and the engine must be told."""
-        if self.done is not None:
-            return False
+    def push(self, output: Output, now: float) -> str | None:
+        """Take one step's tokens of one choice. Returns what the engine must be told to end because of them:
+        that request, or the whole attempt.
+        """
+        one = self.completions[int(output.id.partition(CHOICE_MARK)[2] or 0)]
+        if one.done is not None:
+            return None
         if self.cached_tokens is None:
             self.cached_tokens = output.cached_tokens
         if output.prompt_logprobs:
-            self._push_prompt(output.prompt_from, output.prompt_logprobs, now)
-        for index, token in enumerate(output.token_ids):
-            if self.first_token_at is None:
-                self.first_token_at = now
-            if self._pending_since is None:
-                self._pending_since = now
-            self.ids.append(token)
-            if output.logprobs:
-                self.logprobs += logprobs.rounded([output.logprobs[index]])
-            text, matched = self._match(token)
-            self._show(text)
-            if matched is not None:
-                self._set_done(FinishReason.STOP, now=now, stop_reason=matched)
-                return output.finish is None
-        if output.finish is not None:
-            self._end_by(output, now)
-        return False
+            self._push_prompt(output.prompt_from, output.prompt_logprobs)
+        if self._pending_since is None and (output.token_ids or output.prompt_logprobs):
+            self._pending_since = now
+        stopped = one.push(output, now)
+        if one.done is not None and one.done.error is not None and any(self.running):
+            self.fail(one.done.error, now)
+            return self.request_id
+        return output.id if stopped else None
 
-    def _push_prompt(self, start: int, told: list[TokenLogprobs], now: float) -> None:
+    def _push_prompt(self, start: int, told: list[TokenLogprobs]) -> None:
         ids = self.prompt_ids[start : start + len(told)]
         self._take_prompt(start, ids, logprobs.rounded(told))
         self._prompt_journalled = min(self._prompt_journalled, start - 1)
-        if self._pending_since is None:
-            self._pending_since = now
-
-    def _match(self, token: int) -> tuple[str, str | None]:
-        """Text that ``token``, the last of ``ids``, makes safe to show, and the stop string it completes."""
-        text = self._detokenizer.push([token])
-        if len(self.ids) <= self.job.sampling.min_tokens:
-            return self._stop.pass_over(text), None
-        return self._stop.push(text)
-
-    def _end_by(self, output: Output, now: float) -> None:
-        if output.finish == "error":
-            code, message = (
-                output.error_code or "engine_error",
-                output.error or "the engine refused this request",
-            )
-            self.fail(ErrorInfo(code=code, message=message), now)
-        elif output.finish == "stop":
-            self.stop_tokens = int(output.stop_token_id is not None)
-            if self.first_token_at is None:
-                self.first_token_at = now
-            eos = output.stop_token_id is None or output.stop_token_id in self.tokenizer.eos_token_ids
-            self._finish(FinishReason.STOP, now=now, stop_reason=None if eos else output.stop_token_id)
-        elif output.finish == "length":
-            self._finish(FinishReason.LENGTH, now=now, closed=output.closed)
 
     def fail(self, error: ErrorInfo, now: float) -> None:
-        """End the job with an error; its partial text stays in the log.
-
-        Text that is held back is left out: making text of tokens may be what went wrong.
-        """
-        if self.done is None:
-            self._set_done(FinishReason.ERROR, now=now, error=error)
+        """End the job with an error; its partial texts stay in the log."""
+        for _, one in self.running:
+            one.fail(error, now)
 
     def end_early(self, reason: FinishReason, now: float) -> None:
-        """Cancelled or expired: keep the partial text."""
-        self._finish(reason, now=now)
-
-    def _finish(
-        self,
-        reason: FinishReason,
-        *,
-        now: float,
-        stop_reason: str | int | None = None,
-        closed: bool | None = None,
-    ) -> None:
-        if self.done is not None:
-            return
-        text, matched = self._stop.push(self._detokenizer.finish())
-        if matched is None:
-            text += self._stop.finish()
-        self._show(text)
-        self._set_done(reason, now=now, stop_reason=stop_reason, closed=closed)
-
-    def _set_done(
-        self,
-        reason: FinishReason,
-        *,
-        now: float,
-        stop_reason: str | int | None = None,
-        closed: bool | None = None,
-        error: ErrorInfo | None = None,
-    ) -> None:
-        self.done = Done(
-            reason=reason,
-            stop_reason=stop_reason,
-            closed=closed,
-            tool_calls=self._tool_calls(),
-            error=error,
-            at=now,
-        )
-
-    def _tool_calls(self) -> tuple[ToolCall, ...] | None:
-        if self.job.tools is None:
-            return None
-        return calls_in("".join(self.parts), self.job.id) or None
-
-    def _show(self, text: str) -> None:
-        if text:
-            self.parts.append(text)
-            self._pending_text.append(text)
+        """Cancelled or expired: keep the partial texts."""
+        for _, one in self.running:
+            one.finish(reason, now=now)
 
     def note(self, event: Crashed | Trial) -> None:
         """Put on record, behind the tokens so far, what happened to this attempt."""
@@ -301,65 +256,87 @@ class Generation:
         """When pending tokens should be written; None: nothing to write. Past: now."""
         if self._unconfirmed or self._marks:
             return 0.0
+        if any(one.done is not None and not one.end_journalled for one in self.completions):
+            return 0.0
         if self.done is not None:
-            return None if self._done_written else 0.0
+            return None if self._all_shown else 0.0
         if self._pending_since is None:
             return None
-        pending = len(self.ids) - self._journalled
         if self._entries >= LONG_LOG_ENTRIES:
             tokens, wait_s = LONG_JOURNAL_TOKENS, LONG_JOURNAL_S
         elif self.on_trial:  # the others wait until the log says that it lived
             return 0.0
-        elif self.job.stream:
-            return 0.0 if self._journalled == 0 else self.flushed_at + STREAM_FLUSH_S
+        elif self.job.stream and not self.job.sampling.ranked:
+            begins = any(one.ids and not one.journalled for one in self.completions)
+            return 0.0 if begins or not self.tokens else self.flushed_at + STREAM_FLUSH_S
         else:
             tokens, wait_s = JOURNAL_TOKENS, JOURNAL_S
+        pending = max(one.pending for one in self.completions)
         return 0.0 if pending >= tokens else self._pending_since + wait_s
 
     def take_entries(self, now: float) -> list[Entry]:
         """Entries to write now, oldest first. Until ``confirm``, the same ones come again."""
         if not self._unconfirmed:
-            self._add_prompt()
-            fresh, text = self.ids[self._journalled :], "".join(self._pending_text)
-            if fresh:
-                self._add(self._delta(tuple(fresh), text))
-                self._journalled, text = len(self.ids), ""
-            if fresh or self.done is not None:  # text without tokens waits for them: a prompt that is echoed
-                self._pending_text.clear()
             self._pending_since = None
+            self._add_prompt()
+            self._add_tokens()
             for mark in self._marks:
                 self._add(mark)
             self._marks.clear()
-            if self.done is not None and not self._done_written:
-                self.done = self.done.model_copy(update={"text": text, "usage": self.usage})
-                self._add(self.done)
-                self._done_written = True
+            self._add_ends()
             self.flushed_at = now
         return list(self._unconfirmed)
 
-    def _delta(self, ids: tuple[int, ...], text: str) -> Delta:
-        told = None
-        if self.job.sampling.logprobs is not None:
-            told = logprobs.pack(self.logprobs[self._journalled :])
-        if self._journalled:
-            return Delta(offset=self._journalled, ids=ids, text=text, logprobs=told)
+    def _add_tokens(self) -> None:
         limit = self.max_tokens if self.job.sampling.max_tokens is None else None
-        return Delta(
-            offset=0,
-            ids=ids,
-            text=text,
-            logprobs=told,
-            at=self.first_token_at,
-            max_tokens=limit,
-            cached_tokens=self.cached_tokens or 0,
-        )
+        for one in self.completions:
+            if any(other.journalled for other in self.completions):
+                event = one.take_tokens()
+            else:
+                event = one.take_tokens(max_tokens=limit, cached_tokens=self.cached_tokens or 0)
+            if event is not None:
+                self._add(event)
+
+    def _add_ends(self) -> None:
+        for one in self.completions:
+            event = one.take_end(self._counted)
+            if event is not None:
+                self._add(event)
+            if isinstance(event, Done):
+                self._shown.append(event)
+        if self.job.sampling.ranked and self.done is not None and not self._all_shown:
+            for rank, one in enumerate(self._best()):
+                self._add_best(one, rank)
+
+    def _add_best(self, one: Completion, rank: int) -> None:
+        """A choice that turned out best, as what is shown: its tokens, then its whole text."""
+        done = self._end_of(one, rank)
+        for start in range(0, len(one.ids), ENTRY_TOKENS):
+            some = slice(start, start + ENTRY_TOKENS)
+            told = None if self.job.sampling.logprobs is None else logprobs.pack(one.logprobs[some])
+            at = None if start else one.first_token_at
+            self._add(Delta(choice=rank, offset=start, ids=tuple(one.ids[some]), logprobs=told, at=at))
+        self._shown.append(done.model_copy(update={"text": one.text}))
+        self._add(self._shown[-1])
+
+    def _best(self) -> list[Completion]:
+        found = logprobs.likeliest([one.logprobs for one in self.completions], self.job.sampling.n)
+        return [self.completions[index] for index in found]
+
+    def _end_of(self, one: Completion, rank: int) -> Done:
+        """How a choice that turned out best ended. Where the job ended early or failed, that is how."""
+        job, own = self.done, one.done
+        assert job is not None, f"job {self.job.id}: ranked before its choices had ended"
+        assert own is not None, f"job {self.job.id}: choice {one.index} was ranked and goes on"
+        said = own if job.reason.state is own.reason.state else job
+        return said.model_copy(update={"choice": rank, "usage": self._counted, "stop_tokens": 0})
 
     def _add_prompt(self) -> None:
         """What is known of the prompt and not in the log, in entries of a bounded size."""
         new = self.prompt_first is not None and not self._first_journalled
         while new or self._prompt_journalled < len(self.prompt_rest):
             new = False
-            some = slice(self._prompt_journalled, self._prompt_journalled + PROMPT_ENTRY_TOKENS)
+            some = slice(self._prompt_journalled, self._prompt_journalled + ENTRY_TOKENS)
             ids = tuple(self.prompt_rest[some])
             first = None if self._prompt_journalled else self.prompt_first
             packed = logprobs.pack(self.prompt_logprobs[some])
@@ -367,7 +344,7 @@ class Generation:
             self._prompt_journalled += len(ids)
             self._first_journalled = True
 
-    def _add(self, event: Prompt | Delta | Crashed | Trial | Done) -> None:
+    def _add(self, event: _Logged) -> None:
         self._seq += 1
         self._entries += 1
         self._unconfirmed.append(Entry(self._seq, event))
@@ -383,35 +360,27 @@ class Generation:
         return told
 
     @property
+    def _all_shown(self) -> bool:
+        return len(self._shown) >= self.job.sampling.n
+
+    @property
     def complete(self) -> bool:
-        """The log ends in a confirmed ``Done``: the result may be committed."""
-        return self._done_written and not self._unconfirmed
+        """The log ends in a confirmed ``Done`` of the last choice: the result may be committed."""
+        return self._all_shown and not self._unconfirmed
 
     # ---- what comes out
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far, over all attempts."""
+        """Tokens so far, over all attempts and choices; the prompt once."""
+        return self._shown[-1].usage if self._all_shown else self._counted
+
+    @property
+    def _counted(self) -> Usage:
         return Usage(
             prompt_tokens=len(self.prompt_ids),
-            completion_tokens=len(self.ids) + self.stop_tokens,
+            completion_tokens=sum(one.tokens for one in self.completions),
             cached_tokens=self.cached_tokens or 0,
-        )
-
-    def _choice(self, done: Done) -> Choice:
-        sampling = self.job.sampling
-        told = None
-        if sampling.logprobs is not None:
-            told = spelled(self.tokenizer, self.ids, self.logprobs)
-        return Choice(
-            text="".join(self.parts),
-            finish_reason=done.reason,
-            stop_reason=done.stop_reason,
-            closed=done.closed,
-            tool_calls=done.tool_calls,
-            echo=sampling.echo,
-            token_ids=tuple(self.ids) if sampling.return_token_ids else None,
-            logprobs=told,
         )
 
     def _told_of_prompt(self) -> tuple[TokenLogprob, ...] | None:
@@ -426,19 +395,23 @@ class Generation:
         done = self.done
         assert done is not None, f"job {self.job.id}: no result before its end"
         job = self.job
+        if job.sampling.ranked:
+            returned = [(one, self._end_of(one, rank)) for rank, one in enumerate(self._best())]
+        else:
+            returned = [(one, one.done) for one in self.completions if one.done is not None]
         return Result(
             job_id=job.id,
             model=job.model,
             state=done.reason.state,
             endpoint=job.endpoint,
-            choices=(self._choice(done),),
+            choices=tuple(one.choice(end) for one, end in returned),
             prompt_logprobs=self._told_of_prompt(),
-            usage=done.usage if self._done_written else self.usage,
+            usage=self.usage,
             timings=Timings(
                 submitted_at=job.submitted_at,
                 started_at=self.started_at,
                 first_token_at=self.first_token_at,
-                finished_at=done.at,
+                finished_at=max(one.done.at for one in self.completions if one.done is not None),
             ),
             error=done.error,
             attempts=self.attempts,

@@ -262,7 +262,7 @@ class JobHandler:
                 return
             self.publisher.add(generation)
         if generation.done is None:
-            self.engine.submit(intake.engine_request(generation), suspect=generation.history.doubtful)
+            self.engine.submit(*intake.engine_requests(generation), suspect=generation.history.doubtful)
             pickup_s = round(time.time() - slot.job.submitted_at, 5)
             log.debug("job.submitted", extra={"job_id": slot.job.id, "pickup_s": pickup_s})
 

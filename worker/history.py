@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..schemas.events import Crashed, Delta, Event, Released, Started, Trial
+from ..schemas.events import Candidate, Crashed, Delta, Done, Event, Released, Started, Trial
 from ..schemas.result import Crash
 
 LOSSES_BEFORE_TRIAL = 2
@@ -29,7 +29,7 @@ class History:
         self._attempt: Started | None = None
         self._quiet = False  # no token and no last word from this attempt so far
         self._alone = False
-        self._tokens = 0
+        self._tokens: dict[int, int] = {}  # of each choice
         for event in log:
             self.take(event)
         self._close()
@@ -45,10 +45,12 @@ class History:
             case Started():
                 self._close()
                 self._attempt, self._quiet, self._alone = event, True, False
-            case Delta():
+            case Delta() | Candidate() | Done():
                 self._quiet = self._alone = self._crashed = False
                 self._losses = 0
-                self._tokens = max(self._tokens, event.offset + len(event.ids))
+                if not isinstance(event, Done):
+                    ends = event.offset + len(event.ids)
+                    self._tokens[event.choice] = max(self._tokens.get(event.choice, 0), ends)
             case Released():
                 self._quiet = self._alone = False
             case Trial():
@@ -71,7 +73,7 @@ class History:
                 code="worker_lost",
                 worker=self._attempt.worker,
                 alone=self._alone,
-                tokens=self._tokens,
+                tokens=sum(self._tokens.values()),
                 at=self._attempt.at,
             )
         )

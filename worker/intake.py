@@ -10,6 +10,7 @@ from ..engine.messages import Grammar, Request
 from ..engine.tokenizer import Tokenizer
 from ..schemas.errors import InvalidRequest, PromptTooLong
 from ..schemas.job import Job
+from .completion import Completion
 from .generation import Generation
 
 
@@ -96,13 +97,21 @@ def group_of(job: Job) -> str:
     return f"{job.tenant}/{job.batch_id or ''}"  # no tenant's name holds a slash
 
 
-def engine_request(generation: Generation) -> Request:
-    """What the engine must know to continue ``generation`` from the tokens it has."""
+def engine_requests(generation: Generation) -> list[Request]:
+    """What the engine must know to continue the choices that have not ended, from the tokens they have."""
+    running = list(generation.running)
+    return [
+        _engine_request(generation, name, one, tells_of_prompt=one is running[0][1]) for name, one in running
+    ]
+
+
+def _engine_request(generation: Generation, name: str, one: Completion, *, tells_of_prompt: bool) -> Request:
     job, sampling, tokenizer = generation.job, generation.job.sampling, generation.tokenizer
+    tells_of_prompt = tells_of_prompt and not generation.prompt_told
     return Request(
-        id=generation.request_id,
+        id=name,
         prompt_ids=generation.prompt_ids,
-        output_ids=list(generation.ids),
+        output_ids=list(one.ids),
         max_tokens=generation.max_tokens,
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
@@ -110,9 +119,10 @@ def engine_request(generation: Generation) -> Request:
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         processors=generation.processors,
-        logprobs=sampling.logprobs,
-        prompt_logprobs=None if generation.prompt_told else sampling.prompt_logprobs,
+        logprobs=0 if sampling.logprobs is None and sampling.ranked else sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs if tells_of_prompt else None,
         seed=job.seed,
+        choice=one.index,
         # The tokenizer knows end tokens of chats that a model's own config may not name.
         stop_token_ids=[*sampling.stop_token_ids, *(() if sampling.ignore_eos else tokenizer.eos_token_ids)],
         ignore_eos=sampling.ignore_eos,

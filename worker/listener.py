@@ -52,8 +52,8 @@ class EngineListener:
                         aborts.append(output.id)
                     continue
                 first = generation.first_token_at is None
-                if self._push(generation, output, now):
-                    aborts.append(output.id)
+                if over := self._push(generation, output, now):
+                    aborts.append(over)
                 if first and generation.first_token_at is not None:
                     self._metrics.on_first_token(now - generation.job.submitted_at)
             self._publisher.wake()
@@ -62,13 +62,13 @@ class EngineListener:
         self._metrics.on_step(stats)
         self._on_capacity()
 
-    def _push(self, generation: Generation, output: Output, now: float) -> bool:
-        """Its tokens into one Generation. True: it ended by them, and the engine must be told."""
+    def _push(self, generation: Generation, output: Output, now: float) -> str | None:
+        """Its tokens into one Generation. Returns what ended by them, and the engine must be told."""
         try:
             return generation.push(output, now)
         except BaseException as exc:  # noqa: BLE001 - the panic of a Rust library is no Exception
             crashed(generation, exc, now)
-            return True
+            return generation.request_id
 
     def on_crash(self, reason: str, verdict: Verdict, now: float) -> set[str]:
         """The engine died: put it on record for the suspects. Returns those that are given up for it."""
@@ -80,7 +80,7 @@ class EngineListener:
                 generation = self._slots.generation(request_id)
                 if generation is None or generation.done is not None:
                     continue
-                alone, tokens = request_id == verdict.alone, len(generation.ids)
+                alone, tokens = request_id == verdict.alone, generation.tokens
                 generation.note(
                     Crashed(
                         code=code, message=message, worker=self._worker_id, alone=alone, tokens=tokens, at=now
@@ -123,7 +123,7 @@ class EngineListener:
         """What the engine has to continue of these, tokens so far included."""
         with self._publisher.lock:
             running = [g for i in request_ids if (g := self._slots.generation(i)) is not None]
-            return [intake.engine_request(g) for g in running if g.done is None]
+            return [r for g in running for r in intake.engine_requests(g)]
 
     def on_engine_gone(self, reason: str) -> None:
         """No engine any more: let the worker end, which hands everything back."""

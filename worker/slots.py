@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..schemas.job import Job
 from . import capacity
 from .disposition import Disposition
-from .generation import Generation
+from .generation import CHOICE_MARK, Generation
 
 
 @dataclass(slots=True, eq=False)
@@ -36,9 +36,13 @@ class Slot:
         """For the question what else could run beside it."""
         generation, rank = self.generation, self.job.priority.rank
         if generation is None:
-            return capacity.Held(rank, tokens=0, started=False)
-        tokens = len(generation.prompt_ids) + len(generation.ids)
-        return capacity.Held(rank, tokens, started=generation.first_token_at is not None)
+            return capacity.Held(rank, tokens=0, started=False, sequences=self.job.sampling.choices)
+        return capacity.Held(
+            rank,
+            tokens=len(generation.prompt_ids) + generation.tokens,
+            started=generation.first_token_at is not None,
+            sequences=sum(1 for _ in generation.running),
+        )
 
 
 class Slots:
@@ -68,10 +72,11 @@ class Slots:
         return slot if slot is not None and slot.generation is generation else None
 
     def generation(self, request_id: str) -> Generation | None:
-        """The attempt that the engine knows by this name; None: nobody waits for it any more."""
-        slot = self._slots.get(request_id.rpartition("@")[0])
+        """The attempt that this is the name of, or a choice of; None: nobody waits for it any more."""
+        attempt = request_id.partition(CHOICE_MARK)[0]
+        slot = self._slots.get(attempt.rpartition("@")[0])
         generation = slot.generation if slot else None
-        return generation if generation is not None and generation.request_id == request_id else None
+        return generation if generation is not None and generation.request_id == attempt else None
 
     def all(self) -> list[Slot]:
         """As of now."""

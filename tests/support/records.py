@@ -9,7 +9,18 @@ from typing import Any, get_args
 from gristmill import schemas
 from gristmill.schemas.batch_lines import OutputLine, Response
 from gristmill.schemas.dead import DeadLetter
-from gristmill.schemas.events import Crashed, Delta, Done, End, Prompt, Released, Started, Trial, Unknown
+from gristmill.schemas.events import (
+    Candidate,
+    Crashed,
+    Delta,
+    Done,
+    End,
+    Prompt,
+    Released,
+    Started,
+    Trial,
+    Unknown,
+)
 from gristmill.schemas.grammar import GrammarKind, GrammarSpec
 from gristmill.schemas.job import Endpoint, Job, JobState, Message, Priority
 from gristmill.schemas.result import (
@@ -42,7 +53,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 OBJECT = st.dictionaries(TEXT, JSON, max_size=3)
-EVENT_KINDS = {"started", "prompt", "delta", "released", "trial", "crashed", "done", "end"}
+EVENT_KINDS = {"started", "prompt", "delta", "candidate", "released", "trial", "crashed", "done", "end"}
 FINAL_STATES = st.sampled_from([state for state in JobState if state.final])
 
 
@@ -208,6 +219,17 @@ EVENTS: dict[type[Record], st.SearchStrategy[Any]] = {
         max_tokens=maybe(COUNT),
         logprobs=maybe(TEXT),
     ),
+    Candidate: st.builds(
+        Candidate,
+        choice=COUNT,
+        offset=COUNT,
+        ids=IDS,
+        text=TEXT,
+        at=maybe(TIME),
+        max_tokens=maybe(COUNT),
+        logprobs=maybe(TEXT),
+        end=maybe(st.builds(Done, reason=st.sampled_from(FinishReason), stop_tokens=COUNT, at=TIME)),
+    ),
     Released: st.builds(Released, at=TIME),
     Trial: st.builds(Trial, at=TIME),
     Crashed: crashes(Crashed),
@@ -219,6 +241,7 @@ EVENTS: dict[type[Record], st.SearchStrategy[Any]] = {
         stop_reason=maybe(TEXT | COUNT),
         tool_calls=maybe(tool_calls),
         error=maybe(error_infos),
+        stop_tokens=COUNT,
         usage=usages,
         at=TIME,
     ),

@@ -15,7 +15,7 @@ from gristmill.schemas.logprobs import TokenLogprobs
 from gristmill.schemas.result import ErrorInfo, FinishReason
 from gristmill.schemas.sampling import SamplingParams
 from gristmill.worker.generation import Generation
-from gristmill.worker.intake import engine_request
+from gristmill.worker.intake import engine_requests
 
 TEXT = "Zürich, 東京 and 🙂 are in the text; STOP here is a stop string."
 
@@ -66,7 +66,7 @@ def test_the_joined_text_of_the_journal_is_the_result(tokenizer: Tokenizer, ever
     log += journal(made)
     assert made.complete
     assert shown(log) == made.result().text == TEXT
-    assert made.result().usage.completion_tokens == len(made.ids) + 1, "the end token counts"
+    assert made.result().usage.completion_tokens == made.tokens + 1, "the end token counts"
     assert made.result().timings.first_token_at == 11.0
 
 
@@ -90,7 +90,7 @@ def test_a_successor_continues_from_any_point_as_if_nothing_happened(tokenizer: 
     expected = whole.result()
     assert expected.text == "Zürich, 東京 and 🙂 are in the text; "
     assert expected.choices[0].stop_reason == "STOP"
-    for cut in range(len(whole.ids) + 1):
+    for cut in range(whole.tokens + 1):
         first = generation(tokenizer, stop=["STOP"])
         for value in ids[:cut]:
             first.push(token(value), now=11.0)
@@ -120,7 +120,7 @@ def test_tokens_after_a_stop_string_are_neither_counted_nor_shown(tokenizer: Tok
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     made.push(Output(id="job_1", token_ids=ids), now=11.0)
     assert made.result().text == "Zürich, 東京 "
-    assert tokenizer.decode(made.ids) == "Zürich, 東京 and"
+    assert tokenizer.decode(made.completions[0].ids) == "Zürich, 東京 and"
 
 
 def test_a_done_log_gives_its_result_without_running(tokenizer: Tokenizer) -> None:
@@ -221,7 +221,7 @@ def test_the_engine_is_told_every_end_token_the_tokenizer_knows(
     tokenizer: Tokenizer, ignore_eos: bool
 ) -> None:
     """A chat model whose end token stood in tokenizer_config.json alone never stopped."""
-    request = engine_request(generation(tokenizer, stop_token_ids=[7], ignore_eos=ignore_eos))
+    (request,) = engine_requests(generation(tokenizer, stop_token_ids=[7], ignore_eos=ignore_eos))
     assert set(request.stop_token_ids) == ({7} if ignore_eos else {7, *tokenizer.eos_token_ids})
 
 
@@ -236,10 +236,10 @@ def scored(value: int, top: int) -> TokenLogprobs:
 def spoken(made: Generation, values: list[int], top: int, prompt: bool = True) -> None:
     """As an engine would: the prompt in two pieces, then token by token, written after every third."""
     if prompt:
-        made.push(Output(id="r", token_ids=[], prompt_from=1, prompt_logprobs=[scored(2, 1)]), now=11.0)
-        made.push(Output(id="r", token_ids=[], prompt_from=2, prompt_logprobs=[scored(3, 1)]), now=11.0)
+        made.push(Output(id="job_1", token_ids=[], prompt_from=1, prompt_logprobs=[scored(2, 1)]), now=11.0)
+        made.push(Output(id="job_1", token_ids=[], prompt_from=2, prompt_logprobs=[scored(3, 1)]), now=11.0)
     for value in values:
-        made.push(Output(id="r", token_ids=[value], logprobs=[scored(value, top)]), now=11.0)
+        made.push(Output(id="job_1", token_ids=[value], logprobs=[scored(value, top)]), now=11.0)
 
 
 WISHES: dict[str, object] = {"logprobs": 2, "prompt_logprobs": 1, "echo": True, "return_token_ids": True}
@@ -249,7 +249,7 @@ def test_a_result_tells_of_every_token_and_its_text_begins_with_the_prompt(token
     made = generation(tokenizer, **WISHES)
     values = tokenizer.encode(" Zürich 東", add_special_tokens=False)
     spoken(made, values, 2)
-    made.push(Output(id="r", token_ids=[], finish="length"), now=12.0)
+    made.push(Output(id="job_1", token_ids=[], finish="length"), now=12.0)
     log = journal(made)
     assert shown(log) == made.result().text == "x Zürich 東"
     (choice,) = made.result().choices
@@ -271,12 +271,14 @@ def test_what_was_told_survives_its_worker_at_any_point(tokenizer: Tokenizer, cu
     values = tokenizer.encode(" one two three four", add_special_tokens=False)[:5]
     whole = generation(tokenizer, **WISHES)
     spoken(whole, values, 2)
-    whole.push(Output(id="r", token_ids=[], finish="length"), now=12.0)
+    whole.push(Output(id="job_1", token_ids=[], finish="length"), now=12.0)
     journal(whole)
 
     first, log = generation(tokenizer, **WISHES), list[Event]()
-    pieces = [Output(id="r", token_ids=[], prompt_from=n, prompt_logprobs=[scored(n + 1, 1)]) for n in (1, 2)]
-    steps = [*pieces, *(Output(id="r", token_ids=[v], logprobs=[scored(v, 2)]) for v in values)]
+    pieces = [
+        Output(id="job_1", token_ids=[], prompt_from=n, prompt_logprobs=[scored(n + 1, 1)]) for n in (1, 2)
+    ]
+    steps = [*pieces, *(Output(id="job_1", token_ids=[v], logprobs=[scored(v, 2)]) for v in values)]
     for step in steps[:cut]:
         first.push(step, now=11.0)
         log += journal(first)
@@ -284,11 +286,11 @@ def test_what_was_told_survives_its_worker_at_any_point(tokenizer: Tokenizer, cu
     second = Generation(first.job, attempt=8, attempts=2, started_at=13.0, tokenizer=tokenizer)
     second.replay([(EntryId(7, n), event) for n, event in enumerate(log)])
     second.admit([1, 2, 3], 1000, 13.0)
-    request = engine_request(second)
+    (request,) = engine_requests(second)
     assert request.logprobs == 2
     assert request.prompt_logprobs == (1 if cut < 2 else None), "what is known is not asked for again"
-    spoken(second, values[len(second.ids) :], 2, prompt=request.prompt_logprobs is not None)
-    second.push(Output(id="r", token_ids=[], finish="length"), now=12.0)
+    spoken(second, values[second.tokens :], 2, prompt=request.prompt_logprobs is not None)
+    second.push(Output(id="job_1", token_ids=[], finish="length"), now=12.0)
     log += journal(second)
     timings, attempts = whole.result().timings, whole.result().attempts
     assert second.result().model_copy(update={"timings": timings, "attempts": attempts}) == whole.result()
