@@ -14,22 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
+
+from .checker import Kind, Label
 
 SUCCEEDED, CANCELLED = "succeeded", "cancelled"
 FINAL = frozenset({SUCCEEDED, CANCELLED})
 STARTED, TOKENS, RELEASED, DONE, END = "started", "tokens", "released", "done", "end"
 FULL, CUT = "full", "cut"
 """A lease: its owner's for as long as that one lives; or run out, because the broker was away."""
-
-
-class Kind(Enum):
-    """Why an action happens: what is promised without luck may only count on PROGRESS."""
-
-    PROGRESS = "somebody does the next thing, or time passes"
-    CHOICE = "may happen, or not"
-    FAULT = "costs one of the faults a run is allowed"
 
 
 class Entry(NamedTuple):
@@ -171,18 +164,15 @@ class Model(NamedTuple):
         jobs = tuple(Job(may_cancel=i < self.size.cancels) for i in range(count))
         return World(jobs, tuple(Message(i, 0, 0) for i in range(count)))
 
+    @property
+    def faults(self) -> int:
+        return self.size.faults
 
-class Label(NamedTuple):
-    """An action as it happened: to whom, by tag or by job."""
+    def successors(self, w: World, *, faults: bool = True) -> Iterator[tuple[Label, World]]:
+        return successors(self, w, faults=faults)
 
-    name: str
-    kind: Kind
-    at: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        subject = "".join(f" {'abc'[job]}" for job in self.at[:1])
-        tag = f".{self.at[1]}#{self.at[2]}" if len(self.at) == 3 else ""
-        return self.name + subject + tag
+    def canonical(self, w: World) -> World:
+        return canonical(w)
 
 
 Worlds = Iterator[World]

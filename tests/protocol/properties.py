@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .checker import Property, Step
+from .checker import Label, Property
 from .model import DONE, END, FINAL, SUCCEEDED, TOKENS, Job, Model, World
+
+Step = tuple[World, Label, World]
 
 
 def _one_result(_: Model, step: Step) -> bool:

@@ -23,7 +23,8 @@ from gristmill.schemas.result import Choice, FinishReason, Timings
 from ..support.journal import make_job
 from ..support.valkey import Valkey
 from . import model
-from .model import CANCELLED, DONE, END, FINAL, RELEASED, STARTED, TOKENS, Entry, Label, Model, Size, World
+from .checker import Kind, Label
+from .model import CANCELLED, DONE, END, FINAL, RELEASED, STARTED, TOKENS, Entry, Model, Size, World
 
 LEASE_MS = 9_000
 QUEUE, TENANT = "gm-tiny-normal", "default"
@@ -277,7 +278,7 @@ def event(entry: Entry) -> Delta | Done:
     return Done(reason=REASONS[entry.state], at=time.time())
 
 
-WEIGHTS = {model.Kind.PROGRESS: 10, model.Kind.CHOICE: 3, model.Kind.FAULT: 1}
+WEIGHTS = {Kind.PROGRESS: 10, Kind.CHOICE: 3, Kind.FAULT: 1}
 
 
 def next_step(
@@ -309,7 +310,7 @@ def test_the_real_scripts_do_what_the_model_says(
         real, w, faults = Real(valkey, state, tmp_path, size.jobs), it.start(), 4
         while len(trace) < STEPS and (step := next_step(rng, it, w, real, faults=faults > 0)) is not None:
             label, after = step
-            faults -= label.kind is model.Kind.FAULT
+            faults -= label.kind is Kind.FAULT
             trace.append(str(label))
             try:
                 real.play(label, w, after)
