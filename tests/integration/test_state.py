@@ -256,7 +256,7 @@ def test_a_revoked_right_in_the_middle_of_a_job_is_unavailable(state: State, val
 
 
 def test_a_frozen_or_dead_server_is_unavailable_within_one_timeout(valkey: Valkey) -> None:
-    settings = Settings(command_timeout_s=0.3, connect_timeout_s=0.3)
+    settings = Settings(command_timeout_s=2, connect_timeout_s=2)
     state = State(connect(valkey.url, settings), settings)
     attempt = Attempt.begin(state, make_job())
     write = attempt.entry("a")
@@ -264,7 +264,7 @@ def test_a_frozen_or_dead_server_is_unavailable_within_one_timeout(valkey: Valke
     began = time.monotonic()
     with pytest.raises(BrokerUnavailable):
         state.publish([write])
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 4, "two timeouts"
     valkey.thaw()
     wait_until(lambda: not state.publish([write]), 5, "the server answers again")
     assert len(state.read_log(attempt.job.id)) == 2

@@ -25,9 +25,11 @@ from kombu.message import Message
 
 from ..support.consumer import consumers
 from ..support.valkey import Valkey
-from ..support.waiting import wait_until
+from ..support.waiting import LOADED_S, wait_until
 
 LEASE_S = 1.5
+NEVER_S = 600.0
+"""For what must not be the reason that something happened."""
 
 
 class Inbox:
@@ -281,7 +283,10 @@ def test_size_and_purge_count_what_waits(put, inbox, queue, app) -> None:
 # ---- when to claim
 
 
-def test_a_closed_gate_lets_nothing_through_and_a_poke_opens_it_at_once(put, inbox, queue) -> None:
+def test_a_closed_gate_lets_nothing_through_and_a_poke_opens_it_at_once(
+    put, inbox, queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gristmill.backends.transport.ASK_AGAIN_S", NEVER_S)
     open_queues: list[str] = []
     gate = Gate(lambda: open_queues)
     box = inbox("a", "b", gate=gate)
@@ -291,10 +296,8 @@ def test_a_closed_gate_lets_nothing_through_and_a_poke_opens_it_at_once(put, inb
     assert queue.claimed() == 0
     box.follow()
     open_queues.append("b")
-    started = time.monotonic()
     gate.poke()
     wait_until(lambda: box.bodies == ["for b"], 5, "the poke is heard")
-    assert time.monotonic() - started < 0.25, "sooner than the gate would have been asked again"
 
 
 def test_a_gate_that_opens_without_a_poke_is_asked_again_within_a_second(put, inbox) -> None:
@@ -352,7 +355,10 @@ def test_a_put_wakes_an_idle_consumer_of_any_of_its_queues(put, inbox) -> None:
     assert sorted(slow)[15] < 0.1, "waiting on each queue in turn would take longer"
 
 
-def test_a_full_consumer_claims_again_as_soon_as_it_acknowledges(put, inbox, queue) -> None:
+def test_a_full_consumer_claims_again_as_soon_as_it_acknowledges(
+    put, inbox, queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gristmill.backends.transport.ASK_AGAIN_S", NEVER_S)
     for number in range(4):
         put(number)
     box = inbox(prefetch_count=2)
@@ -360,10 +366,8 @@ def test_a_full_consumer_claims_again_as_soon_as_it_acknowledges(put, inbox, que
     box.read_nothing()
     assert queue.depth("q") == 2
     box.follow()
-    started = time.monotonic()
     box.messages[0].ack()
     wait_until(lambda: len(box.messages) == 3, 5, "room is noticed")
-    assert time.monotonic() - started < 0.4
 
 
 def test_a_paused_queue_is_left_alone_until_it_goes_on(put, inbox, queue) -> None:
@@ -375,7 +379,7 @@ def test_a_paused_queue_is_left_alone_until_it_goes_on(put, inbox, queue) -> Non
     box.read_nothing()
     box.follow()
     queue.pause("a", paused=False)
-    wait_until(lambda: "for a" in box.bodies, 0.5, "the bell is rung")
+    wait_until(lambda: "for a" in box.bodies, 5, "the bell is rung")
 
 
 # ---- leases
@@ -388,7 +392,7 @@ def test_an_unrenewed_claim_goes_to_somebody_else_within_its_lease(put, inbox, q
     other = inbox()
     assert other.read(1) == ["hello"]
     assert other.messages[0].properties["delivery_count"] == 2
-    assert time.monotonic() - started < LEASE_S + 1
+    assert time.monotonic() - started < LEASE_S + 1 + LOADED_S
     assert queue.claimed() == 1
 
 

@@ -8,8 +8,8 @@ import secrets
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -151,6 +151,17 @@ class Proxy:
         return Handler
 
 
+def in_turn(app: Callable[..., Any]) -> Callable[..., Any]:
+    """S3 decides a conditional write in one step. moto looks, then writes: two of eight writers may win."""
+    turn = threading.Lock()
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        with turn if "HTTP_IF_NONE_MATCH" in environ else nullcontext():
+            return app(environ, start_response)
+
+    return answer
+
+
 @pytest.fixture(scope="session")
 def moto_client() -> Iterator[Any]:
     """One moto server for the whole run, and a plain client of it: starting each takes a second."""
@@ -159,6 +170,8 @@ def moto_client() -> Iterator[Any]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    serving: Any = server._server  # the only way to its application
+    serving.app = in_turn(serving.app)
     host, port = server.get_host_and_port()
     yield boto3.client(
         "s3",
