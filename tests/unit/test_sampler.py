@@ -136,6 +136,43 @@ def test_a_token_is_the_one_that_sorting_everything_would_give(
     ]
 
 
+def as_transformers(logits: torch.Tensor, one: Sequence) -> int:
+    """The same noise on what transformers' own processors leave of the logits."""
+    from transformers.generation import logits_process as their
+
+    request, scores = one.request, logits.double()[None]
+    steps = {
+        "temperature": (request.temperature != 1, their.TemperatureLogitsWarper),
+        "top_k": (request.top_k > 0, their.TopKLogitsWarper),
+        "top_p": (request.top_p < 1, their.TopPLogitsWarper),
+        "min_p": (request.min_p > 0, their.MinPLogitsWarper),
+    }
+    for name, (asked, processor) in steps.items():
+        if asked:
+            scores = processor(getattr(request, name))(torch.tensor([[1]]), scores)
+    key = noise_key(request.seed, request.choice, one.output_len)
+    left = (scores[0] > -math.inf).nonzero()[:, 0].tolist()
+    return max(left, key=lambda token: float(scores[0, token]) + gumbel(noise_bits(key, token)))
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        *({"temperature": value} for value in (0.2, 1.7)),
+        *({"top_k": value} for value in (1, 5, 300)),
+        *({"top_p": value} for value in (0.05, 0.5, 0.9, 0.999)),
+        *({"min_p": value} for value in (0.01, 0.3, 0.9)),
+        {"temperature": 1.4, "top_k": 500, "top_p": 0.95, "min_p": 0.01},
+    ],
+)
+def test_each_filter_leaves_what_transformers_leaves(make: Make, knobs: dict[str, Any]) -> None:
+    sampler = make(VOCAB)
+    for seed in range(8):
+        logits = logits_of(2.0, seed=seed)
+        one = seq(seed=seed, **knobs)
+        assert sampler.sample(logits, [one]) == [as_transformers(logits[0], one)]
+
+
 @pytest.mark.parametrize(
     "knobs", [{"temperature": 0.0}, {"top_k": 1}, {"top_k": 7}, {"top_p": 0.3}, {"min_p": 0.5}]
 )
