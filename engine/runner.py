@@ -33,6 +33,7 @@ from .models.decoder import Decoder, none_is
 from .models.families import from_hf
 from .models.spec import ModelSpec
 from .native.library import MAX_HEAD_DIM, Library, load
+from .quant.onload import quantizing
 from .quant.weights import ModelWeights
 from .settings import EngineSettings
 
@@ -95,8 +96,11 @@ class Runner:
             fetch = partial(weights.fetch, dtype=self.dtype, device=self.device)
             packed = partial(weights.layer, dtype=self.dtype, device=self.device)
             make, ops = self._linear(linear), self._elementwise(library)
+            stored = weights.method.name if weights.method else None
+            inner = quantizing(settings.quantize, stored, make, unpack=self.deterministic)
             # Deterministic mode knows dense layers only: weights are unpacked on load then.
-            self._decoder = Decoder(self.spec, fetch, ops, make, none_is if self.deterministic else packed)
+            packed = none_is if self.deterministic else packed
+            self._decoder = Decoder(self.spec, fetch, ops, inner, packed, head=make)
         with self._timed("warm_up"):
             self.num_blocks = self._warm_up(settings)
         log.info("runner.ready", extra=self._summary())

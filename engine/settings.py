@@ -8,6 +8,19 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+Quantize = Literal[
+    "nf4",
+    "fp4",
+    "int8",
+    "eetq",
+    "fp8",
+    "bitsandbytes",
+    "bitsandbytes-nf4",
+    "bitsandbytes-fp4",
+    "awq",
+    "gptq",
+    "compressed-tensors",
+]
 
 
 class EngineSettings(BaseModel):
@@ -23,6 +36,9 @@ class EngineSettings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: DType = "auto"
     """auto: bfloat16 where the hardware multiplies it, otherwise float16 (CUDA) or float32 (CPU)."""
+    quantize: Quantize | None = None
+    """Linears in fewer bits, the output layer excepted: nf4 and fp4 (4 bits), eetq (int8), fp8, or int8,
+    which on CPUs has inputs in int8, too, and is the fastest there. TGI's names are known, too."""
     attention: Literal["auto", "cpu", "torch"] = "auto"
     """auto: the native kernel on a CPU with a C++ compiler, or one built earlier; otherwise torch."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from ..backends import logs
+from ..engine.settings import Quantize
 from .settings import load_worker_settings
 
 EXAMPLES = """\b
@@ -33,6 +34,11 @@ def cli() -> None:
 @click.option("--results", "results_url", help="file:///dir or s3://bucket/prefix.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]))
+@click.option(
+    "--quantize",
+    type=click.Choice(get_args(Quantize)),
+    help="Weights in fewer bits, made on load; quantized checkpoints need no word.",
+)
 @click.option("--attention", type=click.Choice(["auto", "cpu", "torch"]))
 @click.option("--max-num-seqs", type=int, help="Sequences that run together.")
 @click.option("--max-batch-prefill-tokens", type=int, help="Token budget of one step.")

@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_settings import NoDecode
 
-from ..engine.settings import DType, EngineSettings
+from ..engine.settings import DType, EngineSettings, Quantize
 from ..schemas.errors import Misconfigured
 from ..schemas.settings import Seconds, Settings, misconfigured
 
@@ -38,6 +38,7 @@ class WorkerSettings(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Annotated[DType, Field(validation_alias=_tgi("dtype"))] = "auto"
+    quantize: Annotated[Quantize | None, Field(validation_alias=_tgi("quantize"))] = None
     attention: Literal["auto", "cpu", "torch"] = "auto"
     max_num_seqs: PositiveInt = 128
     max_batch_prefill_tokens: Annotated[

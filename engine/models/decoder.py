@@ -55,12 +55,14 @@ class Decoder:
         ops: Elementwise,
         make: Make = linear,
         quantized: Quantized = none_is,
+        head: Make | None = None,
     ) -> None:
+        """``head`` makes the output layer, where that is to be made otherwise than ``make`` does."""
         self.spec, self._ops = spec, ops
         self._embed = fetch("model.embed_tokens.weight")
         self._layers = [_layer(spec, fetch, index, make, quantized) for index in range(spec.num_layers)]
         self._norm = fetch("model.norm.weight")
-        self._head = make(self._embed if spec.tied_embeddings else fetch("lm_head.weight"), None)
+        self._head = (head or make)(self._embed if spec.tied_embeddings else fetch("lm_head.weight"), None)
 
     def forward(self, batch: Batch, attention: Attention, adapted: Adapted = NOBODY) -> Tensor:
         """Hidden states [wanted rows, hidden] of one step, for ``logits``; keys and values are cached."""

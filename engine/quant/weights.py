@@ -13,6 +13,7 @@ from ..models.config import Config
 from ..models.spec import ModelSpec
 from ..weights import Checkpoint, Stored, expected_tensors
 from .awq import Awq
+from .bnb import bitsandbytes
 from .compressed import compressed_tensors
 from .fp8 import Fp8Checkpoint
 from .gptq import Gptq
@@ -21,6 +22,7 @@ from .packed import Packed, side_by_side
 
 METHODS: dict[str, Found] = {
     "awq": Awq,
+    "bitsandbytes": bitsandbytes,
     "compressed-tensors": compressed_tensors,
     "fbgemm_fp8": Fp8Checkpoint,
     "fp8": Fp8Checkpoint,
