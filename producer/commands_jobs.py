@@ -51,6 +51,8 @@ Examples:
 @click.option("--top-p", type=float)
 @click.option("--top-k", type=int)
 @click.option("--min-p", type=float)
+@click.option("--n", type=int, help="Choices to return.")
+@click.option("--best-of", type=int, help="Choices to make, of which the likeliest --n are returned.")
 @click.option("--seed", type=int, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @click.option("--adapter", "adapter_id", metavar="NAME", help="Through this LoRA adapter of the worker's.")
@@ -191,18 +193,18 @@ def client_of(urls: Mapping[str, str | None]) -> Client:
 def _show_stream(job: JobHandle, last_id: str | None, as_json: bool) -> int:
     """Text to stdout piece by piece; how it ended to stderr, or with ``--json`` as the last object."""
     failure: JobFailed | None = None
+    pages = _Pages()
     try:
         for chunk in job.stream(last_id):
             if as_json:
                 put_json(_chunk(job.id, chunk))
                 continue
-            if chunk.reset:
-                say("\n(the job began anew and its text changed; from the beginning:)")
-            put_piece(chunk.text)
+            pages.show(chunk)
     except JobFailed as exc:
         failure = exc
     except KeyboardInterrupt:
         return _left(job)
+    pages.close()
     ended = job.result(check=False)
     if as_json:
         put_json(_ending(ended))
@@ -223,9 +225,49 @@ def _show_result(job: JobHandle, as_json: bool, timeout_s: float | None) -> int:
         put(ended.to_json())
         return 0 if ended.state is JobState.SUCCEEDED else 2
     core.raise_unless_succeeded(ended)
-    put(ended.text)
+    for choice in ended.choices:
+        if choice.index:
+            say(_heading(choice.index))
+        put(choice.text)
     say(_usage_line(ended))
     return 0
+
+
+class _Pages:
+    """Choices one behind the other: the first as it is made, each other once those before it have ended."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, list[Chunk]] = {}
+        self._at, self._begun = 0, False
+
+    def show(self, chunk: Chunk) -> None:
+        """What of it, and of what was kept back, has its turn now."""
+        self._kept.setdefault(chunk.choice, []).append(chunk)
+        while chunks := self._kept.pop(self._at, None):
+            self._put(chunks)
+            if not any(each.finish_reason for each in chunks):
+                return
+            self._at, self._begun = self._at + 1, False
+
+    def close(self) -> None:
+        """No more comes: who follows from the middle may have seen the end of those before."""
+        while self._kept:
+            self._at, self._begun = min(self._kept), False
+            self._put(self._kept.pop(self._at))
+
+    def _put(self, chunks: list[Chunk]) -> None:
+        if self._at and not self._begun:
+            put("")
+            say(_heading(self._at))
+        self._begun = True
+        for each in chunks:
+            if each.reset:
+                say("\n(the job began anew and its text changed; from the beginning:)")
+            put_piece(each.text)
+
+
+def _heading(index: int) -> str:
+    return f"(choice {index + 1}:)"
 
 
 def _left(job: JobHandle) -> int:

@@ -13,6 +13,7 @@ from ..engine.messages import EngineInfo, Failed, Output, Request, Stats, Step
 from ..engine.process import EngineProcess
 from ..engine.settings import EngineSettings
 from ..schemas.errors import EngineUnavailable, GristmillError
+from .generation import CHOICE_MARK
 from .trials import Trials, Verdict
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,11 @@ HUNG_S = 0.5
 """How long an engine that is given up may take to leave by itself."""
 CANARY = Request(id="canary", prompt_ids=[0], max_tokens=1, seed=0, ignore_eos=True)
 """The first request of a new engine. One that cannot bear even this is broken, and no job is to blame."""
+
+
+def attempt_of(request_id: str) -> str:
+    """The attempt that a request belongs to: one of its choices, or its only one."""
+    return request_id.partition(CHOICE_MARK)[0]
 
 
 class Listener(Protocol):
@@ -34,11 +40,11 @@ class Listener(Protocol):
         """The engine died. Returns the suspects that the listener gives up for it."""
         ...
 
-    def arm(self, request_id: str) -> bool:
+    def arm(self, attempt: str) -> bool:
         """It is about to run alone: put that on record, then call ``armed``. False: it is over."""
         ...
 
-    def awaits_record(self, request_id: str) -> bool:
+    def awaits_record(self, attempt: str) -> bool:
         """It ran alone, and the record does not say yet that it lived. ``recorded`` will be called."""
         ...
 
@@ -53,9 +59,12 @@ class Listener(Protocol):
 class EngineClient:
     """Thread-safe. One reader thread turns the engine's messages into calls of the listener.
 
-    Law: ``_trials`` holds every request that was submitted and has neither finished nor been aborted. Those
-    it calls runnable are in the live engine, or will be given to it or to the next one; the others wait for
-    a trial to end.
+    A job's choices are a request each, of one attempt: ``a@1#0``, ``a@1#1``. They are tried together: a crash
+    is the attempt's.
+
+    Law: ``_trials`` holds every attempt of whose requests one has neither finished nor been aborted;
+    ``_open`` says which. Those it calls runnable are in the live engine, or will be given to it or to the
+    next one; the others wait for a trial to end.
     """
 
     def __init__(
@@ -73,6 +82,7 @@ class EngineClient:
         self._process: EngineProcess | None = None
         self._lock = threading.Lock()
         self._trials = Trials()
+        self._open: dict[str, set[str]] = {}  # requests that have not ended, by attempt
         self._inside: set[str] = set()  # given to the live engine; not ended there
         self._leaving: set[str] = set()  # of these: told to stop, for good or for a trial's sake
         self._arming: str | None = None  # the listener was asked to put on record that it runs alone
@@ -119,23 +129,25 @@ class EngineClient:
         self._reader.start()
         return self._info
 
-    def submit(self, request: Request, *, suspect: bool = False) -> None:
-        """Hand a request to the engine. Should that die, the next one gets it through ``Listener.resume``.
+    def submit(self, *requests: Request, suspect: bool = False) -> None:
+        """Hand an attempt to the engine. Should that die, the next one gets it through ``Listener.resume``.
 
         A suspect, of whom the journal tells that workers died with it, runs alone until it has made a token.
         """
         with self._lock:
-            self._trials.add(request.id, suspect=suspect)
+            attempt = attempt_of(requests[0].id)
+            self._open[attempt] = {request.id for request in requests}
+            self._trials.add(attempt, suspect=suspect)
             if self._anybody_waits or not self._proven:
                 self._arrange()
             else:
-                self._give([request])
+                self._give(list(requests))
 
-    def armed(self, request_id: str) -> None:
+    def armed(self, attempt: str) -> None:
         """The answer to ``Listener.arm``, any time later."""
         with self._lock:
-            if request_id == self._arming:  # not for a trial that a crash has ended
-                self._arming, self._armed = None, request_id
+            if attempt == self._arming:  # not for a trial that a crash has ended
+                self._arming, self._armed = None, attempt
                 self._arrange()
 
     def recorded(self) -> None:
@@ -143,10 +155,13 @@ class EngineClient:
         with self._lock:
             self._arrange()
 
-    def abort(self, request_id: str) -> None:
-        """Free the request's blocks within a step. Unknown ids are ignored."""
+    def abort(self, name: str) -> None:
+        """Free the blocks of a request, or of a whole attempt, within a step. Unknown names are ignored."""
         with self._lock:
-            self._trials.remove(request_id)
+            if attempt_of(name) == name:
+                self._forget(name)
+            else:
+                self._close(name)
             self._arrange()
 
     def stop(self) -> None:
@@ -169,28 +184,44 @@ class EngineClient:
         if not self._proven or self._process is None:
             return
         runnable = self._trials.runnable
-        if going := self._inside - self._leaving - runnable:
+        if going := self._inside - self._leaving - self._requests(runnable):
             self._leaving |= going
             with suppress(EngineUnavailable):
                 self._process.abort(going)
         if self._leaving:
             return
-        while coming := self._trials.runnable - self._inside:
+        while coming := self._requests(self._trials.runnable) - self._inside:
             alone = self._trials.alone
             if self._armed is not None and self._armed != alone:
                 if self._listener.awaits_record(self._armed):
                     return
                 self._armed = None
-            if alone in coming and self._armed != alone:
+            if alone is not None and self._armed != alone:
                 if self._arming != alone and not self._listener.arm(alone):
-                    self._trials.remove(alone)  # it ended just before it was submitted
+                    self._forget(alone)  # it ended just before it was submitted
                     continue
                 self._arming = alone
                 return
             requests = self._listener.resume(set(coming))
             for request_id in coming.difference(request.id for request in requests):
-                self._trials.remove(request_id)
+                self._close(request_id)
             self._give(requests)
+
+    def _requests(self, attempts: AbstractSet[str]) -> set[str]:
+        """Those of these that have not ended."""
+        return {name for attempt in attempts for name in self._open.get(attempt, ())}
+
+    def _close(self, request_id: str) -> None:
+        """It has ended, and with the last of them its attempt."""
+        attempt = attempt_of(request_id)
+        requests = self._open.get(attempt, set[str]())
+        requests.discard(request_id)
+        if not requests:
+            self._forget(attempt)
+
+    def _forget(self, attempt: str) -> None:
+        self._open.pop(attempt, None)
+        self._trials.remove(attempt)
 
     def _give(self, requests: list[Request]) -> None:
         if not self._inside:
@@ -245,14 +276,14 @@ class EngineClient:
                 self._arrange()
                 continue
             if output.token_ids:
-                self._trials.progress(output.id, len(output.token_ids))
+                self._trials.progress(attempt_of(output.id), len(output.token_ids))
             if output.finish is not None:
                 self._inside.discard(output.id)
                 if output.id in self._leaving:
                     self._leaving.discard(output.id)
                     if output.finish == "abort":
                         continue  # it comes again after the trial
-                self._trials.remove(output.id)
+                self._close(output.id)
 
     def _recover(self, reason: str) -> None:
         """Start another engine and give it everything that was running, tokens so far included."""
@@ -263,7 +294,8 @@ class EngineClient:
             untaken = self._process.untaken if self._process is not None else frozenset[str]()
             self._process, self._proven = None, False  # who is submitted now waits for the next one
             # Who had just been sent is not to blame, unless reading it is all that the engine had to do.
-            verdict = self._trials.crashed(self._inside - untaken or self._inside)
+            ran = self._inside - untaken or self._inside
+            verdict = self._trials.crashed({attempt_of(request_id) for request_id in ran})
             self._inside, self._leaving, self._arming = set(), set(), None
             if self._armed in verdict.suspects:
                 self._armed = None  # the crash itself goes on its record
@@ -294,8 +326,8 @@ class EngineClient:
             )
         given_up = self._listener.on_crash(reason, verdict, time.time())
         with self._lock:
-            for request_id in given_up:
-                self._trials.remove(request_id)
+            for attempt in given_up:
+                self._forget(attempt)
 
     def _hand_over(self, process: EngineProcess) -> None:
         """Make ``process`` the engine: once it has answered the canary it gets what is runnable.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from ..engine.messages import Output, Request, Stats
 from ..schemas.events import Crashed, Trial
 from . import intake
-from .engine_client import EngineClient
+from .engine_client import EngineClient, attempt_of
 from .failures import condemn, crashed
 from .generation import Generation
 from .metrics import Metrics
@@ -76,11 +76,11 @@ class EngineListener:
         code, _, message = reason.partition(": ")
         given_up: set[str] = set()
         with self._publisher.lock:
-            for request_id in verdict.suspects:
-                generation = self._slots.generation(request_id)
+            for attempt in verdict.suspects:
+                generation = self._slots.generation(attempt)
                 if generation is None or generation.done is not None:
                     continue
-                alone, tokens = request_id == verdict.alone, generation.tokens
+                alone, tokens = attempt == verdict.alone, generation.tokens
                 generation.note(
                     Crashed(
                         code=code, message=message, worker=self._worker_id, alone=alone, tokens=tokens, at=now
@@ -88,24 +88,24 @@ class EngineListener:
                 )
                 if generation.history.strikes >= self._max_attempts:
                     condemn(generation, now)
-                    given_up.add(request_id)
+                    given_up.add(attempt)
             self._publisher.wake()
         return given_up
 
-    def arm(self, request_id: str) -> bool:
+    def arm(self, attempt: str) -> bool:
         """It is to run alone: should this worker die of it, the next one finds that in the log."""
         with self._publisher.lock:
-            generation = self._slots.generation(request_id)
+            generation = self._slots.generation(attempt)
             if generation is None or generation.done is not None:
                 return False
             generation.note(Trial(at=time.time()))
             self._publisher.wake()
             return True
 
-    def awaits_record(self, request_id: str) -> bool:
+    def awaits_record(self, attempt: str) -> bool:
         """It ran alone and lived: a worker that dies now must not leave a log that blames it."""
         with self._publisher.lock:
-            generation = self._slots.generation(request_id)
+            generation = self._slots.generation(attempt)
             if generation is None or not generation.on_trial:
                 return False
             slot = self._slots.of(generation)
@@ -122,8 +122,10 @@ class EngineListener:
     def resume(self, request_ids: set[str]) -> list[Request]:
         """What the engine has to continue of these, tokens so far included."""
         with self._publisher.lock:
-            running = [g for i in request_ids if (g := self._slots.generation(i)) is not None]
-            return [r for g in running for r in intake.engine_requests(g)]
+            attempts = {attempt_of(request_id) for request_id in request_ids}
+            running = [g for i in attempts if (g := self._slots.generation(i)) is not None]
+            found = [request for g in running for request in intake.engine_requests(g)]
+            return [request for request in found if request.id in request_ids]
 
     def on_engine_gone(self, reason: str) -> None:
         """No engine any more: let the worker end, which hands everything back."""

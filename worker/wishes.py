@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from ..engine.messages import Dry, EngineInfo, Processors, Watermark
 from ..engine.tokenizer import Tokenizer
-from ..schemas.errors import InvalidRequest, Unsupported, with_a_greater
+from ..schemas.errors import InvalidRequest, with_a_greater
 from ..schemas.sampling import SamplingParams
 from .settings import WorkerSettings
 
@@ -15,7 +15,7 @@ KEPT_TEXTS = 1024
 
 
 def check_limits(sampling: SamplingParams, settings: WorkerSettings) -> None:
-    """Raises InvalidRequest naming the limit, the value and the knob; Unsupported for several choices."""
+    """Raises InvalidRequest naming the limit, the value and the knob."""
     wanted = (
         ("stop", len(sampling.stop), "max_stop_sequences", "stop strings"),
         ("logprobs", sampling.logprobs or 0, "max_top_n_tokens", "likely tokens"),
@@ -30,12 +30,6 @@ def check_limits(sampling: SamplingParams, settings: WorkerSettings) -> None:
                 f"ask for at most {limit:,}, or {with_a_greater(knob)}",
                 param=param,
             )
-    if sampling.choices > 1:
-        raise Unsupported(
-            f"{sampling.choices} choices of one prompt are not supported by this version; "
-            "send one request for each",
-            param="n" if sampling.best_of is None else "best_of",
-        )
 
 
 def check_ids(sampling: SamplingParams, info: EngineInfo) -> None:

@@ -31,6 +31,8 @@ _SAMPLING = (
     "min_p",
     "typical_p",
     "min_tokens",
+    "n",
+    "best_of",
     "seed",
     "adapter_id",
     "stop_token_ids",
@@ -53,8 +55,6 @@ _SAMPLING = (
 """Fields that SamplingParams knows under the same name, and checks."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
-    "n": (1,),
-    "best_of": (1,),
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -118,6 +118,8 @@ class _Body(Record):
     min_p: Float | None = None
     typical_p: Float | None = None
     min_tokens: Int | None = None
+    n: Int | None = None
+    best_of: Int | None = None
     seed: Int | None = None
     adapter_id: str | None = None
     frequency_penalty: Float | None = None

@@ -236,6 +236,24 @@ def test_nobody_runs_after_a_trial_before_the_record_says_that_its_suspect_lived
     assert ("c" in inside(scripted)) is not suspect
 
 
+def test_a_jobs_choices_are_tried_together_and_end_one_by_one(scripted: EngineClient, jobs: Jobs) -> None:
+    names = [f"a@1#{choice}" for choice in range(3)]
+    scripted.submit(*(jobs.request(name, []) for name in names), suspect=True)
+    wait_until(lambda: inside(scripted) == {*names}, 5, "they run, and nobody beside them")
+    scripted.submit(jobs.request("b@1", []))
+    assert jobs.armed == ["a@1"]
+    step(scripted, Output(id=names[0], token_ids=[], finish="length"))
+    assert "b@1" not in inside(scripted), "no token yet"
+    step(scripted, Output(id=names[1], token_ids=[7]))
+    wait_until(lambda: "b@1" in inside(scripted), 5, "the attempt has lived")
+    scripted.abort(names[1])
+    assert scripted._process.told_to_leave == {names[1]}  # type: ignore[union-attr]
+    scripted.abort("a@1")
+    assert scripted._process.told_to_leave == {*names[1:]}  # type: ignore[union-attr]
+    verdict = scripted._trials.crashed({"b@1"})
+    assert verdict.suspects == {"b@1"}
+
+
 def test_an_engine_that_may_not_be_started_again_is_given_up(tiny: EngineSettings, jobs: Jobs) -> None:
     with client_of(tiny, jobs, restarts=0) as client:
         os.kill(engine_pid(client), signal.SIGKILL)

@@ -51,9 +51,9 @@ class PlayedEngine:
         self.aborted: list[str] = []
         self.suspects: set[str] = set()
 
-    def submit(self, request: Request, *, suspect: bool = False) -> None:
-        job_id = request.id.partition("@")[0]
-        self.submitted[job_id] = request
+    def submit(self, *requests: Request, suspect: bool = False) -> None:
+        job_id = requests[0].id.partition("@")[0]
+        self.submitted[job_id] = requests[0]
         if suspect:
             self.suspects.add(job_id)
 

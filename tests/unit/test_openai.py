@@ -85,10 +85,7 @@ def test_fields_at_their_neutral_value_change_nothing(neutral: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
         ("prediction", {"type": "content"}),
-        ("best_of", 3),
         ("store", True),
     ],
 )
@@ -117,6 +114,9 @@ def test_a_missing_feature_is_refused_by_name(field: str, value: Any) -> None:
         (chat(repetition_penalty=0), "repetition_penalty"),
         (chat(bad_words="no"), "bad_words"),
         (chat(seed=-1), "seed"),
+        (chat(n=0), "n"),
+        (chat(n=True), "n"),
+        (chat(n=3, best_of=2), "request"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),

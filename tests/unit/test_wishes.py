@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from gristmill.engine.messages import Processors, Watermark
 from gristmill.engine.tokenizer import Tokenizer
-from gristmill.schemas.errors import InvalidRequest, Unsupported
+from gristmill.schemas.errors import InvalidRequest
 from gristmill.schemas.sampling import SamplingParams
 from gristmill.worker import intake, wishes
 from gristmill.worker.settings import WorkerSettings
@@ -85,12 +85,6 @@ def test_a_refusal_names_the_limit_the_value_and_the_knob(
     assert caught.value.param == next(iter(given))
     for word in (f"GRISTMILL_{knob}", *numbers):
         assert word in caught.value.message
-
-
-def test_several_choices_are_refused_not_forgotten() -> None:
-    with pytest.raises(Unsupported, match="2 choices"):
-        wishes.check_limits(SamplingParams(n=2), SETTINGS)
-    wishes.check_limits(SamplingParams(n=1, best_of=1, logprobs=5, stop=("a",)), SETTINGS)
 
 
 @pytest.mark.parametrize(
