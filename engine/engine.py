@@ -140,7 +140,7 @@ class Engine:
             number=self._number,
             fast_forward=self.fast_forward and request.logprobs is None,  # they are made of logits
         )
-        if len(seq.tokens) >= seq.limit:  # an earlier attempt did all the work but did not get to say so
+        if len(seq.tokens) >= seq.limit and not request.grammar:  # an earlier attempt did not get to say so
             self._ended.append(Output(id=request.id, token_ids=[], finish="length"))
             return
         self._scheduler.check_fits(seq)

@@ -67,7 +67,7 @@ class Recorder:
         fit = _before_end(seq, tokens[:room])
         stop = tokens[len(fit)] if len(fit) < min(room, len(tokens)) else None
         seq.tokens += fit
-        new, seq.said = _unsaid(seq), len(seq.tokens)
+        new, seq.said = _unsaid(seq), max(seq.said, len(seq.tokens))
         guided, cut, finish, closed = seq.guided, len(tokens) > room, None, None
         if stop is not None or (guided and guided.ended and not guided.closing and not cut):
             finish = "stop"
@@ -93,7 +93,7 @@ class Recorder:
             return self.record(seq, token)
         try:
             if why is None and token is not None:
-                more = seq.guided.take(token, seq.limit - len(seq.tokens))
+                more = seq.guided.take(token, seq.limit - len(seq.tokens), seq.known)
                 return self.append(seq, more, cached=self._cached(seq))
         except LeftTheGrammar as exc:
             why = str(exc)

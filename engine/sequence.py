@@ -45,7 +45,8 @@ class Sequence:
     """Take tokens that the grammar forces without sampling them."""
     guided: GuidedState | None = field(init=False, default=None)
     said: int = field(init=False)
-    """So many of ``tokens`` are the prompt, an earlier attempt's, or have been given out."""
+    """So many tokens are the prompt, an earlier attempt's, or have been given out; ``tokens`` may be fewer
+    while some of an earlier attempt's are sampled again."""
     sampled: bool = field(init=False, default=False)
     """A token of it was."""
     tokens: list[int] = field(init=False)
@@ -84,6 +85,12 @@ class Sequence:
     def output_len(self) -> int:
         """Tokens of output so far, earlier attempts' included: the position of the next one."""
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def known(self) -> int | None:
+        """The next token, if an earlier attempt has said it."""
+        told = self.request.output_ids
+        return told[self.output_len] if self.output_len < len(told) else None
 
     @property
     def wants_its_prompt_fed(self) -> bool:

@@ -186,10 +186,13 @@ class Generation:
         self.prompt_ids, self.max_tokens = prompt_ids, max_tokens
         if self.job.sampling.prompt_logprobs is not None:
             self.prompt_first = prompt_ids[0]
+        free = (
+            self.job.sampling.grammar is None and self.job.tools is None
+        )  # else the engine knows how it ended
         for _, one in self.running:
             if self.job.sampling.echo and not one.ids:  # else it was shown with the first of them
                 one.show(self._prompt_text())
-            if len(one.ids) >= max_tokens:
+            if len(one.ids) >= max_tokens and free:
                 one.finish(FinishReason.LENGTH, now=now)
 
     def _prompt_text(self) -> str:

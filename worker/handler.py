@@ -244,7 +244,7 @@ class JobHandler:
             generation.processors = wishes.processors(
                 job.sampling, self._tokenizer, info.vocab_size, self._settings
             )
-            if job.sampling.grammar is not None:
+            if job.sampling.grammar is not None or job.tools is not None:
                 intake.check_grammar(job, self._grammar_checker(info.vocab_size), allowed)
             generation.admit(prompt_ids, allowed, claim.now)
 

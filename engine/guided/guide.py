@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Rows
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 from ...schemas.errors import BadInput, InvalidSchema
 from ..messages import Grammar
@@ -27,7 +28,7 @@ class Guide:
         self._compiler: Compiler | None = None
         self._masker: Masker | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._waiting: dict[Sequence, Future[tuple[GuidedState, list[int]]]] = {}
+        self._waiting: dict[Sequence, Future[_Prepared]] = {}
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -57,18 +58,20 @@ class Guide:
         done = [(seq, future) for seq, future in self._waiting.items() if future.done()]
         return [(seq, self._take(seq, future)) for seq, future in done]
 
-    def _take(self, seq: Sequence, future: Future[tuple[GuidedState, list[int]]]) -> list[int] | BadInput:
+    def _take(self, seq: Sequence, future: Future[_Prepared]) -> list[int] | BadInput:
         try:
-            seq.guided, begins = future.result()
+            prepared = future.result()
         except BadInput as exc:
             return exc
         except LeftTheGrammar as exc:
             return InvalidSchema(
                 f"the {seq.output_len:,} tokens so far do not fit the grammar ({exc}); submit the job again"
             )
-        return begins
+        seq.guided = prepared.state
+        del seq.tokens[seq.prompt_len + prepared.kept :]
+        return prepared.begins
 
-    def _prepare(self, seq: Sequence, grammar: Grammar) -> tuple[GuidedState, list[int]]:
+    def _prepare(self, seq: Sequence, grammar: Grammar) -> _Prepared:
         """In the compiling thread."""
         if self._compiler is None:
             self._compiler = Compiler(*self._model)
@@ -77,7 +80,7 @@ class Guide:
             self._compiler.matcher(grammar), self._compiler.closer, grammar.close, fast=seq.fast_forward
         )
         output = seq.tokens[seq.prompt_len :]
-        return state, state.start(seq.limit - seq.prompt_len, output)
+        return _Prepared(state, *state.start(seq.limit - seq.prompt_len, output))
 
     def start(self, seqs: Rows[Sequence]) -> Masks | None:
         """Begin the masks of those of ``seqs`` that are guided. None: there are none."""
@@ -86,3 +89,11 @@ class Guide:
         assert self._masker
         assert self._compiler
         return self._masker.start(seqs, self._compiler.eos_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    state: GuidedState
+    kept: int
+    """So much of an earlier attempt's output stands; the rest is sampled again."""
+    begins: list[int]

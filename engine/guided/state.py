@@ -53,20 +53,39 @@ class GuidedState:
     _ahead: deque[int] = field(init=False, default_factory=deque[int])
     """Tokens that the matcher has taken and the sequence has not: only when slow."""
     _plan: list[int] | None = field(init=False, default=None)
+    _look_at: int = field(init=False, default=PLAN_FROM)
+    """Without a plan, the next search is made when so much room is left."""
+    _pause: int = field(init=False, default=1)
 
-    def start(self, room: int, output: list[int]) -> list[int]:
-        """Go over what an earlier attempt has made; returns what is forced after it.
+    def start(self, room: int, output: list[int]) -> tuple[int, list[int]]:
+        """Go over what an earlier attempt said; returns how much of it holds, and what is forced after it.
 
+        What does not hold may have been said because the text was being closed, or not: the ids do not tell.
+        Those tokens are to be sampled again, with ``take`` told what they were.
         room: tokens of output in all. Raises LeftTheGrammar.
         """
         self._ahead.extend(self._force())
         if self.close and room <= PLAN_FROM:
             self._plan = self._search(room - len(self._ahead))
-        fast, self.fast = self.fast, False
         for index, token in enumerate(output):
-            self.take(token, room - index)
-        self.fast = fast
-        return self._give()
+            if self._may_be_closing(output[index:]):
+                return index, []
+            self._follow(token, room - index)
+        return len(output), self._give()
+
+    def _may_be_closing(self, rest: list[int]) -> bool:
+        """Whether ``rest`` is how the plan begins."""
+        return bool(self._plan and not self._ahead and self._plan[: len(rest)] == rest)
+
+    def _follow(self, token: int, room: int) -> None:
+        """``take`` a token that was not closing, a token a step."""
+        if self._ahead:
+            self._take_ahead(token)
+            return
+        forced = self._consume(token)
+        if not self._plan_on(token, forced, room):
+            self._plan = None  # another version's closer knew a way
+        self._ahead.extend(forced)
 
     @property
     def forced(self) -> int | None:
@@ -83,24 +102,36 @@ class GuidedState:
         """The text may end here."""
         return not self._ahead and (self.closing or self.matcher.is_accepting())
 
-    def take(self, token: int, room: int) -> list[int]:
+    def take(self, token: int, room: int, known: int | None = None) -> list[int]:
         """Follow a sampled token; returns what the sequence is to append, usually it and what is forced.
 
-        room: tokens that may be appended, 1 or more. Raises LeftTheGrammar.
+        room: tokens that may be appended, 1 or more. known: what an earlier attempt has said in this place;
+        it stays so, and the sampled token only tells whether the text is closed here. Raises LeftTheGrammar.
         """
         if self._ahead:
-            if token != self._ahead.popleft():
-                raise LeftTheGrammar("a token differs from what the grammar forces")
-            return [token]
-        if not self.matcher.consume_token(token):
-            raise LeftTheGrammar(self.matcher.get_error().split("\n")[0][:200])
-        forced = self._force()
-        if self.close and room <= PLAN_FROM and not self._plan_on(token, forced, room - 1 - len(forced)):
+            return self._take_ahead(token)
+        plan, forced = self._plan, self._consume(token)
+        if not self._plan_on(token, forced, room):
             return self._end_by_plan(1 + len(forced))
+        if known is not None and token != known:  # in bfloat16 a batch may change what is sampled
+            self._take_back(1 + len(forced))
+            self._plan = plan
+            return self.take(known, room)
         if not self.fast:
             self._ahead.extend(forced)
             return [token]
         return [token, *forced]
+
+    def _take_ahead(self, token: int) -> list[int]:
+        if token != self._ahead.popleft():
+            raise LeftTheGrammar("a token differs from what the grammar forces")
+        return [token]
+
+    def _consume(self, token: int) -> list[int]:
+        """Take a token and what it forces, which is returned."""
+        if not self.matcher.consume_token(token):
+            raise LeftTheGrammar(self.matcher.get_error().split("\n")[0][:200])
+        return self._force()
 
     def _force(self) -> list[int]:
         """Take what the grammar leaves no choice about."""
@@ -117,13 +148,18 @@ class GuidedState:
         return given
 
     def _plan_on(self, token: int, forced: list[int], room: int) -> bool:
-        """Find a plan from here that fits ``room``, the last one if that still leads to an end.
+        """Find a plan behind these that fits ``room`` with them, the last one if that still leads to an end.
 
         False: there is none, and the last one is to be taken instead.
         """
+        if not self.close or room > PLAN_FROM:
+            return True
+        room -= 1 + len(forced)
         before, plan = self._plan, None
         if before is not None:
             plan = self._carry_on(before, [token, *forced])
+        if before is None and room > self._look_at:
+            return True
         if plan is None or len(plan) > room:
             plan = self._search(room)
         if plan is None and before is not None:
@@ -141,14 +177,24 @@ class GuidedState:
         return plan if self.closer.completes(self.matcher, plan) else None
 
     def _search(self, room: int) -> list[int] | None:
-        return self.closer.find(self.matcher, room) if room >= 0 else None
+        """A plan, if one is found. Where none is, a search at each token would take most of the time:
+        the pauses between them double."""
+        plan = self.closer.find(self.matcher, room) if room >= 0 else None
+        if plan is None:
+            self._look_at, self._pause = room - self._pause, 2 * self._pause
+        return plan
 
     def _end_by_plan(self, taken: int) -> list[int]:
         assert self._plan is not None
-        if not self.matcher.rollback(taken) or not self.matcher.consume_tokens(self._plan):
+        self._take_back(taken)
+        if not self.matcher.consume_tokens(self._plan):
             raise LeftTheGrammar("the way to a complete text is lost")
         self.closing = True
         if self.fast:
             return self._plan
         self._ahead.extend(self._plan[1:])
         return self._plan[:1]
+
+    def _take_back(self, taken: int) -> None:
+        if not self.matcher.rollback(taken):
+            raise LeftTheGrammar("a token cannot be taken back")

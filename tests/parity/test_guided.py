@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import jsonschema
 import pytest
 from gristmill.engine.engine import Engine
 from gristmill.engine.guided.compiler import Compiler
+from gristmill.engine.guided.masks import Masks
+from gristmill.engine.guided.state import GuidedState
 from gristmill.engine.messages import Grammar, Processors, Request
 from gristmill.engine.models.tiny import write_tiny
+from gristmill.engine.sequence import Sequence
 from gristmill.engine.settings import EngineSettings
 from gristmill.engine.tokenizer import Tokenizer
 
+from ..support.adapters import write_adapter
+from ..support.hostile_grammars import hostile
 from ..support.json_schemas import STRING, TREE, WRITTEN, closed, drawn
 
 SCHEMAS = WRITTEN + drawn(140)
@@ -54,6 +61,7 @@ class Said:
     finish: str | None = None
     closed: bool | None = None
     error: str | None = None
+    logprobs: list[float] = field(default_factory=list[float])
 
     @property
     def tokens(self) -> list[int]:
@@ -62,11 +70,15 @@ class Said:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("guided"), tokenizer=True, max_position_embeddings=2048)
+    directory = tmp_path_factory.mktemp("guided")
+    made = write_tiny(directory / "model", tokenizer=True, max_position_embeddings=2048)
+    write_adapter(directory / "adapters" / "ada", made)
+    return made
 
 
 def start(model: Path, **settings: Any) -> Engine:
-    return Engine(EngineSettings(model=str(model), dtype="float32", num_threads=1, **{**ROOMY, **settings}))
+    given = {**ROOMY, "lora_dir": model.parent / "adapters", **settings}
+    return Engine(EngineSettings(model=str(model), dtype="float32", num_threads=1, **given))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +98,7 @@ def compiler(model: Path) -> Compiler:
 
 def run(engine: Engine, requests: Iterable[Request], late: Iterable[Request] = ()) -> dict[str, Said]:
     """``late``: come after the eighth step."""
-    said: dict[str, Said] = {}
+    said = defaultdict[str, Said](Said)
 
     def add(some: Iterable[Request]) -> None:
         for request in some:
@@ -103,6 +115,7 @@ def run(engine: Engine, requests: Iterable[Request], late: Iterable[Request] = (
         for output in engine.step():
             one = said[output.id]
             one.pieces.append(output.token_ids)
+            one.logprobs += [told.logprob for told in output.logprobs]
             one.finish, one.closed, one.error = output.finish, output.closed, output.error
         engine.check()
     return said
@@ -150,17 +163,20 @@ def test_every_document_is_valid_at_temperature_1_5_with_any_budget_that_holds_o
 
 
 def mixed() -> list[Request]:
-    """Guided rows of every kind between rows without a grammar; some have too small a budget to end alone."""
+    """Guided rows of every kind between rows without a grammar, every third with an adapter; some have too
+    small a budget to end alone."""
     asked: list[Request] = []
     for number in range(3):
         for kind, grammar in KINDS.items():
             budget = (110, 70, 58)[number]
             knobs = ({}, {"top_k": 40}, {"top_p": 0.9, "temperature": 0.8})[number]
-            asked.append(ask(f"{kind}{number}", grammar, budget, priority=number, **knobs))
+            adapter = None if len(asked) % 3 else "ada"
+            asked.append(ask(f"{kind}{number}", grammar, budget, priority=number, adapter=adapter, **knobs))
         asked.append(ask(f"free{number}", None, 40, ignore_eos=True))
     asked.append(ask("greedy", REPORT, 70, temperature=0.0))
     asked.append(ask("on", Grammar("regex", "[0-9]+"), 30, ignore_eos=True))
     asked.append(ask("long", Grammar("choice", '["ab"]'), 30, min_tokens=9))
+    asked.append(ask("open", replace(REPORT, close=False), 40))
     return asked
 
 
@@ -178,6 +194,7 @@ def test_the_mix_ends_in_every_way(together: dict[str, Said], tokenizer: Tokeniz
         ("stop", None),
         ("length", None),
         ("length", True),
+        ("length", False),
     }
     assert tokenizer.decode(together["long"].tokens) == "ab", "a complete text goes before min_tokens"
     assert tokenizer.decode(together["on"].tokens).isdecimal()
@@ -216,31 +233,40 @@ def test_log_probabilities_change_nothing_and_are_there_for_forced_tokens(
     engine: Engine, together: dict[str, Said]
 ) -> None:
     asked = [replace(request, logprobs=2) for request in mixed()[:9]]
-    told: dict[str, int] = dict.fromkeys((request.id for request in asked), 0)
-    for request in asked:
-        engine.add(request)
-    said = {request.id: Said() for request in asked}
-    while engine.has_work:
-        for output in engine.step():
-            assert len(output.logprobs) == len(output.token_ids)
-            told[output.id] += len(output.logprobs)
-            said[output.id].pieces.append(output.token_ids)
-            said[output.id].finish, said[output.id].closed = output.finish, output.closed
+    said = run(engine, asked)
     assert tokens(said) == {name: one for name, one in tokens(together).items() if name in said}
-    assert min(told.values()) > 0
+    assert all(len(one.logprobs) == len(one.tokens) > 0 for one in said.values())
 
 
-def test_resumed_at_any_token_equals_uninterrupted(engine: Engine, together: dict[str, Said]) -> None:
-    """But within the closing of a text that ran out of budget, which is given out whole, with its end."""
-    for request in mixed():
-        whole = together[request.id]
-        if request.id not in ("report0", "report2", "gbnf1", "mail1", "any1"):
-            continue
-        last = len(whole.tokens) - len(whole.pieces[-1])
-        cuts = range(1, last + 1 if whole.closed else len(whole.tokens))
-        parts = [replace(request, id=f"{request.id}/{cut}", output_ids=whole.tokens[:cut]) for cut in cuts]
-        for part, one in zip(parts, run(engine, parts).values(), strict=True):
-            assert (part.output_ids + one.tokens, one.finish, one.closed) == tokens(together)[request.id]
+def cut(request: Request, whole: Said, last: int = 1_000) -> list[Request]:
+    """The request as an attempt behind each of its last tokens; the very last, if no end token follows."""
+    ends = range(max(1, len(whole.tokens) - last), len(whole.tokens) + (whole.finish == "length"))
+    return [replace(request, id=f"{request.id}/{n}", output_ids=whole.tokens[:n]) for n in ends]
+
+
+def test_resumed_behind_any_token_equals_uninterrupted(engine: Engine, together: dict[str, Said]) -> None:
+    """Within the closing of a text that ran out of budget, and behind its last token, too."""
+    asked = {request.id: request for request in mixed()}
+    parts = [part for name in ("mail1", "on", "open", "report2") for part in cut(asked[name], together[name])]
+    parts += [part for name in ("report0", "gbnf1") for part in cut(asked[name], together[name], last=12)]
+    resumed = run(engine, parts)
+    for part in parts:
+        one, whole = resumed[part.id], together[part.id.partition("/")[0]]
+        said = part.output_ids + one.tokens, one.finish, one.closed
+        assert said == (whole.tokens, whole.finish, whole.closed), part.id
+    assert together["report2"].closed
+    assert len(together["report2"].pieces[-1]) > 1, "the text was not closed by a plan"
+    assert asked["gbnf1"].adapter
+
+
+def test_resumed_where_closing_comes_a_token_a_step_equals_uninterrupted(engine: Engine) -> None:
+    """As it does for rows that want log probabilities, which are told of the new tokens only."""
+    asked = next(replace(request, logprobs=1) for request in mixed() if request.id == "report2")
+    whole = run(engine, [asked])["report2"]
+    parts = cut(asked, whole, last=50)
+    for part, one in zip(parts, run(engine, parts).values(), strict=True):
+        assert (part.output_ids + one.tokens, one.finish, one.closed) == (whole.tokens, "length", True)
+        assert one.logprobs == pytest.approx(whole.logprobs[len(part.output_ids) :], abs=1e-4)
 
 
 def test_a_bad_grammar_is_its_own_rows_error(engine: Engine) -> None:
@@ -283,3 +309,88 @@ def test_tokens_forced_from_the_start_are_said_also_by_a_row_that_then_ends(mode
     asked = ask("short", Grammar("regex", "abc(d)?"), processors=Processors(bad_words=[list(b"d")]))
     (said,) = run(start(model), [asked]).values()
     assert (said.tokens, said.finish) == (list(b"abc"), "stop")
+
+
+# ---- what a guided row costs the others
+
+
+def test_forced_tokens_need_no_forward_pass_of_their_own(model: Path) -> None:
+    """Ten fields with long names: the model chooses digits, and the names between them come with those."""
+    names = [f"the name of field {number}" for number in range(10)]
+    grammar = schema_of(closed(**{name: {"enum": [1, 2]} for name in names}))
+    passes: list[int] = []
+    for fast in (True, False):
+        engine = start(model)
+        engine.fast_forward = fast
+        engine.add(ask("forced", grammar, 400))
+        said: list[int] = []
+        passes.append(0)
+        while engine.has_work:
+            said += [token for output in engine.step() for token in output.token_ids]
+            passes[-1] += engine.stats.tokens > 0
+    assert len(said) > 250
+    assert passes == [10, len(said)]
+
+
+def test_masks_are_computed_while_the_model_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass that ends only when the masks are there would never end, were they begun behind it."""
+    begun: list[Masks | None] = []
+    masks, forward = engine._guide.start, engine._runner.forward
+
+    def begin(seqs: list[Sequence]) -> Masks | None:
+        begun.append(masks(seqs))
+        return begun[-1]
+
+    def last(*args: Any) -> Any:
+        if begun[-1] and begun[-1].future:
+            begun[-1].future.result(120)
+        return forward(*args)
+
+    monkeypatch.setattr(engine._guide, "start", begin)
+    monkeypatch.setattr(engine._runner, "forward", last)
+    said = run(engine, [ask("mail", KINDS["mail"])])
+    assert said["mail"].finish == "stop"
+    assert any(one and one.future for one in begun)
+
+
+def test_others_go_on_while_a_grammar_is_compiled(model: Path) -> None:
+    engine, compiled = start(model), Event()
+    run(engine, [ask("first", KINDS["choice"])])
+    assert engine._guide._thread
+    engine._guide._thread.submit(compiled.wait)  # a grammar that takes for ever
+    engine.add(ask("free", None, 30, ignore_eos=True))
+    engine.add(ask("guided", KINDS["mail"]))
+    ended = [output for _ in range(31) for output in engine.step() if output.finish]
+    assert [output.id for output in ended] == ["free"]
+    compiled.set()
+    assert run(engine, [])["guided"].finish == "stop"
+
+
+def test_what_hostile_grammars_ask_for_is_bounded(engine: Engine) -> None:
+    """Each ends within its tokens, and whoever runs beside them says what it says alone."""
+    kinds = ("refs", "repeats", "ambiguity: e")
+    asked = [ask(name, grammar, 30) for name, grammar in hostile().items() if name.startswith(kinds)]
+    free = ask("free", None, 40, ignore_eos=True)
+    said = run(engine, [free, *asked])
+    assert said["free"].tokens == run(engine, [free])["free"].tokens
+    for request in asked:
+        assert said[request.id].finish in ("stop", "length", "error")
+        assert len(said[request.id].tokens) <= 30
+
+
+def test_a_way_to_an_end_that_is_not_there_is_not_looked_for_at_each_token(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    find = compiler.closer.find
+
+    def count_and_find(matcher: Any, room: int) -> list[int] | None:
+        looked.append(room)
+        return find(matcher, room)
+
+    monkeypatch.setattr(compiler.closer, "find", count_and_find)
+    state = GuidedState(compiler.matcher(Grammar("regex", "[ab]{5000}")), compiler.closer, close=True)
+    assert state.start(500, []) == (0, [])
+    for spent in range(400):
+        state.take(97, 500 - spent)
+    assert 1 < len(looked) < 12

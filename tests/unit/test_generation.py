@@ -70,6 +70,18 @@ def test_the_joined_text_of_the_journal_is_the_result(tokenizer: Tokenizer, ever
     assert made.result().timings.first_token_at == 11.0
 
 
+def test_only_the_engine_knows_how_a_guided_text_ended_that_used_up_its_tokens(tokenizer: Tokenizer) -> None:
+    """The worker died before ``Done`` was written: whether the text is complete, its ids alone do not say."""
+    log: list[tuple[EntryId, Event]] = [(EntryId(7, 1), Delta(offset=0, ids=(5, 6), text="ab"))]
+    for grammar, reason in ((None, FinishReason.LENGTH), ({"kind": "regex", "text": "[a-z]+"}, None)):
+        again = generation(tokenizer, grammar=grammar)
+        again.replay(log)
+        again.admit([1, 2, 3], 2, 10.0)
+        assert (again.done and again.done.reason) == reason
+    again.push(Output(id="job_1", token_ids=[], finish="length", closed=True), now=11.0)
+    assert again.result().choices[0].closed is True
+
+
 def test_cached_tokens_are_those_of_the_attempt_that_made_the_first_token(tokenizer: Tokenizer) -> None:
     first = generation(tokenizer)
     first.push(token(5, cached_tokens=2), now=11.0)
