@@ -14,12 +14,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from ..schemas.errors import ModelInvalid
+from .gguf_blocks import UNPACK, Bytes, Floats
 
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 Metadata = dict[str, Any]
 
 MAX_DIMENSIONS = 4
@@ -41,8 +39,16 @@ class Layout:
 LAYOUTS = {
     0: Layout("F32", 1, 4),
     1: Layout("F16", 1, 2),
+    2: Layout("Q4_0", 32, 18),
     3: Layout("Q4_1", 32, 20),
+    6: Layout("Q5_0", 32, 22),
+    7: Layout("Q5_1", 32, 24),
     8: Layout("Q8_0", 32, 34),
+    10: Layout("Q2_K", 256, 84),
+    11: Layout("Q3_K", 256, 110),
+    12: Layout("Q4_K", 256, 144),
+    13: Layout("Q5_K", 256, 176),
+    14: Layout("Q6_K", 256, 210),
     30: Layout("BF16", 1, 2),
 }
 
@@ -181,16 +187,5 @@ def _dequantize(raw: Bytes, layout: Layout) -> Floats:
             return raw.view(np.float16).astype(np.float32)
         case "BF16":
             return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        case "Q8_0":  # per block: float16 scale, 32 signed bytes
-            blocks = raw.reshape(-1, layout.size_bytes)
-            scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-            return (blocks[:, 2:].view(np.int8).astype(np.float32) * scale).reshape(-1)
-        case "Q4_1":  # per block: float16 scale and minimum, 16 bytes: low nibbles first, then the high ones
-            blocks = raw.reshape(-1, layout.size_bytes)
-            scale = blocks[:, 0:2].copy().view(np.float16).astype(np.float32)
-            minimum = blocks[:, 2:4].copy().view(np.float16).astype(np.float32)
-            packed = blocks[:, 4:]
-            values = np.concatenate([packed & 0x0F, packed >> 4], axis=1).astype(np.float32)
-            return (values * scale + minimum).reshape(-1)
         case _:
-            raise AssertionError(f"layout {layout.name} is listed and not implemented")
+            return UNPACK[layout.name](raw.reshape(-1, layout.size_bytes)).reshape(-1)
