@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -286,6 +287,8 @@ def _chunk(job_id: str, chunk: Chunk) -> dict[str, Any]:
         "text": chunk.text,
         "reset": chunk.reset,
         "finish_reason": chunk.finish_reason.value if chunk.finish_reason else None,
+        **({} if chunk.logprobs is None else {"logprobs": [asdict(each) for each in chunk.logprobs]}),
+        **({} if chunk.tool_calls is None else {"tool_calls": [c.model_dump() for c in chunk.tool_calls]}),
     }
 
 

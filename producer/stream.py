@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from ..backends.state import LOG_PAGE, AsyncState, Entry, Resubscribed, State
@@ -39,7 +39,8 @@ from ..schemas.events import (
     Unknown,
 )
 from ..schemas.job import JobState
-from ..schemas.result import FinishReason, Result
+from ..schemas.logprobs import TokenLogprobs, unpack
+from ..schemas.result import Choice, FinishReason, Result
 from ..schemas.status import JobStatus
 from ..schemas.tools import ToolCall
 
@@ -70,6 +71,10 @@ class Chunk:
     """Set on the last piece of a choice."""
     tool_calls: tuple[ToolCall, ...] | None = None
     """Set on the last piece, if the choice's text has calls of the request's tools."""
+    stop_reason: str | int | None = None
+    """Set on the last piece: the stop string or the stop token id that matched."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each of ``ids``, if the request asks and there are ids: a stored result's piece has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,9 @@ class _Choice:
     """All of them, while pieces are held back; empty otherwise."""
     begin_anew: bool = False
     finished: FinishReason | None = None
-    tool_calls: tuple[ToolCall, ...] | None = None
+    done: Done | None = None
+    told: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """Of ``ids``."""
 
     @property
     def text(self) -> str:
@@ -102,7 +109,7 @@ class _Choice:
     def restart(self) -> None:
         if self.shown is None:
             self.shown = self.text
-        self.parts, self.ids, self.tokens, self.finished = [], [], 0, None
+        self.parts, self.ids, self.told, self.tokens, self.finished = [], [], [], 0, None
 
 
 class Replica:
@@ -163,7 +170,7 @@ class Replica:
             text = given.text if reset else given.text[len(shown) :]
             choice.parts, choice.shown, choice.finished = [given.text], None, given.finish_reason
             offset = 0 if reset else choice.tokens
-            yield Chunk(text, (), given.index, offset, at, reset, given.finish_reason, given.tool_calls)
+            yield _chunk(text, (), given.index, offset, at, reset, given, None)
         self._whole = True
         if self.end is None:
             self.end = End(
@@ -185,7 +192,7 @@ class Replica:
                 choice = self._choice(event.choice)
                 choice.parts.append(event.text)
                 choice.finished = event.reason
-                choice.tool_calls = event.tool_calls
+                choice.done = event
                 yield from self._show(entry_id, event.choice, choice.tokens, (), event.text, event.reason)
             case End():
                 self.end = event
@@ -196,6 +203,7 @@ class Replica:
             for choice in self._choices.values():
                 if choice.shown is None:
                     choice.ids.clear()
+                    choice.told.clear()
 
     def _choice(self, index: int) -> _Choice:
         return self._choices.setdefault(index, _Choice(begin_anew=self._begin_anew))
@@ -210,9 +218,11 @@ class Replica:
             return
         choice.tokens += len(event.ids)
         choice.parts.append(event.text)
+        told = None if event.logprobs is None else tuple(unpack(event.logprobs, len(event.ids)))
         if self._resume_at is not None or choice.shown is not None:
             choice.ids += event.ids
-        yield from self._show(entry_id, event.choice, event.offset, event.ids, event.text)
+            choice.told += told or ()
+        yield from self._show(entry_id, event.choice, event.offset, event.ids, event.text, told=told)
 
     def _show(
         self,
@@ -222,6 +232,7 @@ class Replica:
         ids: tuple[int, ...],
         text: str,
         finish_reason: FinishReason | None = None,
+        told: tuple[TokenLogprobs, ...] | None = None,
     ) -> Iterator[Chunk]:
         choice = self._choices[index]
         if self._resume_at is not None:
@@ -235,9 +246,10 @@ class Replica:
                 text = now[len(choice.shown) :]
             else:
                 text, ids, offset, reset = now, tuple(choice.ids), 0, True
-            choice.shown, choice.ids = None, []
-        calls = choice.tool_calls if finish_reason else None
-        yield Chunk(text, ids, index, offset, entry_id, reset, finish_reason, calls)
+                told = tuple(choice.told) or None
+            choice.shown, choice.ids, choice.told = None, [], []
+        done = choice.done if finish_reason else None
+        yield _chunk(text, ids, index, offset, entry_id, reset, done, told)
 
     def _resume_failed(self) -> Iterator[Chunk]:
         """The log does not hold the entry to resume from: show everything, from the beginning."""
@@ -245,9 +257,28 @@ class Replica:
         self._begin_anew = True
         for index, choice in self._choices.items():
             ids, choice.ids = tuple(choice.ids), []
+            told, choice.told = tuple(choice.told) or None, []
             choice.shown = None
-            at, calls = self.after or BEGINNING, choice.tool_calls
-            yield Chunk(choice.text, ids, index, 0, at, True, choice.finished, calls)
+            done = choice.done if choice.finished else None
+            yield _chunk(choice.text, ids, index, 0, self.after or BEGINNING, True, done, told)
+
+
+def _chunk(
+    text: str,
+    ids: tuple[int, ...],
+    choice: int,
+    offset: int,
+    at: EntryId,
+    reset: bool,
+    done: Done | Choice | None,
+    told: tuple[TokenLogprobs, ...] | None,
+) -> Chunk:
+    """``done``: how the choice ended, if this is its last piece."""
+    chunk = Chunk(text, ids, choice, offset, at, reset, logprobs=told)
+    if done is None:
+        return chunk
+    reason = done.reason if isinstance(done, Done) else done.finish_reason
+    return replace(chunk, finish_reason=reason, stop_reason=done.stop_reason, tool_calls=done.tool_calls)
 
 
 # ---- what to do next

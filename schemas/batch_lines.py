@@ -194,7 +194,7 @@ def output_line(result: Result, custom_id: str) -> OutputLine:
 
 def error_line(row_id: str, custom_id: str, error: ErrorInfo) -> OutputLine:
     """A row that failed, or never ran because it was not valid."""
-    status = _status(error.code)
+    status = http_status(error.code)
     kind: Literal["invalid_request_error", "server_error"] = (
         "invalid_request_error" if status < 500 else "server_error"
     )
@@ -203,8 +203,8 @@ def error_line(row_id: str, custom_id: str, error: ErrorInfo) -> OutputLine:
     return OutputLine(id=f"batch_req_{row_id}", custom_id=custom_id, response=response)
 
 
-def _status(code: str) -> int:
-    """Codes that no class of errors has (the engine's) are no fault of the request."""
+def http_status(code: str) -> int:
+    """Of an error code. Codes that no class of errors has (the engine's) are no fault of the request."""
     branch = _ERRORS.get(code, GristmillError)
     usual = 400 if issubclass(branch, BadInput) else 503 if issubclass(branch, Transient) else 500
     return _STATUS.get(code, usual)

@@ -38,6 +38,8 @@ _NAMES: dict[str, GrammarKind] = {
     "gbnf": "gbnf",
     "ebnf": "gbnf",
 }
+_STRUCTURED_NO_EFFECT = frozenset(["disable_fallback", "disable_any_whitespace"])
+"""Options of structured_outputs that ask for what is so anyway."""
 
 
 class GrammarSpec(Record):
@@ -107,7 +109,8 @@ def _from_response_format(given: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _from_structured_outputs(given: Mapping[str, Any]) -> dict[str, Any] | None:
     kinds = {name: given[name] for name in given if given[name] is not None and name in _NAMES}
-    others = [name for name in given if given[name] is not None and name not in _NAMES]
+    others = [name for name in given if given[name] not in (None, False) and name not in _NAMES]
+    others = [name for name in others if name not in _STRUCTURED_NO_EFFECT]
     if others or len(kinds) > 1:
         raise Unsupported(
             "structured_outputs takes one of json, json_object, regex, choice, grammar",

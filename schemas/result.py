@@ -98,6 +98,8 @@ class TopLogprob(Answer):
     """None for the first token of a prompt alone: nothing stands before it."""
     raw: str | None = None
     """Its bytes in hexadecimal, if the text does not say."""
+    special: Bool = False
+    """One of the tokenizer's special tokens: no part of a text by itself."""
 
 
 class TokenLogprob(TopLogprob):

@@ -1,8 +1,8 @@
 """Text Generation Inference's request bodies in: ``/generate``, ``/generate_stream`` and ``/``.
 
-Names and ranges are TGI's. What it samples without being told to follows its code: everything if
-``parameters`` is left out, nothing (the likeliest token each time) if it is there and neither ``do_sample``
-nor a temperature or filter is.
+Names and ranges are TGI's; a stop sequence stays in the text, as it does there. What it samples without
+being told to follows its code: everything if ``parameters`` is left out, nothing (the likeliest token each
+time) if it is there and neither ``do_sample`` nor a temperature or filter is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from .errors import Unsupported
+from .errors import InvalidRequest
+from .grammar import with_grammar
 from .job import Endpoint
 from .openai import Request
 from .sampling import SamplingParams
@@ -43,6 +44,11 @@ class _Parameters(Record):
     adapter_id: str | None = None
 
     @property
+    def has_details(self) -> bool:
+        """The answer has details."""
+        return self.details or self.decoder_input_details
+
+    @property
     def samples(self) -> bool:
         """As TGI decides it: a temperature other than 1, or a filter, is a wish to sample."""
         filters = (self.top_k, self.top_p, self.typical_p)
@@ -50,9 +56,14 @@ class _Parameters(Record):
             self.do_sample or self.temperature not in (None, 1.0) or any(one is not None for one in filters)
         )
 
-    def sampling(self) -> SamplingParams:
-        """Raises InvalidRequest."""
-        told = (self.top_n_tokens or 0) if self.details or self.top_n_tokens else None
+    def sampling(self, *, stream: bool) -> SamplingParams:
+        """``stream``: each event tells of its token. Raises InvalidRequest."""
+        if stream and self.decoder_input_details:
+            raise InvalidRequest(
+                "decoder_input_details is not to be had with a stream; leave one of them out",
+                param="parameters.decoder_input_details",
+            )
+        told = (self.top_n_tokens or 0) if stream or self.has_details else None
         given: dict[str, Any] = {
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature if self.samples else 0.0,
@@ -65,6 +76,8 @@ class _Parameters(Record):
             "seed": self.seed,
             "adapter_id": self.adapter_id,
             "stop": self.stop,
+            "include_stop": True,
+            **with_grammar({"grammar": self.grammar}),
             "truncate": self.truncate,
             "echo": self.return_full_text,
             "logprobs": told,
@@ -84,12 +97,10 @@ def parse_generate(body: Any) -> Request:
     """A body of these routes. Raises InvalidRequest or its subclasses, each naming the field."""
     given = _Body.from_python(body)
     parameters = given.parameters or _Parameters(do_sample=True)
-    if parameters.grammar is not None:
-        raise Unsupported("grammar: not supported here by this version; leave it out", param="grammar")
     return Request(
         endpoint=Endpoint.NATIVE,
         model=None,
         prompt=given.inputs,
-        sampling=parameters.sampling(),
+        sampling=parameters.sampling(stream=given.stream),
         stream=given.stream,
     )

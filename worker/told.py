@@ -24,13 +24,14 @@ def _one(tokenizer: Tokenizer, token: int, told: TokenLogprobs) -> TokenLogprob:
         token=text,
         logprob=told.logprob,
         raw=raw,
+        special=token in tokenizer.special_ids,
         top=tuple(_top(tokenizer, token, logprob) for token, logprob in pairs),
     )
 
 
 def _top(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
     text, raw = text_of(tokenizer, token)
-    return TopLogprob(id=token, token=text, logprob=logprob, raw=raw)
+    return TopLogprob(id=token, token=text, logprob=logprob, raw=raw, special=token in tokenizer.special_ids)
 
 
 def text_of(tokenizer: Tokenizer, token: int) -> tuple[str, str | None]:

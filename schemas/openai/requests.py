@@ -23,7 +23,15 @@ COMPLETIONS_DEFAULT_MAX_TOKENS = 16
 """OpenAI's own default for /v1/completions; the chat endpoint has none."""
 
 _NO_EFFECT = frozenset(
-    ["user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"]
+    [
+        "user",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "guided_decoding_backend",
+    ]
 )
 _SAMPLING = (
     "temperature",
@@ -75,6 +83,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "chat_template": (),
     "documents": (),
+    "mm_processor_kwargs": ({},),
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
+    "return_tokens_as_token_ids": (False,),
+    "include_reasoning": (True,),
+    "thinking_token_budget": (),
+    "logits_processors": ([],),
+    "prompt_embeds": (),
+    "priority": (0,),
+    "request_id": (),
+    "cache_salt": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
 }
 """Known and not offered: accepted when null or one of these values, which ask for nothing."""
 
@@ -146,9 +167,23 @@ class _Body(Record):
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
     grammar: dict[str, Any] | None = None
 
+    def base_and_adapter(self) -> tuple[str | None, str | None]:
+        """``model`` is BASE, or BASE:ADAPTER to go through a LoRA adapter. Raises InvalidRequest."""
+        base, colon, adapter = (self.model or "").partition(":")
+        if not colon:
+            return self.model, self.adapter_id
+        if not base or not adapter:
+            raise InvalidRequest("model is BASE, or BASE:ADAPTER to name an adapter", param="model")
+        if self.adapter_id not in (None, adapter):
+            raise InvalidRequest(
+                "model and adapter_id name two adapters; give one of them", param="adapter_id"
+            )
+        return base, adapter
+
     def sampling(self, max_tokens: int | None, **more: Any) -> SamplingParams:
         given: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
         given["max_tokens"] = max_tokens
+        given["adapter_id"] = self.base_and_adapter()[1]
         given["grammar"] = self.grammar
         given["top_k"] = 0 if self.top_k == -1 else self.top_k  # -1 is vLLM's word for "off"
         given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -182,7 +217,7 @@ def parse_completion(body: Any) -> Request:
     max_tokens = COMPLETIONS_DEFAULT_MAX_TOKENS if given.max_tokens is None else given.max_tokens
     return Request(
         endpoint=Endpoint.COMPLETIONS,
-        model=given.model,
+        model=given.base_and_adapter()[0],
         prompt=prompt,
         prompt_ids=prompt_ids,
         sampling=given.sampling(max_tokens, **_completion_logprobs(given)),
@@ -204,7 +239,7 @@ def parse_chat(body: Any) -> Request:
         )
     return Request(
         endpoint=Endpoint.CHAT,
-        model=given.model,
+        model=given.base_and_adapter()[0],
         messages=parse_messages(given.messages),
         sampling=given.sampling(limits.pop() if limits else None, logprobs=_chat_logprobs(given)),
         tools=toolbox({name: getattr(given, name) for name in TOOL_FIELDS}),

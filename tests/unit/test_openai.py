@@ -170,6 +170,35 @@ def test_a_completion_prompt_that_is_none_is_refused(prompt: Any) -> None:
     assert caught.value.param == "prompt"
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"model": "m"}, ("m", None)),
+        ({"model": "org/m:formal"}, ("org/m", "formal")),
+        ({"model": "m:a", "adapter_id": "a"}, ("m", "a")),
+        ({"model": "m", "adapter_id": "b"}, ("m", "b")),
+    ],
+)
+def test_a_model_may_name_its_adapter(fields: Any, expected: Any) -> None:
+    for request in (parse_chat(chat(**fields)), parse_completion({"prompt": "x", **fields})):
+        assert (request.model, request.sampling.adapter_id) == expected
+
+
+@pytest.mark.parametrize("fields", [{"model": ":a"}, {"model": "m:"}, {"model": "m:a", "adapter_id": "b"}])
+def test_a_model_that_names_its_adapter_badly_is_refused(fields: Any) -> None:
+    with pytest.raises(InvalidRequest, match="adapter"):
+        parse_chat(chat(**fields))
+
+
+def test_structured_outputs_may_say_what_is_so_anyway() -> None:
+    options = {"json": {"type": "object"}, "disable_any_whitespace": True, "disable_fallback": False}
+    grammar = parse_chat(chat(structured_outputs=options)).sampling.grammar
+    assert grammar is not None
+    assert grammar.kind == "json_schema"
+    with pytest.raises(Unsupported):
+        parse_chat(chat(structured_outputs={**options, "whitespace_pattern": " *"}))
+
+
 def test_vllm_extras_reach_the_sampler() -> None:
     sampling = parse_completion(
         {
