@@ -23,9 +23,9 @@ from .console import (
     put_piece,
     read_stdin,
     say,
-    schema_option,
     warn,
 )
+from .sampling_flags import GROUPS, GroupedCommand, sampling_flags, wishes
 
 if TYPE_CHECKING:
     from .stream import Chunk
@@ -37,28 +37,18 @@ Examples:
   gristmill submit "Once upon a time" --max-tokens 64 --stream
   gristmill submit "Why is the sky blue?" --chat --wait --json
   gristmill submit "Ada Lovelace, born 1815" --json-schema person.json --wait
+  gristmill submit "Is 7 prime?" --chat --choice yes --choice no --temperature 0 --wait
+  gristmill submit "Weather in Oslo?" --chat --tools tools.json --tool-choice required --wait --json
   cat long.txt | gristmill submit - --chat --system "Summarise in one sentence." --wait
 """
 
 
-@click.command(help=SUBMIT_HELP)
+@click.command(help=SUBMIT_HELP, cls=GroupedCommand)
 @click.argument("prompt", metavar="PROMPT|-")
 @click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the chat template.")
 @click.option("--system", help="A system message before it; implies --chat.")
 @click.option("--model", help="Default: GRISTMILL_MODEL, or the only model served.")
-@click.option("--max-tokens", type=int, help="Tokens of output at most.")
-@click.option("--min-tokens", type=int, help="No end before so many tokens.")
-@click.option("--temperature", type=float, help="0 is greedy; default 1.")
-@click.option("--top-p", type=float)
-@click.option("--top-k", type=int)
-@click.option("--min-p", type=float)
-@click.option("--n", type=int, help="Choices to return.")
-@click.option("--best-of", type=int, help="Choices to make, of which the likeliest --n are returned.")
-@click.option("--seed", type=int, help="The same seed gives the same text.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @click.option("--adapter", "adapter_id", metavar="NAME", help="Through this LoRA adapter of the worker's.")
-@click.option("--json-schema", metavar="FILE", help="The answer is JSON that fits this schema.")
-@click.option("--ignore-eos", is_flag=True, default=None, help="Go on to --max-tokens.")
 @click.option(
     "--priority",
     type=click.Choice([p.value for p in Priority]),
@@ -74,6 +64,7 @@ Examples:
 @click.option(
     "--timeout-s", type=click.FloatRange(0), help="With --wait: how long. The job goes on afterwards."
 )
+@sampling_flags(*GROUPS)
 @connection
 @common
 def submit(
@@ -96,8 +87,6 @@ def submit(
     text = read_stdin() if prompt == "-" else prompt
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    sampling["stop"] = sampling["stop"] or None
-    sampling["response_format"] = schema_option(sampling.pop("json_schema"))
     with client_of(urls) as client:
         job = client.submit(
             None if chat or system else text,
@@ -108,7 +97,7 @@ def submit(
             tenant=tenant,
             deadline_s=deadline_s,
             idempotency_key=idempotency_key,
-            **sampling,
+            **wishes(sampling),
         )
         for warning in job.warnings:
             warn(warning)

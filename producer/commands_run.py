@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import click
 
 from ..schemas.errors import BadInput, GristmillError
-from . import bulk_output, bulk_session
+from . import bulk_output, bulk_session, core
 from .bulk import Progress
 from .bulk_output import STDOUT, Spool
 from .bulk_session import InvalidLines, Prepared, Session
@@ -22,13 +22,15 @@ from .console import Interrupts, common, connection, put_json, say, say_error, s
 from .knobs import engine_knobs, worker_flags
 from .link import Link
 from .progress import duration, show_progress
+from .sampling_flags import FOR_ROWS, GroupedCommand, dests, sampling_flags, wishes
 from .settings import ProducerSettings, load_producer_settings
 
 HELP = """Run every request of a JSONL file; write the answers in OpenAI's batch format, in input order.
 
 Lines are OpenAI batch lines (/v1/chat/completions, /v1/completions), or {"prompt": …} or {"messages": …}
-with max_tokens, temperature and so on beside it. The whole file is checked before anything runs. Stop it at
-any time: the same command goes on where it was, and runs no finished row again.
+with max_tokens, temperature and so on beside it; such flags here are for lines that do not say. The whole
+file is checked before anything runs. Stop it at any time: the same command goes on where it was, and runs no
+finished row again.
 
 \b
 Examples:
@@ -39,16 +41,13 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(help=HELP, cls=GroupedCommand)
 @click.argument("source", metavar="INPUT|-")
 @click.option("-o", "--output", required=True, metavar="FILE|-", help="Answers of rows that succeeded.")
 @click.option("--errors", metavar="FILE", help="Rows that failed; default: OUTPUT.errors.jsonl.")
 @click.option("--model", help="Default: what the lines name, GRISTMILL_MODEL, or the only one in the cache.")
-@click.option("--max-tokens", type=click.IntRange(1), help="For lines that do not say.")
 @click.option("--adapter", metavar="NAME", help="A LoRA adapter of the worker's; for lines that name none.")
 @click.option("--json-schema", metavar="FILE", help="Answers fit this schema; for lines that do not say.")
-@click.option("--temperature", type=click.FloatRange(0), help="For lines that do not say.")
-@click.option("--seed", type=click.IntRange(0), help="For lines that do not say.")
 @click.option(
     "--on-invalid",
     type=click.Choice(["fail", "skip"]),
@@ -61,6 +60,7 @@ Examples:
     "--window", "bulk_window", type=click.IntRange(1), help="Rows in the queue at once; default 512."
 )
 @click.option("--fresh", is_flag=True, help="Forget earlier runs over this file; run every row.")
+@sampling_flags(*FOR_ROWS)
 @engine_knobs
 @connection
 @common
@@ -90,7 +90,8 @@ def _prepare(
     file: BinaryIO, settings: ProducerSettings, link: Link, options: dict[str, Any], as_json: bool
 ) -> Prepared:
     """The checked input. Invalid lines are shown, then raised or (``skip``) left to the error file."""
-    defaults = {n: options[n] for n in ("max_tokens", "temperature", "seed") if options[n] is not None}
+    defaults = wishes({name: options[name] for name in dests(*FOR_ROWS)})
+    core.sampling_params(defaults)  # what is wrong with a flag is said once, not for every line
     if options["adapter"]:
         defaults["adapter_id"] = options["adapter"]
     if response_format := schema_option(options["json_schema"]):

@@ -104,13 +104,17 @@ def schema_option(path: str | None) -> dict[str, Any] | None:
     """The file of ``--json-schema`` as a ``response_format``. Raises InvalidSchema."""
     if path is None:
         return None
+    return {"type": "json_schema", "json_schema": {"schema": json_file(path, "json_schema")}}
+
+
+def json_file(path: str, param: str) -> Any:
+    """A file of JSON that an option names. Raises InvalidSchema."""
     try:
-        schema = loads(Path(path).read_bytes())
+        return loads(Path(path).read_bytes())
     except OSError as exc:
-        raise InvalidSchema(f"{path}: {exc.strerror}", param="json_schema") from exc
+        raise InvalidSchema(f"{path}: {exc.strerror}", param=param) from exc
     except InvalidJson as exc:
-        raise InvalidSchema(f"{path}: {exc.message}", param="json_schema") from exc
-    return {"type": "json_schema", "json_schema": {"schema": schema}}
+        raise InvalidSchema(f"{path}: {exc.message}", param=param) from exc
 
 
 def run_guarded(command: click.Command, args: Sequence[str] | None = None) -> int:
