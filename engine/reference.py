@@ -1,11 +1,13 @@
 """The slow, obvious generate(): every token from the whole sequence, no cache, no batch, nothing fused.
 
 What every faster path is compared against; they share only the checkpoint reader and the rope frequencies.
+For models of Llama's shape; other families are compared with transformers alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from .models.families import from_hf
 from .quant.weights import ModelWeights
 from .weights import expected_tensors
 
+_KNOWN = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm")
+
 
 class Reference:
     """One model on the CPU."""
@@ -25,6 +29,14 @@ class Reference:
     def __init__(self, directory: Path | str, dtype: torch.dtype = torch.float32) -> None:
         config = Config.load(Path(directory))
         self.spec, self.dtype = from_hf(config), dtype
+        more = [
+            field.name
+            for field in fields(self.spec)
+            if field.default is not MISSING
+            and field.name not in _KNOWN
+            and getattr(self.spec, field.name) != field.default
+        ]
+        assert not more, f"the reference knows nothing of {more}"
         weights = ModelWeights(Path(directory), config, self.spec)
         cpu = torch.device("cpu")
         self._weights = {name: weights.fetch(name, dtype, cpu) for name in expected_tensors(self.spec)}
@@ -44,23 +56,23 @@ class Reference:
         x = nnf.embedding(torch.tensor(list(tokens)), self._weights["model.embed_tokens.weight"])
         for layer in range(self.spec.num_layers):
             prefix = f"model.layers.{layer}."
-            x = x + self._attention(
-                prefix, self._norm(prefix + "input_layernorm", x), self.spec.windows[layer]
-            )
+            x = x + self._attention(prefix, self._norm(prefix + "input_layernorm", x), layer)
             x = x + self._mlp(prefix + "mlp.", self._norm(prefix + "post_attention_layernorm", x))
         x = self._norm("model.norm", x)
         return self._linear("model.embed_tokens" if self.spec.tied_embeddings else "lm_head", x)
 
-    def _attention(self, prefix: str, x: Tensor, window: int | None) -> Tensor:
+    def _attention(self, prefix: str, x: Tensor, layer: int) -> Tensor:
         spec, n = self.spec, len(x)
+        window, rope = spec.windows[layer], spec.ropes[layer]
         prefix += "self_attn."
         q = self._linear(prefix + "q_proj", x).view(n, spec.num_heads, spec.head_dim)
         k = self._linear(prefix + "k_proj", x).view(n, spec.num_kv_heads, spec.head_dim)
         v = self._linear(prefix + "v_proj", x).view(n, spec.num_kv_heads, spec.head_dim)
         if spec.qk_norm:
             q, k = self._norm(prefix + "q_norm", q), self._norm(prefix + "k_norm", k)
-        cos, sin = (t[:, None].to(self.dtype) for t in tables(spec.rope, spec.head_dim, n))
-        q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+        if rope is not None:
+            cos, sin = (t[:, None].to(self.dtype) for t in tables(rope, spec.head_dim, n))
+            q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
         k, v = k.repeat_interleave(spec.group, 1), v.repeat_interleave(spec.group, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k).float() * spec.head_dim**-0.5
         at = torch.arange(n)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..schemas.errors import Misconfigured
 from ..schemas.settings import default_home
 from .attention.backend import Attention
-from .attention.native_backend import NativeAttention
+from .attention.native_backend import NativeAttention, unsupported
 from .attention.torch_backend import TorchAttention
 from .batch import Piece, guess_rows, pack
 from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
@@ -28,11 +28,12 @@ from .lora.adapter import Adapter
 from .lora.files import Desk, open_desk
 from .lora.rows import Adapted, adapted
 from .memory import is_out_of_memory
+from .models.assembly import none_is
 from .models.config import Config
-from .models.decoder import Decoder, none_is
+from .models.decoder import Decoder
 from .models.families import from_hf
 from .models.spec import ModelSpec
-from .native.library import MAX_HEAD_DIM, Library, load
+from .native.library import Library, load
 from .quant.onload import quantizing
 from .quant.weights import ModelWeights
 from .settings import EngineSettings
@@ -150,17 +151,15 @@ class Runner:
         return partial(invariant, make) if self.deterministic else make
 
     def _elementwise(self, library: Library | None) -> Elementwise:
-        if library:
-            return library
-        return RowByRow(TorchElementwise()) if self.deterministic else TorchElementwise()
+        if self.deterministic:
+            return RowByRow(library or TorchElementwise(), native=library is not None)
+        return library or TorchElementwise()
 
     def _library(self, settings: EngineSettings) -> Library | None:
         if self.device.type != "cpu" or settings.attention == "torch":
             return None
-        reason = None
-        if self.spec.head_dim > MAX_HEAD_DIM:
-            reason = f"head_dim {self.spec.head_dim} is above {MAX_HEAD_DIM}"
-        elif self.block_size % 16:
+        reason = unsupported(self.spec)
+        if self.block_size % 16:
             reason = f"kv_block_size {self.block_size} is no multiple of 16"
         if reason:
             log.warning("kernel.unavailable", extra={"reason": reason})
@@ -175,8 +174,9 @@ class Runner:
             )
         if settings.attention == "cpu":
             raise Misconfigured(
-                "attention=cpu needs a CPU, float32 or bfloat16, kv_block_size a multiple of 16, and a C++ "
-                "compiler or a kernel built earlier; the log event kernel.unavailable says what is missing. "
+                "attention=cpu needs a CPU, float32 or bfloat16, kv_block_size a multiple of 16, a C++ "
+                "compiler or a kernel built earlier, and a model whose attention the kernel has; the log "
+                "event kernel.unavailable says what is missing. "
                 "attention=auto falls back to torch"
             )
         return TorchAttention(

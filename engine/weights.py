@@ -13,10 +13,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..schemas.errors import ModelInvalid
+from .models.layout import joints, layer_prefix, moe_joints
 from .models.spec import ModelSpec
 
-HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
-"""Written by old transformers versions; worked out from the config instead."""
+HARMLESS_SUFFIXES = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attn.causal_mask",
+    ".attn.attention.bias",
+    ".attn.attention.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
+"""Frequencies and masks, written by old transformers versions; worked out from the config instead."""
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
 
@@ -36,41 +47,66 @@ class Stored:
 
 def expected_tensors(spec: ModelSpec) -> Shapes:
     """Name and shape of every tensor that a checkpoint of this spec must hold, in Hugging Face names."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    shapes: Shapes = {
-        "model.embed_tokens.weight": (spec.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
+    names, base, hidden = spec.names, spec.names.base, spec.hidden_size
+    shapes: Shapes = {f"{base}{names.embedding}.weight": (spec.vocab_size, hidden)}
+    if names.positions is not None:
+        rows = spec.max_positions + spec.position_offset
+        shapes[f"{base}{names.positions}.weight"] = (rows, hidden)
     if not spec.tied_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
-    linears = {
-        "self_attn.q_proj": (spec.q_size, hidden, spec.qkv_bias),
-        "self_attn.k_proj": (spec.kv_size, hidden, spec.qkv_bias),
-        "self_attn.v_proj": (spec.kv_size, hidden, spec.qkv_bias),
-        "self_attn.o_proj": (hidden, spec.q_size, spec.output_bias),
-        "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.up_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.down_proj": (hidden, inner, spec.mlp_bias),
-    }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if spec.qk_norm:
-        norms |= {"self_attn.q_norm": spec.head_dim, "self_attn.k_norm": spec.head_dim}
+        shapes[f"{names.head}.weight"] = (spec.vocab_size, hidden)
+    if spec.head_bias:
+        shapes[f"{names.head}.bias"] = (spec.vocab_size,)
+    norms = [base + norm for norm in (names.embedding_norm, names.norm) if norm is not None]
     for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}."
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-        for name, size in norms.items():
-            shapes[f"{prefix}{name}.weight"] = (size,)
+        prefix = layer_prefix(spec, layer)
+        shapes |= _linears(spec, layer, prefix) | _head_norms(spec, prefix)
+        found = (names.attention_norm, names.attention_post_norm, names.mlp_norm, names.mlp_post_norm)
+        norms += [prefix + norm for norm in found if norm is not None]
+    for norm in norms:
+        shapes[f"{norm}.weight"] = (hidden,)
+        if spec.norm_bias:
+            shapes[f"{norm}.bias"] = (hidden,)
+    return shapes
+
+
+def _linears(spec: ModelSpec, layer: int, prefix: str) -> Shapes:
+    moe = moe_joints(spec, layer)
+    modules = [module for joint in joints(spec, layer).values() for module in joint.modules]
+    shapes: Shapes = {}
+    for module in (*modules, *(moe.modules if moe else ())):
+        size = (module.rows, module.columns)
+        shapes[f"{prefix}{module.name}.weight"] = size[::-1] if spec.names.transposed else size
+        if module.bias:
+            shapes[f"{prefix}{module.name}.bias"] = (module.rows,)
+    return shapes
+
+
+def _head_norms(spec: ModelSpec, prefix: str) -> Shapes:
+    shapes: Shapes = {}
+    for name, heads in ((spec.names.q_norm, spec.num_heads), (spec.names.k_norm, spec.num_kv_heads)):
+        stored: Shapes = {
+            "head": {name: (spec.head_dim,)},
+            "heads": {name: (heads, spec.head_dim)},
+            "listed": {f"{name}.norms.{i}": (spec.head_dim,) for i in range(heads)},
+            "row": {name: (heads * spec.head_dim,)},
+            None: {},
+        }[spec.qk_norm]
+        for norm, size in stored.items():
+            shapes[f"{prefix}{norm}.weight"] = size
+            if spec.qk_norm_bias:
+                shapes[f"{prefix}{norm}.bias"] = size
     return shapes
 
 
 class Checkpoint:
     """The safetensors of one model directory, memory-mapped: one file, or an index over several."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open all files. Raises ModelInvalid naming the file that is missing, cut short or not valid."""
+    def __init__(self, directory: Path, base: str = "") -> None:
+        """Open all files. Raises ModelInvalid naming the file that is missing, cut short or not valid.
+
+        ``base``: begins the names of a model with a head; where no name does, the model was saved without
+        one, and its tensors are known as if they had it.
+        """
         self.directory = directory
         self._files: dict[str, Any] = {}
         single = directory / "model.safetensors"
@@ -87,23 +123,25 @@ class Checkpoint:
                     )
         else:
             raise ModelInvalid(f"{directory} holds neither {single.name} nor {index.name}")
+        bare = base and not any(name.startswith(base) for name in self._where)
+        self._stored = {base + name if bare and name not in HEADS else name: name for name in self._where}
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self._where)
+        return frozenset(self._stored)
 
     def verify(self, expected: Shapes, *, tied: bool) -> None:
         """Raise ModelInvalid unless the checkpoint holds exactly ``expected``, by name and shape.
 
-        A tied model may carry a redundant ``lm_head.weight``; it is not read.
+        A tied model may carry a redundant head; it is not read.
         """
         self.verify_stored({name: Stored(shape) for name, shape in expected.items()}, tied=tied)
 
     def verify_stored(self, expected: Mapping[str, Stored], *, tied: bool) -> frozenset[str]:
         """The same for tensors in any number format; which of them are there, for some are optional."""
-        present = {name for name in self._where if not name.endswith(HARMLESS_SUFFIX)}
+        present = {name for name in self._stored if not name.endswith(HARMLESS_SUFFIXES)}
         if tied:
-            present.discard("lm_head.weight")
+            present -= set(HEADS)
         wanted = {name for name, stored in expected.items() if not stored.optional}
         if missing := sorted(wanted - present):
             raise self._invalid("lacks", missing)
@@ -115,7 +153,8 @@ class Checkpoint:
         return frozenset(present & expected.keys())
 
     def _compare(self, name: str, stored: Stored) -> None:
-        piece = self._files[self._where[name]].get_slice(name)
+        file, stored_name = self._place(name)
+        piece = file.get_slice(stored_name)
         found, kind = tuple(cast("list[int]", piece.get_shape())), str(piece.get_dtype())
         if stored.shape is not None and found not in (stored.shape, *stored.also):
             raise ModelInvalid(
@@ -136,9 +175,15 @@ class Checkpoint:
 
     def _mapped(self, name: str) -> Tensor:
         try:
-            return self._files[self._where[name]].get_tensor(name)
+            file, stored_name = self._place(name)
+            return file.get_tensor(stored_name)
         except SafetensorError as exc:
             raise ModelInvalid(f"{self.directory}: tensor {name!r} cannot be read: {exc}") from exc
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        """The open file that holds a tensor, and what it is called there."""
+        stored = self._stored[name]
+        return self._files[self._where[stored]], stored
 
     def _open(self, path: Path) -> set[str]:
         """Keep the file open; the names it holds."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..batch import Batch, Int32
 from ..kv_cache import KVCache
 from ..layers.rope import tables
-from ..models.spec import ModelSpec
-from ..native.library import Library
+from ..models.spec import ModelSpec, RopeSpec
+from ..native.library import MAX_HEAD_DIM, Library
 
 QUERY_ROWS = 48
 """Query rows (tokens x heads of a group) of a prefill work item: they share each key and value read."""
@@ -22,6 +22,19 @@ NEVER = 2**31 - 1
 
 ITEM_FIELDS = 7
 """row, tokens, position of the first, block table, first key, end of keys, scratch part (-1: none)."""
+
+
+def unsupported(spec: ModelSpec) -> str | None:
+    """What the kernel lacks for this model, if anything."""
+    if spec.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {spec.head_dim} is above {MAX_HEAD_DIM}"
+    if spec.head_dim % 2:
+        return f"head_dim {spec.head_dim} is odd"
+    if spec.softcap is not None:
+        return f"scores are capped at {spec.softcap:g}"
+    if spec.alibi:
+        return "scores have linear biases (ALiBi)"
+    return None
 
 
 class NativeAttention:
@@ -35,9 +48,12 @@ class NativeAttention:
         """``uniform``: the same instructions for a row whether it is decoded or part of a prefill."""
         assert block_size % library.lanes == 0, f"block size {block_size} is no multiple of {library.lanes}"
         self.spec, self.block_size, self._lib = spec, block_size, library
-        self._cos, self._sin = tables(spec.rope, spec.head_dim, max_len)
+        kinds = list(dict.fromkeys(spec.ropes))
+        self._kinds = [kinds.index(rope) for rope in spec.ropes]
+        self._angles = [_angles(rope, spec.head_dim, max_len) for rope in kinds]
+        self._turning = [rope is not None for rope in kinds]
         self._padded = -(-spec.head_dim // library.lanes) * library.lanes
-        self._scale = spec.head_dim**-0.5
+        self._scale = spec.scale
         self._windows = [window or 0 for window in spec.windows]
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, library.threads)
         self._uniform, self._split = int(uniform), NEVER if uniform else SPLIT_TOKENS
@@ -55,12 +71,17 @@ class NativeAttention:
         self._scratch = torch.empty(parts * self.spec.num_heads * (self._padded + 2))
         self._tables = batch.tables
         self._batch = batch  # owns the memory behind the pointers below
-        self._where = (
-            batch.slots.data_ptr(),
-            batch.positions.data_ptr(),
-            self._cos.data_ptr(),
-            self._sin.data_ptr(),
-        )
+        positions = batch.positions
+        self._nowhere = positions if all(self._turning) else torch.zeros_like(positions)
+        self._where = [
+            (
+                batch.slots.data_ptr(),
+                (positions if turning else self._nowhere).data_ptr(),
+                cos.data_ptr(),
+                sin.data_ptr(),
+            )
+            for turning, (cos, sin) in zip(self._turning, self._angles, strict=True)
+        ]
         self._plan = (
             self._items.ctypes.data,
             len(self._items),
@@ -81,7 +102,7 @@ class NativeAttention:
             data,
             keys,
             values,
-            *self._where,
+            *self._where[self._kinds[layer]],
             None if q_norm is None else q_norm.data_ptr(),
             None if k_norm is None else k_norm.data_ptr(),
             self.spec.norm_eps,
@@ -102,6 +123,11 @@ class NativeAttention:
             self._uniform,
         )
         return out
+
+
+def _angles(rope: RopeSpec | None, head_dim: int, max_len: int) -> tuple[Tensor, Tensor]:
+    """cos and sin; where nothing turns one row, that of position 0."""
+    return tables(rope, head_dim, max_len) if rope else tables(RopeSpec(), head_dim, 1)
 
 
 def work_items(batch: Batch, tile: int, split: int = SPLIT_TOKENS) -> tuple[Int32, Int32, int]:

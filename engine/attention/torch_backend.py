@@ -45,9 +45,14 @@ class TorchAttention:
     ) -> None:
         """``uniform``: each row by itself, as if it were decoded; slow."""
         self.spec, self.block_size, self.device, self._uniform = spec, block_size, device, uniform
-        cos, sin = tables(spec.rope, spec.head_dim, max_len)
-        self._cos, self._sin = cos.to(device), sin.to(device)
+        self._angles = {
+            rope: tuple(table.to(device) for table in tables(rope, spec.head_dim, max_len))
+            for rope in dict.fromkeys(spec.ropes)
+            if rope
+        }
         self._norm = TorchElementwise().rms_norm
+        self._is_bent = bool(spec.alibi) or spec.softcap is not None
+        self._slopes = torch.tensor(spec.alibi, device=device)[:, None, None] if spec.alibi else None
 
     def block_shape(self) -> tuple[int, ...]:
         return (self.block_size, self.spec.num_kv_heads, self.spec.head_dim)
@@ -58,8 +63,10 @@ class TorchAttention:
 
     def begin(self, batch: Batch) -> None:
         self._slots = batch.slots
-        self._step_cos = self._cos[batch.positions].unsqueeze(1)
-        self._step_sin = self._sin[batch.positions].unsqueeze(1)
+        self._step_angles = {
+            rope: tuple(table[batch.positions].unsqueeze(1) for table in angles)
+            for rope, angles in self._angles.items()
+        }
         slots = self._context_slots(batch)
         rows = zip(batch.first_row.tolist(), batch.counts.tolist(), batch.starts.tolist(), slots, strict=True)
         self._spans = [_Span(*row) for row in rows]
@@ -72,7 +79,9 @@ class TorchAttention:
         q, k, v = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         if q_norm is not None and k_norm is not None:
             q, k = self._norm(q, q_norm, spec.norm_eps), self._norm(k, k_norm, spec.norm_eps)
-        q, k = rotate(q, self._step_cos, self._step_sin), rotate(k, self._step_cos, self._step_sin)
+        if (rope := spec.ropes[layer]) is not None:
+            cos, sin = self._step_angles[rope]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         keys, values = self._keys[layer], self._values[layer]
         keys.index_copy_(0, self._slots, k)
         values.index_copy_(0, self._slots, v)
@@ -82,7 +91,7 @@ class TorchAttention:
             rows = slice(span.first, span.first + span.count)
             oldest = 0 if window is None else max(0, span.start + 1 - window)
             slots = span.slots[oldest:]
-            attend = self._one_row if span.count == 1 else self._many_rows
+            attend = self._bent if self._is_bent else self._one_row if span.count == 1 else self._many_rows
             queries = q[rows].clone() if self._uniform else q[rows]  # at an allocation's alignment
             out[rows] = attend(queries, keys[slots], values[slots], span.start - oldest, window)
         return out.view(len(qkv), -1)
@@ -91,7 +100,9 @@ class TorchAttention:
         """Decode: every key left is visible. q: [1, heads, dim]; k, v: [context, kv_heads, dim]."""
         del start, window
         rows = q.view(1, self.spec.num_kv_heads, self.spec.group, self.spec.head_dim)
-        out = nnf.scaled_dot_product_attention(rows, k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+        out = nnf.scaled_dot_product_attention(
+            rows, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=self.spec.scale
+        )
         return out.view_as(q)
 
     def _many_rows(self, q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None) -> Tensor:
@@ -100,15 +111,31 @@ class TorchAttention:
         k, v = (x.transpose(0, 1).repeat_interleave(group, 0)[None] for x in (k, v))
         queries = q.transpose(0, 1)[None]
         if start == 0 and (window is None or window >= context):
-            out = nnf.scaled_dot_product_attention(queries, k, v, is_causal=True)
+            out = nnf.scaled_dot_product_attention(queries, k, v, is_causal=True, scale=self.spec.scale)
         else:
             at = torch.arange(start, start + count, device=q.device)[:, None]
             seen = torch.arange(context, device=q.device)[None]
             mask = seen <= at
             if window is not None:
                 mask &= seen > at - window
-            out = nnf.scaled_dot_product_attention(queries, k, v, attn_mask=mask)
+            out = nnf.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=self.spec.scale)
         return out[0].transpose(0, 1)
+
+    def _bent(self, q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None) -> Tensor:
+        """Any number of rows where more happens to scores than scaling: softcap, then ALiBi. In float32."""
+        spec, count, context = self.spec, len(q), len(k)
+        rows = q.float().view(count, spec.num_kv_heads, spec.group, spec.head_dim)
+        scores = torch.einsum("qkgd,ckd->kgqc", rows, k.float()).flatten(0, 1) * spec.scale
+        if spec.softcap is not None:
+            scores = (scores / spec.softcap).tanh() * spec.softcap
+        at = torch.arange(start, start + count, device=q.device)[:, None]
+        back = at - torch.arange(context, device=q.device)[None]
+        if self._slopes is not None:
+            scores = scores - self._slopes * back
+        hidden = back < 0 if window is None else (back < 0) | (back >= window)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        weights = weights.view(spec.num_kv_heads, spec.group, count, context)
+        return torch.einsum("kgqc,ckd->qkgd", weights, v.float()).reshape(q.shape).to(q.dtype)
 
     def _context_slots(self, batch: Batch) -> tuple[Tensor, ...]:
         """Per sequence the flat slots of all its keys, in one copy to the device."""

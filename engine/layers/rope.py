@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from ..models.spec import RopeSpec
 
 
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """[head_dim / 2] float32, scaling applied."""
+def inverse_frequencies(rope: RopeSpec, head_dim: int, positions: int = 0) -> Tensor:
+    """[rotated dimensions / 2] float32, scaling applied; longrope's for contexts of up to ``positions``."""
+    head_dim = rope.rotary_dim or head_dim
     powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     plain = 1.0 / powers
+    if rope.kind == "longrope":
+        far = positions > rope.original_max_positions
+        return 1.0 / (torch.tensor(rope.long_factors if far else rope.short_factors) * powers)
     if rope.kind == "linear":
         return plain / rope.factor
     if rope.kind == "llama3":
@@ -25,9 +30,15 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
 
 
 def tables(rope: RopeSpec, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, [positions, head_dim / 2] float32, the attention factor multiplied in."""
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * inverse_frequencies(rope, head_dim)
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    """cos and sin, [positions, head_dim / 2] float32, the attention factor multiplied in.
+
+    The last dimensions of a half are those that are not rotated.
+    """
+    frequencies = inverse_frequencies(rope, head_dim, positions)
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
+    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    kept = head_dim // 2 - len(frequencies)
+    return nnf.pad(cos, (0, kept), value=1.0), nnf.pad(sin, (0, kept))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

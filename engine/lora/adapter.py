@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,19 +15,18 @@ from torch import Tensor
 from ...schemas.errors import AdapterInvalid
 from ..layers.invariant import Make
 from ..layers.linear import Linear
+from ..models.layout import Joined, Joint, joints, layer_prefix
 from ..models.spec import ModelSpec
 from .config import AdapterConfig, load_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-Joined = Literal["qkv", "output", "gate_up", "down"]
-"""The decoder's linears of one layer."""
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a Hugging Face module lies in one of the decoder's linears: rows ``first : first + rows``."""
+    """Where a Hugging Face module lies in one of the decoder's linears, before that is put in the decoder's
+    order: rows ``first : first + rows``."""
 
     linear: Joined
     first: int
@@ -35,18 +34,15 @@ class Place:
     columns: int
 
 
-def places(spec: ModelSpec) -> dict[str, Place]:
-    """Every module of a layer that an adapter may change, by its name within the layer."""
-    q, kv, hidden, inner = spec.q_size, spec.kv_size, spec.hidden_size, spec.intermediate_size
-    return {
-        "self_attn.q_proj": Place("qkv", 0, q, hidden),
-        "self_attn.k_proj": Place("qkv", q, kv, hidden),
-        "self_attn.v_proj": Place("qkv", q + kv, kv, hidden),
-        "self_attn.o_proj": Place("output", 0, hidden, q),
-        "mlp.gate_proj": Place("gate_up", 0, inner, hidden),
-        "mlp.up_proj": Place("gate_up", inner, inner, hidden),
-        "mlp.down_proj": Place("down", 0, hidden, inner),
-    }
+def places(spec: ModelSpec, layer: int) -> dict[str, Place]:
+    """Every module of a layer that an adapter may change, by its name within the layer; experts are not."""
+    found: dict[str, Place] = {}
+    for linear, joint in joints(spec, layer).items():
+        first = 0
+        for module in joint.modules:
+            found[module.name] = Place(linear, first, module.rows, module.columns)
+            first += module.rows
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +70,10 @@ class Blueprint:
     @property
     def elements(self) -> int:
         """Numbers in all joined matrices."""
-        sizes = linear_sizes(self.spec)
         return sum(
-            sum(part.rank for part in parts) * sum(sizes[linear]) for (_, linear), parts in self.parts.items()
+            sum(part.rank for part in parts) * (joint.rows + joint.columns)
+            for (layer, linear), parts in self.parts.items()
+            for joint in (joints(self.spec, layer)[linear],)
         )
 
 
@@ -101,24 +98,15 @@ class Adapter:
             y += part.up(part.down(x))
 
 
-def linear_sizes(spec: ModelSpec) -> dict[Joined, tuple[int, int]]:
-    """(rows, columns) of each of a layer's linears."""
-    sizes: dict[Joined, tuple[int, int]] = {}
-    for place in places(spec).values():
-        rows, _ = sizes.get(place.linear, (0, 0))
-        sizes[place.linear] = (rows + place.rows, place.columns)
-    return sizes
-
-
 def survey(directory: Path, spec: ModelSpec, max_rank: int) -> Blueprint:
     """Check config, names and shapes without reading a weight. Raises AdapterInvalid with what is wrong."""
-    config = load_config(directory)
+    config = load_config(directory, spec.names.layers)
     shapes = _shapes(directory / WEIGHTS_FILE)
     parts: dict[tuple[int, Joined], list[Part]] = {}
     expected: dict[str, tuple[int, ...]] = {}
     for layer in range(spec.num_layers):
-        for name, place in places(spec).items():
-            module = f"model.layers.{layer}.{name}"
+        for name, place in places(spec, layer).items():
+            module = f"{layer_prefix(spec, layer)}{name}"
             if config.targets(module):
                 part = _part(config, module, place, directory, max_rank)
                 parts.setdefault((layer, place.linear), []).append(part)
@@ -137,7 +125,7 @@ def load(blueprint: Blueprint, dtype: torch.dtype, device: torch.device, make: M
             digest = hashlib.file_digest(file, "sha256")
         with torch.inference_mode(), safe_open(path, framework="pt") as opened:  # pyright: ignore[reportUnknownVariableType]
             for (layer, linear), parts in blueprint.parts.items():
-                down, up = _join(opened, parts, linear_sizes(blueprint.spec)[linear])
+                down, up = _join(opened, parts, joints(blueprint.spec, layer)[linear])
                 if not (down.isfinite().all() and up.isfinite().all()):
                     raise AdapterInvalid(
                         f"{path}: {parts[0].module} or its neighbours hold values that are no numbers"
@@ -150,18 +138,17 @@ def load(blueprint: Blueprint, dtype: torch.dtype, device: torch.device, make: M
     return Adapter(loaded, digest.hexdigest())
 
 
-def _join(opened: Any, parts: Sequence[Part], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _join(opened: Any, parts: Sequence[Part], joint: Joint) -> tuple[Tensor, Tensor]:
     """float32: all A [ranks, columns], and all B, scaled, in their blocks of [rows, ranks]."""
-    rows, columns = size
     ranks = sum(part.rank for part in parts)
-    down, up = torch.empty(ranks, columns), torch.zeros(rows, ranks)
+    down, up = torch.empty(ranks, joint.columns), torch.zeros(joint.rows, ranks)
     at = 0
     for part in parts:
         a, b = (cast("Tensor", opened.get_tensor(name)).float() for name in _tensor_names(part.module))
         down[at : at + part.rank] = a
         up[part.place.first : part.place.first + part.place.rows, at : at + part.rank] = b * part.scale
         at += part.rank
-    return down, up
+    return down, up if joint.order is None else up[torch.tensor(joint.order)]
 
 
 def _part(config: AdapterConfig, module: str, place: Place, directory: Path, max_rank: int) -> Part:

@@ -29,7 +29,6 @@ _MEANS = frozenset[str](
 _KEEPS_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base model's weights alone. The others (pissa, olora, corda,
 lora_ga, loftq …) move part of the base into the adapter: beside the original base it would count twice."""
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,11 @@ class AdapterConfig:
     scale: Callable[[str], float]
 
 
-def load_config(directory: Path) -> AdapterConfig:
-    """Read and check ``directory``'s config. Raises AdapterInvalid naming the field."""
+def load_config(directory: Path, layers: str = "layers") -> AdapterConfig:
+    """Read and check ``directory``'s config. Raises AdapterInvalid naming the field.
+
+    ``layers``: what the model calls its list of layers.
+    """
     path = directory / CONFIG_FILE
     try:
         found: Any = json.loads(path.read_bytes())
@@ -50,12 +52,12 @@ def load_config(directory: Path) -> AdapterConfig:
         raise AdapterInvalid(f"{path} cannot be read: {exc}") from exc
     if not isinstance(found, dict):
         raise AdapterInvalid(f"{path} is not a JSON object")
-    return _Parser(cast("dict[str, Any]", found), path).config()
+    return _Parser(cast("dict[str, Any]", found), path, layers).config()
 
 
 class _Parser:
-    def __init__(self, values: dict[str, Any], path: Path) -> None:
-        self._values, self._path = values, path
+    def __init__(self, values: dict[str, Any], path: Path, layers: str) -> None:
+        self._values, self._path, self._layers = values, path, layers
 
     def config(self) -> AdapterConfig:
         self._refuse_what_we_lack()
@@ -78,10 +80,9 @@ class _Parser:
             raise self._invalid(f"peft_type is {values.get('peft_type')!r}; LORA is supported")
         if values.get("bias", "none") != "none":
             raise self._invalid(f"bias is {values['bias']!r}: trained biases are not supported, none is")
-        if values.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
-            raise self._invalid(
-                f"layers_pattern is {values['layers_pattern']!r}; these models call them layers"
-            )
+        pattern = values.get("layers_pattern")
+        if pattern not in (None, [], "", self._layers, [self._layers]):
+            raise self._invalid(f"layers_pattern is {pattern!r}; this model calls them {self._layers}")
         start = values.get("init_lora_weights", True)
         if start not in _KEEPS_THE_BASE:
             raise self._invalid(
@@ -97,10 +98,11 @@ class _Parser:
         if wanted is None:
             raise self._invalid("target_modules is missing")
         layers: Any = self._values.get("layers_to_transform")
+        numbered = re.compile(rf"(?:^|\.){self._layers}\.(\d+)\.")
         chosen: list[Any] = [layers] if isinstance(layers, int) else layers or []
 
         def targets(module: str) -> bool:
-            layer = _LAYER.search(module)
+            layer = numbered.search(module)
             if chosen and (layer is None or int(layer[1]) not in chosen):
                 return False
             return wanted(module) and not (unwanted and unwanted(module))

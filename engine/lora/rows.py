@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..batch import Piece
 from ..layers.linear import Linear
-from .adapter import Adapter, Joined
+from ..models.layout import Joined
+from .adapter import Adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..layers.elementwise import TorchElementwise
 from .build import BuildFailed, build
 
 log = logging.getLogger(__name__)
@@ -23,8 +24,10 @@ _SIGNATURES = {
 }
 
 
-class Library:
-    """Kernels for one dtype, float32 or bfloat16. Tensors must be contiguous, of that dtype, on the CPU."""
+class Library(TorchElementwise):
+    """Kernels for one dtype, float32 or bfloat16. Tensors must be contiguous, of that dtype, on the CPU.
+
+    Operations that have none are torch's."""
 
     def __init__(self, path: Path, dtype: torch.dtype, threads: int) -> None:
         assert dtype in (torch.float32, torch.bfloat16), dtype

@@ -35,8 +35,10 @@ class ModelWeights:
 
     def __init__(self, directory: Path, config: Config, spec: ModelSpec) -> None:
         """Raises ModelInvalid."""
-        self._checkpoint = Checkpoint(directory)
+        self._checkpoint = Checkpoint(directory, spec.names.base)
         self.method = method_of(config)
+        if self.method is not None and spec.names.transposed:
+            raise config.invalid(f"{self.method.name} of weights stored [in, out] is not supported")
         expected = {name: Stored(shape) for name, shape in expected_tensors(spec).items()}
         self._sites: dict[str, Site] = {}
         if self.method is not None:

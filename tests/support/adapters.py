@@ -12,6 +12,7 @@ from gristmill.engine.lora.adapter import places
 from gristmill.engine.lora.config import load_config
 from gristmill.engine.models.config import Config
 from gristmill.engine.models.families import from_hf
+from gristmill.engine.models.layout import layer_prefix
 from safetensors.torch import save_file
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -51,8 +52,8 @@ def write_adapter(
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(spec.num_layers):
-        for name, place in places(spec).items():
-            module = f"model.layers.{layer}.{name}"
+        for name, place in places(spec, layer).items():
+            module = f"{layer_prefix(spec, layer)}{name}"
             if read.targets(module):
                 r = read.rank(module)
                 key = f"base_model.model.{module}"

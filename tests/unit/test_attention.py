@@ -49,13 +49,10 @@ def spec_of(
         head_dim=dim,
         intermediate_size=8,
         norm_eps=1e-5,
-        rope=RopeSpec(),
+        ropes=(RopeSpec(),),
         max_positions=MAX_LEN,
         tied_embeddings=True,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=qk_norm,
+        qk_norm="head" if qk_norm else None,
         windows=(window,),
         eos_token_ids=(),
     )
@@ -83,7 +80,7 @@ def textbook(qkv: Tensor, first: int, spec: ModelSpec, norms: tuple[Tensor, Tens
             x * (x.square().mean(-1, True) + spec.norm_eps).rsqrt() * w
             for x, w in zip((q, k), norms, strict=True)
         )
-    cos, sin = (t[:n, None].double() for t in tables(spec.rope, spec.head_dim, n))
+    cos, sin = (t[:n, None].double() for t in tables(RopeSpec(), spec.head_dim, n))
     q, k = (
         torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1))
     )

@@ -1,0 +1,63 @@
+"""What follows attention in a layer: an MLP, or a choice among several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..layers.linear import Linear
+from ..lora.rows import Rows, project
+
+
+class FeedForward(Protocol):
+    """[rows, hidden] → [rows, hidden]; ``rows``: which of them have an adapter."""
+
+    def __call__(self, x: Tensor, rows: Sequence[Rows] = ()) -> Tensor: ...
+
+
+class Mlp:
+    """down(act(up(x))); the activation of a gated one reads both halves of what ``up`` says."""
+
+    def __init__(self, up: Linear, down: Linear, activate: Callable[[Tensor], Tensor], layer: int) -> None:
+        self._up, self._down, self._activate, self._layer = up, down, activate, layer
+
+    def __call__(self, x: Tensor, rows: Sequence[Rows] = ()) -> Tensor:
+        inner = self._activate(project(self._up, x, rows, self._layer, "gate_up"))
+        return project(self._down, inner, rows, self._layer, "down")
+
+
+class Experts:
+    """Each row goes through the experts that the router scores highest, weighted by these scores.
+
+    A row's sum is in the order of the experts' numbers, whoever else is in the batch.
+    """
+
+    def __init__(
+        self,
+        router: Linear,
+        experts: Sequence[FeedForward],
+        chosen: int,
+        normalised: bool,
+        shared: FeedForward | None,
+        gate: Linear | None,
+    ) -> None:
+        self._router, self._experts, self._chosen, self._normalised = router, experts, chosen, normalised
+        self._shared, self._gate = shared, gate
+
+    def __call__(self, x: Tensor, rows: Sequence[Rows] = ()) -> Tensor:
+        del rows  # adapters of experts are refused when they are read
+        weights, chosen = self._router(x).float().softmax(-1).topk(self._chosen)
+        if self._normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        out = torch.zeros_like(x)
+        reached = cast("list[int]", chosen.flatten().tolist())  # pyright: ignore[reportUnknownMemberType]
+        for number in sorted(set(reached)):
+            row, place = torch.where(chosen == number)
+            out.index_add_(0, row, self._experts[number](x[row]) * weights[row, place, None])
+        if self._shared is not None and self._gate is not None:
+            out += self._gate(x).sigmoid() * self._shared(x)
+        return out
