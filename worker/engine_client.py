@@ -146,7 +146,7 @@ class EngineClient:
     def armed(self, attempt: str) -> None:
         """The answer to ``Listener.arm``, any time later."""
         with self._lock:
-            if attempt == self._arming:  # not for a trial that a crash has ended
+            if attempt == self._arming:  # not for a trial that was called off
                 self._arming, self._armed = None, attempt
                 self._arrange()
 
@@ -296,7 +296,7 @@ class EngineClient:
             # Who had just been sent is not to blame, unless reading it is all that the engine had to do.
             ran = self._inside - untaken or self._inside
             verdict = self._trials.crashed({attempt_of(request_id) for request_id in ran})
-            self._inside, self._leaving, self._arming = set(), set(), None
+            self._inside, self._leaving = set(), set()  # who is being armed is not inside: the answer counts
             if self._armed in verdict.suspects:
                 self._armed = None  # the crash itself goes on its record
         self.stats = None  # the next one's cache is empty: room must not be judged by these

@@ -36,7 +36,8 @@ class Verdict:
 class Trials:
     """Bisects the requests that were running in a crash. Pure: no threads, no I/O.
 
-    A suspect is who made no token since the engine started, was in each of the last ``REPEATED`` crashes,
+    A suspect is who made no token since the engine started, or was in each of the last ``REPEATED`` crashes,
+    or in each of the last ``SOON`` within ``SOON_TOKENS`` tokens. Suspects run in groups while others wait:
     a group that outlives its last crash by a token each is cleared, a group that crashes is halved, and one
     that crashes alone is the culprit. It is tried again after the others, until its owner removes it.
 

@@ -398,7 +398,7 @@ def _unfolded(rules: Rules, record: Record) -> History:
     history = History() if rules.company_is_no_strike else Blunt()
     history.strikes, history._losses, history._crashed = record.strikes, record.losses, record.crashed
     history._attempt = EVENTS["started"] if record.open else None  # type: ignore[assignment]
-    history._quiet, history._alone, history._tokens = record.quiet, record.alone, record.tokens
+    history._quiet, history._alone, history._tokens = record.quiet, record.alone, {0: record.tokens}
     return history
 
 

@@ -32,6 +32,7 @@ def engines_that_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     [
         pytest.param(Size((0, None)), 5, 1_500, id="one culprit, one neighbour"),
         pytest.param(Size((0, None), faults=1), 5, 10_000, id="and a kill or a drain from outside"),
+        pytest.param(Size((0, None), tokens=2, faults=1), 5, 15_000, id="and each has two tokens to make"),
         pytest.param(Size((1, None)), 11, 4_000, id="it makes a token each time"),
         pytest.param(Size((0, 0)), 10, 10_000, id="two culprits"),
         pytest.param(AMONG_TWENTY, 16, 10_000, id="two culprits, twenty neighbours"),
