@@ -357,12 +357,14 @@ class Model:
         trials._members = {name: _Member(*member) for name, member in state.members}
         trials._groups = deque(state.groups)
         it._trials, it._process = trials, FakeProcess(it._settings)  # type: ignore[assignment]
+        it._open = {name: {name} for name in trials._members}
         it._inside, it._leaving = set(state.inside), set(state.leaving)
         it._arming, it._armed, it._proven = state.arming, state.armed, state.proven
 
     def _save(self) -> Client:
         it = self._client
         it._trials.check()
+        assert it._open == {name: {name} for name in it._trials._members}, "an attempt is its one request"
         return Client(
             tuple((name, _values(member)) for name, member in sorted(it._trials._members.items())),
             tuple(it._trials._groups),
