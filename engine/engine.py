@@ -138,7 +138,8 @@ class Engine:
             limit=min(len(request.prompt_ids) + request.max_tokens, self._runner.max_model_len),
             end_ids=self._end_ids(request),
             number=self._number,
-            fast_forward=self.fast_forward and request.logprobs is None,  # they are made of logits
+            # Log probabilities are made of logits, and a text may be forced from its first token to its last.
+            fast_forward=self.fast_forward and request.logprobs is None and request.prompt_logprobs is None,
         )
         if len(seq.tokens) >= seq.limit and not request.grammar:  # an earlier attempt did not get to say so
             self._ended.append(Output(id=request.id, token_ids=[], finish="length"))

@@ -62,6 +62,8 @@ class Said:
     closed: bool | None = None
     error: str | None = None
     logprobs: list[float] = field(default_factory=list[float])
+    prompt: list[float] = field(default_factory=list[float])
+    """Log probabilities, too."""
 
     @property
     def tokens(self) -> list[int]:
@@ -116,6 +118,7 @@ def run(engine: Engine, requests: Iterable[Request], late: Iterable[Request] = (
             one = said[output.id]
             one.pieces.append(output.token_ids)
             one.logprobs += [told.logprob for told in output.logprobs]
+            one.prompt += [told.logprob for told in output.prompt_logprobs]
             one.finish, one.closed, one.error = output.finish, output.closed, output.error
         engine.check()
     return said
@@ -236,6 +239,13 @@ def test_log_probabilities_change_nothing_and_are_there_for_forced_tokens(
     said = run(engine, asked)
     assert tokens(said) == {name: one for name, one in tokens(together).items() if name in said}
     assert all(len(one.logprobs) == len(one.tokens) > 0 for one in said.values())
+
+
+@pytest.mark.parametrize("max_tokens", [3, 2])
+def test_the_prompt_is_told_of_where_every_token_is_forced(engine: Engine, max_tokens: int) -> None:
+    request = ask("forced", Grammar("choice", '["yes"]'), max_tokens, prompt_logprobs=0)
+    said = run(engine, [request])["forced"]
+    assert (said.tokens, len(said.prompt)) == ([*b"yes"][:max_tokens], len(request.prompt_ids) - 1)
 
 
 def cut(request: Request, whole: Said, last: int = 1_000) -> list[Request]:
