@@ -9,10 +9,18 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+QUANTIZE = (
+    *("nf4", "fp4", "int8", "eetq", "fp8", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4"),
+    *("awq", "gptq", "compressed-tensors"),
+)
 KNOBS: dict[str, tuple[Any, str]] = {
     "revision": (str, "Hub revision of the model."),
     "device": (click.Choice(["auto", "cpu", "cuda"]), "Where the model runs."),
     "dtype": (click.Choice(["auto", "bfloat16", "float16", "float32"]), "Numbers it computes with."),
+    "quantize": (
+        click.Choice(QUANTIZE),
+        "Weights in fewer bits, made on load; quantized checkpoints need no word.",
+    ),
     "attention": (click.Choice(["auto", "cpu", "torch"]), "Attention kernel."),
     "max-num-seqs": (click.IntRange(1), "Sequences that run together."),
     "max-batch-prefill-tokens": (click.IntRange(1), "Token budget of one step."),
