@@ -44,7 +44,7 @@ Examples:
 @click.command(help=HELP, cls=GroupedCommand)
 @click.argument("source", metavar="INPUT|-")
 @click.option("-o", "--output", required=True, metavar="FILE|-", help="Answers of rows that succeeded.")
-@click.option("--errors", metavar="FILE", help="Rows that failed; default for answers.jsonl: answers.errors.jsonl.")
+@click.option("--errors", metavar="FILE", help="Rows that failed; default: OUTPUT's name with .errors.jsonl.")
 @click.option("--model", help="Default: what the lines name, GRISTMILL_MODEL, or the only one in the cache.")
 @click.option("--adapter", metavar="NAME", help="A LoRA adapter of the worker's; for lines that name none.")
 @click.option("--json-schema", metavar="FILE", help="Answers fit this schema; for lines that do not say.")
