@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_engine import READY_S, circumstances, engine_pass
+from engine_passes import READY_S, circumstances, engine_pass
 from gristmill.backends.models import pull
 from gristmill.engine.process import EngineProcess
 from gristmill.engine.settings import EngineSettings
@@ -49,7 +49,7 @@ def main() -> None:
         engine_pass(engine, warm)
         queue_pass(client, warm)
         for turn in range(args.passes):
-            alone.append(engine_pass(engine, rows))
+            alone.append(engine_pass(engine, rows).seconds)
             queued.append(queue_pass(client, rows))
             say(f"pass {turn + 1}: engine {alone[-1]:.1f} s, queue {queued[-1]:.1f} s")
         pickups, first_tokens = pick_ups(client, log)

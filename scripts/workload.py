@@ -1,8 +1,9 @@
 """The benchmark's workloads, of real English that is everywhere.
 
 W1: many prompts of mixed lengths at once. They are consecutive slices, never overlapping, of one stream of
-text in random order, so that no two share a prefix. W2: prompts that share a long one. The text is Python's
-language reference (``pydoc_data``); it differs a little between versions.
+text in random order, so that no two share a prefix. W2: prompts that share a long one. W3: rows whose answer
+is a copy of what they were given. The text is Python's language reference (``pydoc_data``); it differs a
+little between versions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ INPUT_TOKENS, OUTPUT_TOKENS = 220, 160
 """Means per request of W1."""
 SHARED_TOKENS = 512
 """Of each request of W2."""
+COPIED_TOKENS = 96
+"""Of each request of W3."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ def w2(tokenizer: Tokenizer, seed: int, requests: int = 128) -> list[Row]:
         Row(f"w2-{i:04d}", [*shared, *(next(stream) for _ in range(length))], 64)
         for i, length in enumerate(lengths)
     ]
+
+
+def w3(tokenizer: Tokenizer, seed: int, requests: int = 128) -> list[Row]:
+    """A text twice, another one and its beginning: 88 tokens out, which copy on. The same seed gives the same
+    rows."""
+    rng = random.Random(seed)
+    stream = iter(text_ids(tokenizer, 2 * COPIED_TOKENS * requests, rng))
+    rows: list[Row] = []
+    for i in range(requests):
+        shown, own = ([next(stream) for _ in range(COPIED_TOKENS)] for _ in range(2))
+        rows.append(Row(f"w3-{i:04d}", [*shown, *shown, *own, *own[:8]], COPIED_TOKENS - 8))
+    return rows
 
 
 def lognormal_lengths(
