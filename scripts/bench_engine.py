@@ -116,7 +116,7 @@ def arguments() -> argparse.Namespace:
         text = f"{name.partition('_')[0]} on and off on {what.workload.upper()}"
         parser.add_argument(flag, dest="compare", action="store_const", const=name, help=text)
     parser.add_argument("--requests", type=int, help="so many instead of 128")
-    parser.add_argument("--pairs", type=int, default=4, help="of passes, on and off; 4 or more give an interval")
+    parser.add_argument("--pairs", type=int, default=4, help="on and off; from 4 on with an interval")
     parser.add_argument("--model", help="a model directory instead of SmolLM2-135M-Instruct")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
