@@ -112,7 +112,9 @@ def _from_choices(choices: Any) -> str:
     for index, choice in enumerate(several):
         if not isinstance(choice, str) or not choice:
             raise InvalidSchema(f"choice {index} is not a string, or it is empty")
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in several) + "\n")
+    # One terminal: as rules of their own they would fill a row of the parser, which ends at 2,000.
+    several = [json.dumps(choice) for choice in dict.fromkeys(several)]
+    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(several)}\n")
 
 
 def _lark_of(gbnf: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from gristmill.engine.guided.checker import GrammarChecker
+from gristmill.engine.guided.source import MAX_CHOICES
 from gristmill.engine.messages import Grammar
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.schemas.errors import InvalidSchema
@@ -62,6 +63,12 @@ def test_a_grammar_that_cannot_be_used_is_refused_in_words(
         checker.check(grammar, 100_000)
     assert word in caught.value.message
     assert len(caught.value.message) < 600
+
+
+@pytest.mark.parametrize("text", ["{}", "answer {} of them"])
+def test_as_many_choices_as_are_promised_can_be_used(checker: GrammarChecker, text: str) -> None:
+    choices = [text.format(number) for number in range(MAX_CHOICES)]
+    checker.check(Grammar("choice", json.dumps(choices)), 100)
 
 
 def hostile() -> dict[str, Grammar]:
