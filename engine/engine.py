@@ -118,6 +118,7 @@ class Engine:
             adapter_loads=self._desk.loads,
             blocks_saved=scheduler.cache.swap.saved,
             blocks_loaded=scheduler.cache.swap.loaded,
+            firm_blocks=[scheduler.firm_blocks(priority) for priority in range(3)],
         )
 
     def add(self, request: Request) -> None:

@@ -213,6 +213,9 @@ class Stats:
     """KV blocks copied to the swap space since the start …"""
     blocks_loaded: int = 0
     """… and back."""
+    firm_blocks: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """By priority: KV blocks that this class and the more urgent ones hold, a block that several hold counted
+    once, and those that preempted sequences of these classes wait to have again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,20 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    def firm_blocks(self, priority: int) -> int:
+        """Blocks that sequences of this class and of more urgent ones hold, or lost and want back.
+
+        A block that several hold counts once. O(blocks of these), unless all who run are such.
+        """
+        end = (priority + 1, -inf, 0)
+        firm = bisect_left(self.running, end, key=_rank)
+        if firm == len(self.running):
+            held = self.pool.capacity - self.pool.free
+        else:
+            held = len(set[int]().union(*(seq.block_table for seq in self.running[:firm])))
+        waiting = self.waiting[: bisect_left(self.waiting, end, key=_rank)]
+        return held + sum(self._blocks(len(seq.tokens)) for seq in waiting if seq.preempted)
+
     def check_fits(self, seq: Sequence) -> None:
         """Raise PromptTooLong if ``seq`` could not finish even with all blocks to itself."""
         if self._blocks(seq.limit) > self.pool.capacity:

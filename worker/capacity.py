@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..engine.messages import EngineInfo, Stats
@@ -59,28 +59,19 @@ def _has_room(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats | 
     firm = [job for job in held if job.rank <= rank]  # the others would make way
     if sum(job.sequences for job in firm) >= places:
         return False
-    if (
-        stats is not None
-        and stats.waiting
-        and _free_blocks(rank, held, info, stats) * KV_MARGIN < (stats.total_blocks)
-    ):
-        return False
     unstarted = [job for job in firm if not job.started]
+    if stats is not None and stats.waiting:
+        free = stats.total_blocks - stats.firm_blocks[rank] - _blocks(unstarted, info)
+        if free * KV_MARGIN < stats.total_blocks:
+            return False
     prefill = sum(job.tokens for job in unstarted)
     step_tokens = stats.step_tokens if stats and stats.step_tokens else info.step_tokens
     return prefill < PREFILL_STEPS * step_tokens and len(unstarted) < MAX_UNSTARTED
 
 
-def _free_blocks(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats) -> int:
-    """KV blocks that are free or could be evicted for a job of this rank: a cautious guess.
+def _blocks(jobs: Sequence[Held], info: EngineInfo) -> int:
+    """What these need at most, a cautious guess: what they share with those who run is not known yet.
 
-    What waits in the engine holds none, and who that is we do not know.
+    The prompt's are shared by a job's choices, each of which writes to a last one of its own.
     """
-    firm = _blocks((job for job in held if job.rank <= rank), info)
-    evictable = _blocks((job for job in held if job.rank > rank), info)
-    return min(stats.total_blocks - firm, stats.free_blocks + evictable)
-
-
-def _blocks(jobs: Iterable[Held], info: EngineInfo) -> int:
-    """The prompt's are shared by its choices, each of which writes to a last one of its own."""
     return sum(-(-job.tokens // info.block_size) + max(0, job.sequences - 1) for job in jobs)

@@ -240,6 +240,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             known = self.scheduler.running + self.scheduler.waiting
             assert set(known) == set(self.alive.values()), "a sequence was lost"
 
+    @invariant()
+    def firm_blocks_are_those_that_less_urgent_ones_cannot_free(self) -> None:
+        for priority in range(3) if hasattr(self, "scheduler") else ():
+            running, waiting = (
+                [seq for seq in queue if seq.request.priority <= priority]
+                for queue in (self.scheduler.running, self.scheduler.waiting)
+            )
+            held = {block for seq in running for block in seq.block_table}
+            lost = [-(-len(seq.tokens) // self.scheduler.block_size) for seq in waiting if seq.preempted]
+            assert self.scheduler.firm_blocks(priority) == len(held) + sum(lost)
+
     def teardown(self) -> None:
         """Whatever happened before: everything that is left ends, in a bounded number of steps."""
         if not hasattr(self, "scheduler"):

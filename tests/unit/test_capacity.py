@@ -17,9 +17,17 @@ ALL = list(Priority)
 INTERACTIVE, NORMAL, BATCH = ALL
 
 
-def stats(*, free: int, waiting: int) -> Stats:
+def stats(*, waiting: int, firm: tuple[int, int, int] = (0, 0, 0)) -> Stats:
+    """firm: of 100 blocks, those of each class and the more urgent ones."""
     return Stats(
-        running=1, waiting=waiting, free_blocks=free, total_blocks=100, preemptions=0, step_s=0.1, tokens=1
+        running=1,
+        waiting=waiting,
+        free_blocks=max(0, 100 - firm[-1]),
+        total_blocks=100,
+        preemptions=0,
+        step_s=0.1,
+        tokens=1,
+        firm_blocks=list(firm),
     )
 
 
@@ -46,17 +54,25 @@ def test_the_next_one_fits_only_where_all_more_urgent_ones_do() -> None:
 
 def test_a_cache_full_of_batch_work_is_no_obstacle_to_the_others() -> None:
     long = jobs(10, BATCH, tokens=160)
-    assert claimable(long, INFO, stats(free=0, waiting=2)) == [INTERACTIVE, NORMAL]
-    assert claimable(long, INFO, stats(free=0, waiting=0)) == ALL, "nobody waits: it may grow"
+    assert claimable(long, INFO, stats(firm=(0, 0, 100), waiting=2)) == [INTERACTIVE, NORMAL]
+    assert claimable(long, INFO, stats(firm=(0, 0, 100), waiting=0)) == ALL, "nobody waits: it may grow"
 
 
 def test_a_cache_full_of_urgent_work_keeps_everybody_out() -> None:
-    assert claimable(jobs(10, INTERACTIVE, tokens=160), INFO, stats(free=0, waiting=2)) == []
+    long = jobs(10, INTERACTIVE, tokens=160)
+    assert claimable(long, INFO, stats(firm=(100, 100, 100), waiting=2)) == []
+    assert claimable(long, INFO, stats(firm=(95, 96, 96), waiting=2)) == [INTERACTIVE]
 
 
-def test_what_was_evicted_is_not_counted_as_free_twice() -> None:
-    held = jobs(10, INTERACTIVE, tokens=160) + jobs(3, BATCH, tokens=500)
-    assert claimable(held, INFO, stats(free=0, waiting=3)) == []
+def test_blocks_that_jobs_share_count_once() -> None:
+    alike = jobs(12, NORMAL, tokens=800)  # 50 blocks each, were they alone
+    assert claimable(alike, INFO, stats(firm=(0, 70, 70), waiting=1)) == ALL
+
+
+def test_what_has_not_started_is_counted_as_if_it_shared_nothing() -> None:
+    asked = jobs(1, NORMAL, tokens=480, started=False)
+    assert claimable(asked, INFO, stats(firm=(0, 60, 60), waiting=1)) == ALL
+    assert claimable(asked * 2, INFO, stats(firm=(0, 60, 60), waiting=1)) == [INTERACTIVE]
 
 
 def test_prompts_that_have_not_started_keep_back_their_own_class_and_those_below() -> None:
@@ -72,7 +88,12 @@ held = st.builds(Held, st.integers(0, 2), st.integers(0, 2000), st.booleans())
 
 @given(
     st.lists(held, max_size=40),
-    st.none() | st.builds(lambda f, w: stats(free=f, waiting=w), st.integers(0, 100), st.integers(0, 9)),
+    st.none()
+    | st.builds(
+        lambda f, w: stats(firm=(f[0], f[1], f[2]), waiting=w),
+        st.lists(st.integers(0, 120), min_size=3, max_size=3).map(sorted),
+        st.integers(0, 9),
+    ),
 )
 def test_whoever_has_room_leaves_room_for_the_more_urgent(in_hand: list[Held], now: Stats | None) -> None:
     found = claimable(in_hand, INFO, now)
@@ -80,7 +101,7 @@ def test_whoever_has_room_leaves_room_for_the_more_urgent(in_hand: list[Held], n
 
 
 def test_an_engine_that_ran_out_of_memory_is_given_less() -> None:
-    shrunk = replace(stats(free=90, waiting=0), max_running=4, step_tokens=64)
+    shrunk = replace(stats(firm=(10, 10, 10), waiting=0), max_running=4, step_tokens=64)
     assert claimable(jobs(4, NORMAL), INFO, shrunk) == ALL
     assert claimable(jobs(5, INTERACTIVE), INFO, shrunk) == []
     assert claimable(jobs(1, INTERACTIVE, tokens=256, started=False), INFO, shrunk) == []
