@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..schemas import keys
 from ..schemas.errors import (
@@ -146,8 +146,11 @@ def sampling_params(given: Mapping[str, Any]) -> SamplingParams:
         known = ", ".join(sorted({*SamplingParams.model_fields, *GRAMMAR_FIELDS}))
         raise InvalidRequest(f"unknown parameter {unknown[0]!r}; there are {known}", param=unknown[0])
     for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "dry_sequence_breakers"):
-        if name in kept:
-            kept[name] = (kept[name],) if isinstance(kept[name], str | int) else tuple(kept[name])
+        value = kept.get(name)
+        if isinstance(value, str | int):
+            kept[name] = (value,)
+        elif isinstance(value, Iterable):  # what is none is refused by name below
+            kept[name] = tuple(cast("Iterable[Any]", value))
     return SamplingParams.from_python(kept)
 
 

@@ -142,7 +142,7 @@ def _made(kind: GrammarKind, value: Any, name: str) -> dict[str, Any]:
     if kind in ("json_schema", "choice"):
         if kind == "choice" and not isinstance(value, list | tuple):
             raise InvalidSchema(f"{name} is not a list of strings", param=name)
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = value if isinstance(value, str) else _json(value, name)
     elif isinstance(value, str):
         text = value
         if kind == "gbnf" and "::=" not in text:  # vLLM takes both under one name
@@ -155,3 +155,12 @@ def _made(kind: GrammarKind, value: Any, name: str) -> dict[str, Any]:
             param=name,
         )
     return {"kind": kind, "text": text}
+
+
+def _json(value: Any, name: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except RecursionError as exc:
+        raise InvalidSchema(f"{name} nests too deep; name its inner parts in $defs", param=name) from exc
+    except (TypeError, ValueError) as exc:  # only from Python: an object, a cycle, NaN
+        raise InvalidSchema(f"{name} cannot be written as JSON ({exc}); use plain data", param=name) from exc

@@ -157,4 +157,7 @@ def new_job_id() -> str:
 
 def idempotent_job_id(tenant: str, key: str) -> str:
     """The same tenant and key give the same job, whoever submits and however often."""
-    return "job_" + hashlib.sha256(f"{tenant}\0{key}".encode()).hexdigest()[:32]
+    named = f"{tenant}\0{key}".encode(
+        "utf-8", "surrogatepass"
+    )  # half a pair is refused with its field's name
+    return "job_" + hashlib.sha256(named).hexdigest()[:32]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
-from gristmill.producer.core import sampling_params
+from gristmill.producer.core import Submission, build_job, sampling_params
 from gristmill.schemas.batch_lines import parse_line
-from gristmill.schemas.errors import InvalidRequest, InvalidSchema, Unsupported
+from gristmill.schemas.errors import BadInput, InvalidRequest, InvalidSchema, Unsupported
 from gristmill.schemas.grammar import MAX_GRAMMAR_CHARS, GrammarSpec, with_grammar
 from gristmill.schemas.openai import parse_chat, response_body
 from gristmill.schemas.result import Choice, FinishReason, JobState, Result, Timings
 from gristmill.schemas.sampling import SamplingParams
+from gristmill.schemas.settings import Settings
 from pydantic import BaseModel
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}
@@ -102,3 +104,50 @@ def test_an_answer_says_that_it_was_closed() -> None:
         timings=Timings(submitted_at=1, finished_at=2),
     )
     assert response_body(result)["choices"][0]["closed"] is True
+
+
+def _nested(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def _circle() -> Any:
+    value: dict[str, Any] = {}
+    value["properties"] = value
+    return value
+
+
+@pytest.mark.parametrize("value", [object(), {"a": {1, 2}}, {"a": float("nan")}, _nested(50_000), _circle()])
+def test_a_schema_that_is_no_json_is_a_bad_request_under_every_name(value: Any) -> None:
+    asked = (
+        {"guided_json": value},
+        {"grammar": {"type": "json", "value": value}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": value}}},
+        {"structured_outputs": {"json": value}},
+        {"guided_choice": ["a", value]},
+    )
+    for fields in asked:
+        with pytest.raises(InvalidSchema) as caught:
+            with_grammar(fields)
+        assert caught.value.param in fields
+        assert len(caught.value.message) < 300
+
+
+def test_a_line_that_nests_as_deep_as_json_is_read_is_that_lines_error() -> None:
+    for levels in range(850, 1_000, 10):
+        schema = '{"items":' * levels + "{}" + "}" * levels
+        with contextlib.suppress(BadInput):
+            parse_line(f'{{"prompt": "x", "guided_json": {schema}}}'.encode(), 1)
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "bad_words", "allowed_token_ids"])
+def test_a_list_of_wishes_that_is_no_list_is_refused_by_name(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        sampling_params({name: float("nan")})
+
+
+def test_an_idempotency_key_that_is_no_unicode_is_a_bad_request() -> None:
+    with pytest.raises(InvalidRequest):
+        build_job(Submission(prompt="x", idempotency_key="\ud800"), "m", {}, Settings(), 1.0)
