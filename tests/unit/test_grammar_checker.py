@@ -74,8 +74,10 @@ def test_as_many_choices_as_are_promised_can_be_used(checker: GrammarChecker, te
 def hostile() -> dict[str, Grammar]:
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefgh", k=8)) for _ in range(3000)]
+    rules = [f"r{number}" for number in range(1000)]  # one walk of four ends before the limit is met
     return {
         "repeated": Grammar("regex", "(x{1000}){1000}"),
+        "options": Grammar("lark", f"start: {' '.join(rules)}\n" + "".join(f'{r}: "x"?\n' for r in rules)),
         "branches": schema({"anyOf": [{"properties": {word: {"type": "integer"}}} for word in words[:500]]}),
     }
 
