@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from .errors import InvalidRequest, InvalidSchema, Unsupported
 from .sampling import SamplingParams
@@ -90,10 +90,13 @@ class ToolCall(Answer):
     """JSON."""
 
 
-class PastCall(ToolCall):
+class PastCall(Record):
     """The same as a part of a request."""
 
-    model_config = ConfigDict(extra="forbid")
+    id: str
+    name: str
+    arguments: str
+    """JSON."""
 
 
 def calls_in(text: str, job_id: str, choice: int = 0) -> tuple[ToolCall, ...]:
@@ -110,7 +113,7 @@ def text_before_calls(text: str) -> str:
     return text if first is None else text[: first.start()].rstrip()
 
 
-def written(calls: Sequence[ToolCall]) -> str:
+def written(calls: Sequence[ToolCall | PastCall]) -> str:
     """Calls as a model writes them."""
     return SEPARATOR.join(f"{OPEN}{NAME_OPEN}{c.name}{NAME_CLOSE}{c.arguments}{CLOSE}" for c in calls)
 

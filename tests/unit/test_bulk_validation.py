@@ -37,7 +37,10 @@ def batch_line(custom_id: object = "a", **fields: object) -> bytes:
         (batch_line(custom_id=None), "invalid_request"),
         (b'{"custom_id": "x", "method": "POST", "url": "/v1/completions"}\n', "missing_required_parameter"),
         (batch_line(body={"prompt": "x"}), "missing_required_parameter"),
-        (batch_line(body={"messages": [{"role": "user", "content": "hi"}], "n": 4}), "unsupported"),
+        (
+            batch_line(body={"messages": [{"role": "user", "content": "hi"}], "modalities": ["audio"]}),
+            "unsupported",
+        ),
         (b'{"prompt": "' + b"x" * 150_000 + b'"}\n', "payload_too_large"),
         (b'{"prompt": "' + b"x" * 10_000_000 + b'"}\n', "payload_too_large"),
         (b'{"prompt": "hi", "model": "other"}\n', "model_not_found"),
