@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from .support.journal import settings, state
-from .support.model import smollm2
+from .support.model import kernels, smollm2
 from .support.played import played, tokenizer
 from .support.relay import relay
 from .support.s3 import moto_client, s3, s3_proxy
@@ -19,6 +19,7 @@ from .support.threads import one_thread
 from .support.valkey import valkey, valkey_replica
 
 __all__ = [
+    "kernels",
     "ministack_endpoint",
     "moto_client",
     "moto_sqs",
