@@ -149,7 +149,7 @@ def status(job_id: str, as_json: bool, **urls: str | None) -> int:
 @connection
 @common
 def result(job_id: str, wait: bool, timeout_s: float | None, as_json: bool, **urls: str | None) -> int:
-    """Print a job's text, or its whole result as JSON."""
+    """Print a job's text, or its whole result as JSON. Of a job that was stopped: what it has."""
     with client_of(urls) as client:
         job = client.get(job_id)
         if not wait:
@@ -214,11 +214,13 @@ def _show_result(job: JobHandle, as_json: bool, timeout_s: float | None) -> int:
     if as_json:
         put(ended.to_json())
         return 0 if ended.state is JobState.SUCCEEDED else 2
-    core.raise_unless_succeeded(ended)
     for choice in ended.choices:
+        if not choice.text and ended.state is not JobState.SUCCEEDED:
+            continue
         if choice.index:
             say(_heading(choice.index))
         put(choice.text)
+    core.raise_unless_succeeded(ended)
     say(_usage_line(ended))
     return 0
 

@@ -19,8 +19,10 @@ import pytest
 from gristmill.backends.state import State, WorkerInfo
 from gristmill.producer.cli import cli
 from gristmill.producer.console import Interrupts, run_guarded
+from gristmill.schemas.result import FinishReason
 from gristmill.schemas.settings import Settings
 
+from ..support.journal import Attempt, make_job
 from ..support.valkey import Valkey
 
 Run = Callable[..., tuple[int, str, str]]
@@ -113,6 +115,20 @@ def test_a_job_with_nobody_to_run_it_is_accepted_with_a_warning(run: Run, state:
     assert "no worker for tiny" in sent["warnings"][0]
     assert "warning" in err
     assert run("result", sent["job_id"])[0] == 75
+
+
+@pytest.mark.parametrize("reason", [FinishReason.CANCELLED, FinishReason.EXPIRED])
+def test_the_text_of_a_job_that_was_stopped_is_its_result(
+    run: Run, state: State, reason: FinishReason
+) -> None:
+    job = make_job()
+    state.submit(job)
+    attempt = Attempt.begin(state, job)
+    attempt.write("half ", "a story")
+    attempt.finish(reason=reason)
+    code, out, err = run("result", job.id)
+    assert (code, out) == (2, "half a story\n")
+    assert f"[{attempt.result(reason).state}]" in err
 
 
 # ---- bulk
