@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 import redis
@@ -24,6 +25,7 @@ class Claims(ClaimBook):
     def __init__(self, *, lease_s: float, renew_every_s: float | None = None) -> None:
         super().__init__(lease_s=lease_s, renew_every_s=renew_every_s)
         self.queue: MessageQueue | None = None
+        self._held_off_until = 0.0  # by the monotonic clock: when the hold ends that the log has told of
 
     def open(self, connect: Callable[[], redis.Redis]) -> MessageQueue:
         """The queue to claim from; ``connect`` is called once, for a client of our own."""
@@ -76,8 +78,10 @@ class Claims(ClaimBook):
         self._outage = False
         if swept.returned:
             log.warning("claims.expired", extra={"count": swept.returned})
-        if swept.hold_s:
+        now = time.monotonic()
+        if swept.hold_s and now >= self._held_off_until:
             log.info("claims.held_off", extra={"hold_s": swept.hold_s})
+            self._held_off_until = now + swept.hold_s
         return swept.returned
 
     def close(self) -> None:

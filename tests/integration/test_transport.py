@@ -437,6 +437,16 @@ def test_claims_that_never_had_a_connection_have_nothing_to_hand_back() -> None:
     claims.close()
 
 
+def test_a_hold_of_the_sweep_is_logged_once(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    claims = Claims(lease_s=600.0)
+    claims.open(valkey.client)
+    with caplog.at_level("INFO", "gristmill"):
+        for _ in range(3):
+            claims.sweep(0.0)
+    claims.close()
+    assert [r.message for r in caplog.records] == ["claims.held_off"]
+
+
 def test_claims_are_adopted_by_the_next_connection(put, inbox, queue, valkey) -> None:
     put("hello")
     box = inbox()
