@@ -200,13 +200,15 @@ def pick_model(wanted: str | None, known: Collection[str], settings: Settings) -
             f"known models: {', '.join(sorted(known))}" if known else "no worker has announced any model"
         )
         raise ModelNotFound(
-            f"model '{shown(name)}' is not served here ({serving}); start it: {start_command(name, settings)}"
+            f"model '{shown(name)}' is not served here ({serving}); "
+            f"wait, if it is starting, or start it: {start_command(name, settings)}"
         )
     if len(known) == 1:
         return next(iter(known))
     if not known:
         raise ModelNotFound(
-            f"no worker has announced any model; start one: {start_command('smollm2-135m', settings)}"
+            "no worker has announced any model; wait, if one is starting, or start one: "
+            f"{start_command('smollm2-135m', settings)}"
         )
     raise ModelNotFound(f"say which model: {', '.join(sorted(known))} (--model, model=, or GRISTMILL_MODEL)")
 
