@@ -22,6 +22,7 @@ from . import pipe
 from .engine import Engine
 from .memory import OUT_OF_MEMORY, is_out_of_memory
 from .messages import Abort, Add, Failed, Output, Ready, Report, Step, Stop, Taken
+from .native import build
 from .settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def main() -> None:
     # Service managers send it to all processes of a service; the consumer then drains, and needs us for it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(format="engine[%(process)d] %(levelname)s %(name)s: %(message)s")
+    logging.getLogger(build.__name__).setLevel(logging.INFO)  # a first start compiles: not in silence
     sock = socket.socket(fileno=int(sys.argv[1]))
     settings = EngineSettings.model_validate_json(sys.stdin.buffer.read())
     commands: Commands = queue.Queue(MAX_QUEUED_COMMANDS)

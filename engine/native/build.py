@@ -124,6 +124,7 @@ class _locked:  # noqa: N801  (used like a function)
 
 def _compile(compiler: str, name: str, sources: Mapping[str, bytes], target: Path) -> None:
     started = time.monotonic()
+    log.info("kernel.compiling %s, once on this machine: it takes seconds to minutes", name)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
         cpp, so = Path(work, f"{name}.cpp"), Path(work, f"{name}.so")
         for file, text in sources.items():

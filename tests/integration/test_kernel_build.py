@@ -40,6 +40,7 @@ def test_processes_that_start_together_build_once_and_all_load(tmp_path: Path) -
     outputs = [process.communicate(timeout=BUILD_S)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0]
     assert all("tokens [7]" in output for output in outputs)
+    assert sum("kernel.compiling" in output for output in outputs) == 1
     assert sum("kernel.built" in output for output in outputs) == 1
     assert len(list(cache.glob("*.so"))) == 1
     assert not list(cache.glob("build-*")), "a working directory was left behind"
