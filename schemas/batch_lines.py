@@ -129,12 +129,17 @@ def _batch_row(fields: dict[str, Any], number: int, defaults: Mapping[str, Any])
 
 def _bare_row(fields: dict[str, Any], number: int) -> Row:
     """Sampling names are taken out first, so that what is left over is an unknown field."""
+    if "inputs" in fields:
+        raise InvalidRequest(
+            "inputs and parameters are TGI's form; write prompt, and beside it max_tokens and the like",
+            param="inputs",
+        )
     fields = with_grammar(fields)
     sampling = {k: v for k, v in fields.items() if k in SamplingParams.model_fields and v is not None}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
     rest = {k: v for k, v in fields.items() if k not in SamplingParams.model_fields}
-    line = _BareLine.from_python(rest)
+    line = _BareLine.from_python(rest, beside=SamplingParams.model_fields)
     if (line.prompt is None) == (line.messages is None):
         raise InvalidRequest(
             "give prompt or messages, or a batch line with custom_id, method, url and body", param="prompt"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
+from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +14,8 @@ from .errors import InvalidJson, InvalidRequest, MissingParameter
 
 WIRE_VERSION = 1
 MAX_SHOWN_CHARS = 80
+SLIP = 0.75
+"""From here on (difflib's ratio) an unknown name is taken for a known one that was written wrong."""
 
 # JSON has one number type and pydantic is lenient: without these, true would pass as 1 and "5" as 5.
 Int = Annotated[int, Field(strict=True)]
@@ -48,12 +52,15 @@ class Record(BaseModel):
         return cls.from_python(loads(data))
 
     @classmethod
-    def from_python(cls, data: Any) -> Self:
-        """Like ``from_json`` for data that is parsed already."""
+    def from_python(cls, data: Any, *, beside: Collection[str] = ()) -> Self:
+        """Like ``from_json`` for data that is parsed already.
+
+        ``beside``: names that were taken out of it before, for "did you mean".
+        """
         try:
             return cls.model_validate(data)
         except ValidationError as exc:
-            raise invalid_request(exc) from exc
+            raise invalid_request(exc, {*cls.model_fields, *beside}) from exc
 
 
 class Answer(Record):
@@ -105,16 +112,20 @@ def shown(name: str) -> str:
     return name if name.isprintable() else repr(name)[1:-1]
 
 
-def invalid_request(exc: ValidationError) -> InvalidRequest:
-    """The first problem in one line, and how many more there are. Never quotes the prompt."""
+def invalid_request(exc: ValidationError, known: Collection[str]) -> InvalidRequest:
+    """The first problem in one line, and how many more there are. Never quotes the prompt.
+
+    ``known``: the fields of the outermost record; an unknown one may be a slip of the pen for one of them.
+    """
     errors = exc.errors(include_input=False, include_url=False)
     first = errors[0]
     where = ".".join(shown(str(part)) for part in first["loc"]) or "request"
     if first["type"] == "extra_forbidden":
-        text = f"unknown field '{where}'; remove it"
+        meant = get_close_matches(where, sorted(known), n=1, cutoff=SLIP)
+        text = f"unknown field '{where}'; " + (f"did you mean '{meant[0]}'?" if meant else "remove it")
     else:
         text = f"{where}: {_in_json_words(first['msg'].removeprefix('Value error, '))}"
     if len(errors) > 1:
-        text += f" (and {len(errors) - 1} more)"
+        text += f" (and {len(errors) - 1:,} more problem{'s' * (len(errors) > 2)})"
     kind = MissingParameter if first["type"] == "missing" else InvalidRequest
     return kind(text, param=where)

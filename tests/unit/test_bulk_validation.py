@@ -52,6 +52,25 @@ def test_a_bad_line_has_its_code_and_its_number(line: bytes, code: str) -> None:
     assert (found.rows, found.invalid) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"prompt": "a", "max_tokns": 3}, "unknown field 'max_tokns'; did you mean 'max_tokens'?"),
+        ({"prompts": "a"}, "unknown field 'prompts'; did you mean 'prompt'?"),
+        ({"prompt": "a", "x": 1}, "unknown field 'x'; remove it"),
+        ({"prompt": "a", "x": 1, "y": 2}, "unknown field 'x'; remove it (and 1 more problem)"),
+        ({"prompt": "a", "x": 1, "y": 2, "z": 3}, "unknown field 'x'; remove it (and 2 more problems)"),
+        (
+            {"inputs": "a", "parameters": {"max_new_tokens": 3}},
+            "inputs and parameters are TGI's form; write prompt, and beside it max_tokens and the like",
+        ),
+    ],
+)
+def test_an_unknown_field_is_told_with_the_one_that_was_meant(line: dict[str, object], words: str) -> None:
+    (error,) = checked(json.dumps(line).encode()).errors
+    assert error.error.message == words
+
+
 def test_a_custom_id_that_comes_twice_is_an_error_of_the_second_line() -> None:
     found = checked(batch_line("a") + batch_line("b") + batch_line("a"))
     assert [(error.line, error.error.code, error.custom_id) for error in found.errors] == [
