@@ -150,7 +150,7 @@ def test_a_cancelled_job_ends_early_with_what_it_has(up: Shell) -> None:
     ended = up.run("result", job_id, "--wait", "--timeout-s", "30")
     assert ended.returncode == 2
     assert "[cancelled]" in ended.stderr
-    assert ended.stdout == ""
+    assert ended.stdout.strip(), "the text so far"
 
 
 @pytest.mark.parametrize("example", [["submit.py", "Who are you?"], ["async_stream.py", "One two three"]])
