@@ -61,11 +61,90 @@ class Batch:
     """Position of each sequence's first fed token; keys before it are in the cache already."""
     tables: Int32
     """[S, widest]: block ids; a row's rest is zero and never read."""
+    frame: Frame | None = None
+    """Where attention finds this step's numbers instead of in the arrays, which then say nothing."""
 
     @property
     def contexts(self) -> Int32:
         """[S]: keys each sequence has once this step's are written."""
         return self.starts + self.counts
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Device memory that describes a decode step: one token of each of up to ``rows`` sequences.
+
+    It is overwritten in place, so that a CUDA graph captured over ``step(tokens)`` serves every batch that
+    fits: ``fill(batch)``, then replay. Rows behind the batch's are padding: they see no key, write none, and
+    zeros come out. Shapes of kernels depend on ``rows`` and ``longest`` alone.
+    """
+
+    positions: Tensor
+    """[rows] int64."""
+    slots: Tensor
+    """[rows] int64; -1: padding."""
+    contexts: Tensor
+    """[rows] int32: keys a sequence has, the step's own included; 0: padding."""
+    tables: Tensor
+    """[rows, blocks of the longest] int32."""
+    longest: int
+    """Keys that a sequence may have at most."""
+    block_size: int
+    memory: Tensor
+    """Bytes: all of the above, one behind the other."""
+
+    @classmethod
+    def allocate(cls, rows: int, longest: int, block_size: int, device: torch.device) -> Frame:
+        """All padding."""
+        width = -(-longest // block_size)
+        memory = torch.zeros(rows * (8 + 8 + 4 + 4 * width), dtype=torch.uint8, device=device)
+        frame = cls(*_cut(memory, rows), longest, block_size, memory)
+        frame.slots.fill_(-1)
+        return frame
+
+    @property
+    def rows(self) -> int:
+        return len(self.contexts)
+
+    def fits(self, batch: Batch) -> bool:
+        alone = len(batch.counts) <= self.rows and batch.rows == len(batch.counts)
+        return alone and int(batch.starts.max()) < self.longest
+
+    def fill(self, batch: Batch) -> None:
+        """Make this step ``batch``, which fits, in one copy that nothing waits for: it takes its place among
+        the device's work. Of the batch only host arrays are read."""
+        n, starts, tables = len(batch.counts), batch.starts, batch.tables
+        staged = torch.zeros(len(self.memory), dtype=torch.uint8, pin_memory=self.memory.is_cuda)
+        at, slots, contexts, blocks = _cut(staged, self.rows)
+        slots.fill_(-1)
+        places = tables[np.arange(n), starts // self.block_size].astype(np.int64) * self.block_size
+        at[:n] = torch.from_numpy(starts)  # pyright: ignore[reportUnknownMemberType]
+        slots[:n] = torch.from_numpy(places + starts % self.block_size)  # pyright: ignore[reportUnknownMemberType]
+        contexts[:n] = torch.from_numpy(starts + 1)  # pyright: ignore[reportUnknownMemberType]
+        blocks[:n, : tables.shape[1]] = torch.from_numpy(tables)  # pyright: ignore[reportUnknownMemberType]
+        self.memory.copy_(staged, non_blocking=True)
+
+    def step(self, tokens: Tensor) -> Batch:
+        """What the decoder runs. tokens: [rows] int64, on the device; padding takes any token."""
+        nothing = np.zeros(0, np.int32)
+        return Batch(
+            tokens=tokens,
+            positions=self.positions,
+            slots=self.slots,
+            wanted=None,
+            rows=self.rows,
+            first_row=nothing,
+            counts=nothing,
+            starts=nothing,
+            tables=nothing.reshape(0, 0),
+            frame=self,
+        )
+
+
+def _cut(memory: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A frame's bytes as positions, slots, contexts and tables."""
+    longs, ints = memory[: 16 * rows].view(torch.int64), memory[16 * rows :].view(torch.int32)
+    return longs[:rows], longs[rows:], ints[:rows], ints[rows:].view(rows, -1)
 
 
 def pack(work: Sequence[Piece], block_size: int, device: torch.device, also: Sequence[int] = ()) -> Batch:

@@ -41,6 +41,7 @@ class NativeAttention:
     """Keys and values in the kernel's block layout; a work item: sequence, tile of queries, run of keys."""
 
     name = "cpu"
+    graphs = False
 
     def __init__(
         self, spec: ModelSpec, block_size: int, max_len: int, library: Library, *, uniform: bool = False

@@ -39,6 +39,7 @@ class TorchAttention:
     """
 
     name = "torch"
+    graphs = False
 
     def __init__(
         self, spec: ModelSpec, block_size: int, max_len: int, device: torch.device, *, uniform: bool = False
