@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from .guided.masks import Masks
 from .guided.state import LeftTheGrammar
 from .messages import Output
 from .sampler import NONE_LEFT
 from .sequence import Sequence
+
+if TYPE_CHECKING:
+    from .guided.masks import Masks
 
 BAD_LOGITS = "invalid_logits"
 """Error code of a sequence whose logits were not numbers: a model or a kernel is broken for this input."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -11,21 +10,13 @@ from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_valid
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .errors import Misconfigured
+from .home import default_home
 from .job import DEFAULT_JOB_TTL_S, DEFAULT_TENANT, Tenant
 
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 """A time span: 30 years are for ever, and infinity fits no server's clock."""
 
 SCHEMES = ("redis", "rediss", "unix", "redis+socket", "sqs", "embedded")
-
-
-def default_home() -> Path:
-    """Where models and embedded brokers live unless ``GRISTMILL_HOME`` says otherwise.
-
-    The XDG rule: a relative ``XDG_DATA_HOME`` is ignored.
-    """
-    data_home = Path(os.environ.get("XDG_DATA_HOME", ""))
-    return (data_home if data_home.is_absolute() else Path.home() / ".local" / "share") / "gristmill"
 
 
 class Settings(BaseSettings):

@@ -6,13 +6,16 @@ import logging
 from collections.abc import Sequence as Rows
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ...schemas.errors import BadInput, InvalidSchema
 from ..messages import Grammar
 from ..sequence import Sequence
-from .compiler import Compiler
-from .masks import Masker, Masks
 from .state import GuidedState, LeftTheGrammar
+
+if TYPE_CHECKING:
+    from .compiler import Compiler
+    from .masks import Masker, Masks
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,9 @@ class Guide:
     def _prepare(self, seq: Sequence, grammar: Grammar) -> _Prepared:
         """In the compiling thread."""
         if self._compiler is None:
+            from .compiler import Compiler  # an engine without guided requests runs without llguidance
+            from .masks import Masker
+
             self._compiler = Compiler(*self._model)
             self._masker = Masker(self._compiler.vocab_size)
         state = GuidedState(
