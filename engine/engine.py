@@ -6,29 +6,33 @@ import logging
 import time
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..schemas.errors import BadInput, InvalidRequest
-from ..schemas.settings import default_home
+from ..schemas.home import default_home
 from .block_pool import BlockPool
 from .cadence import Cadence
 from .checks import check_request
 from .guided.guide import Guide
-from .guided.masks import Masks
 from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
 from .messages import EngineInfo, Output, Request, Stats
 from .native.sampling import NativeSampling, load_sampling
+from .quant.weights import ModelWeights
 from .recorder import Recorder
-from .runner import Runner
+from .runner import Runner, WeightsOf
 from .sampler import Sampler
 from .scheduler import Scheduler, StepPlan, Work
 from .sequence import Ahead, Row, Sequence
 from .settings import EngineSettings
 from .speculation import Speculation
 from .swap import StepCosts, SwapSpace, swap_pays
+
+if TYPE_CHECKING:
+    from .guided.masks import Masks
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +50,10 @@ class Engine:
     What it generates depends on the request alone, not on who else is in the engine.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, weights_of: WeightsOf = ModelWeights) -> None:
         """Load the model. Raises ModelNotFound, ModelInvalid, Misconfigured."""
         started = time.monotonic()
-        self._runner = runner = Runner(settings)
+        self._runner = runner = Runner(settings, weights_of)
         self._max_num_seqs = settings.max_num_seqs
         self._costs = StepCosts()
         self._scheduler = Scheduler(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..schemas.errors import Misconfigured
-from ..schemas.settings import default_home
+from ..schemas.home import default_home
 from .attention.backend import Attention
 from .attention.native_backend import NativeAttention, unsupported
 from .attention.torch_backend import TorchAttention
@@ -23,7 +23,7 @@ from .batch import Piece, guess_rows, pack
 from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
 from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
 from .layers.invariant import Make, invariant
-from .layers.linear import linear, unpacked
+from .layers.linear import Linear, linear, unpacked
 from .lora.adapter import Adapter
 from .lora.files import Desk, open_desk
 from .lora.rows import Adapted, adapted
@@ -34,6 +34,7 @@ from .models.decoder import Decoder
 from .models.families import from_hf
 from .models.spec import ModelSpec
 from .native.library import Library, load
+from .quant.method import Method
 from .quant.onload import quantizing
 from .quant.weights import ModelWeights
 from .settings import EngineSettings
@@ -66,6 +67,22 @@ class Scorer(Protocol):
         ...
 
 
+class Weights(Protocol):
+    """What the decoder is made of; ``ModelWeights`` has it from files."""
+
+    @property
+    def method(self) -> Method | None: ...
+
+    def fetch(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+
+    def layer(
+        self, modules: Sequence[str], bias: Tensor | None, dtype: torch.dtype, device: torch.device
+    ) -> Linear | None: ...
+
+
+WeightsOf = Callable[[Path, Config, ModelSpec], Weights]
+
+
 class Runner:
     """Loads a model and runs steps of it. One thread only.
 
@@ -73,8 +90,11 @@ class Runner:
     and gives what memory is left to the KV cache.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
-        """Raises ModelNotFound, ModelInvalid, Misconfigured (a knob that cannot work here)."""
+    def __init__(self, settings: EngineSettings, weights_of: WeightsOf = ModelWeights) -> None:
+        """``weights_of`` says where weights come from: the model's files.
+
+        Raises ModelNotFound, ModelInvalid, Misconfigured (a knob that cannot work here).
+        """
         self.load_s: dict[str, float] = {}
         self.device = _device(settings)
         self.deterministic = _deterministic(settings, self.device)
@@ -84,7 +104,7 @@ class Runner:
             directory = Path(settings.model)
             config = Config.load(directory)
             self.spec: ModelSpec = from_hf(config)
-            weights = ModelWeights(directory, config, self.spec)
+            weights = weights_of(directory, config, self.spec)
         self.dtype = _dtype(settings, self.device)
         self.block_size = settings.kv_block_size
         self.max_model_len = _max_model_len(settings, self.spec)
