@@ -28,12 +28,8 @@ def unsupported(spec: ModelSpec) -> str | None:
     """What the kernel lacks for this model, if anything."""
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim {spec.head_dim} is above {MAX_HEAD_DIM}"
-    if spec.head_dim % 2:
-        return f"head_dim {spec.head_dim} is odd"
-    if spec.softcap is not None:
-        return f"scores are capped at {spec.softcap:g}"
-    if spec.alibi:
-        return "scores have linear biases (ALiBi)"
+    if spec.head_dim % 2 and any(spec.ropes):
+        return f"head_dim {spec.head_dim} is odd, and has halves to rotate"
     return None
 
 
@@ -54,7 +50,8 @@ class NativeAttention:
         self._angles = [_angles(rope, spec.head_dim, max_len) for rope in kinds]
         self._turning = [rope is not None for rope in kinds]
         self._padded = -(-spec.head_dim // library.lanes) * library.lanes
-        self._scale = spec.scale
+        self._slopes = torch.tensor(spec.alibi, dtype=torch.float32)
+        self._scoring = (spec.scale, spec.softcap or 0.0, self._slopes.data_ptr() if spec.alibi else None)
         self._windows = [window or 0 for window in spec.windows]
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, library.threads)
         self._uniform, self._split = int(uniform), NEVER if uniform else SPLIT_TOKENS
@@ -119,7 +116,7 @@ class NativeAttention:
             values,
             *self._plan,
             self._windows[layer],
-            self._scale,
+            *self._scoring,
             *self._shape,
             self._uniform,
         )

@@ -52,7 +52,7 @@ inline void fetch(const bf16* p, int lines) {
 }
 
 inline void tile_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, const Tile<bf16>& tile,
-                          const Tile<bf16>& next, int dim16, float scale) {
+                          const Tile<bf16>& next, int dim16, const Scoring& how) {
   const int count = seen_in_tile(s, r0, n, start, end), groups = (count + LANES - 1) / LANES;
   if (count == 0) return;
   vf dots[16 * TILE_GROUPS];
@@ -80,7 +80,8 @@ inline void tile_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
   TILE_STORE(1, dots + 1, 256);
   TILE_STORE(2, dots + 2, 256);
   TILE_STORE(3, dots + 3, 256);
-  soften(s, r0, n, start, end, groups, scale, dots, p, fade);
+  if (how.bent()) bend(s, r0, n, start, groups, how, dots);
+  soften(s, r0, n, start, end, groups, how.factor(), dots, p, fade);
   float* acc = s.acc.data() + size_t(r0) * dim16;
   fade_rows(acc, n, dim16, fade);
   const bf16* values[TILE_GROUPS];

@@ -14,7 +14,7 @@ template <class T> struct Call {
   const int32_t* tables;
   float* scratch;                                                              // [parts][heads][dim16 + 2]
   int table_width, window;
-  float scale;
+  Scoring how;
   Shape s;
   bool uniform;                                                                // few rows as many would be computed
 };
@@ -35,6 +35,7 @@ template <class T> void run_item(const Call<T>& c, const Item& it, int head, Row
       std::memcpy(rows.q.data() + size_t(r) * dim16, c.qkv + size_t(it.row + t) * s.stride + (head * group + g) * s.dim,
                   s.dim * sizeof(T));
       rows.limit[r] = it.position + t + 1;
+      if (c.how.slopes) rows.slope[r] = c.how.slopes[head * group + g];
       rows.first[r] = c.window > 0 ? std::max(0, rows.limit[r] - c.window) : 0;
     }
 #if defined(GM_AMX)
@@ -59,14 +60,14 @@ template <class T> void run_item(const Call<T>& c, const Item& it, int head, Row
 #if defined(GM_AMX)
     if constexpr (std::is_same_v<T, bf16>)
       if (amx)
-        for (; r < n; r += 16) tile_step_amx(rows, r, std::min(16, n - r), start, end, tile, next, dim16, c.scale);
+        for (; r < n; r += 16) tile_step_amx(rows, r, std::min(16, n - r), start, end, tile, next, dim16, c.how);
 #endif
     if constexpr (ROWS == 4) {
-      for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, end, tile, next, dim16, c.scale);
-      if (n - r == 3) tile_step<T, 3>(rows, r, start, end, tile, next, dim16, c.scale), r += 3;
-      if (n - r == 2) tile_step<T, 2>(rows, r, start, end, tile, next, dim16, c.scale), r += 2;
+      for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, end, tile, next, dim16, c.how);
+      if (n - r == 3) tile_step<T, 3>(rows, r, start, end, tile, next, dim16, c.how), r += 3;
+      if (n - r == 2) tile_step<T, 2>(rows, r, start, end, tile, next, dim16, c.how), r += 2;
     }
-    for (; r < n; r++) tile_step<T, 1>(rows, r, start, end, tile, next, dim16, c.scale);
+    for (; r < n; r++) tile_step<T, 1>(rows, r, start, end, tile, next, dim16, c.how);
   }
   for (int t = 0; t < it.count; t++)
     for (int g = 0; g < group; g++) {

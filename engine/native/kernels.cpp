@@ -3,7 +3,7 @@
 // Plain C functions over raw pointers: no torch headers, so that a build takes seconds on first use. One compilation of
 // all the headers here (build.py), each with one job; vectors.h says what a row is, kv_layout.h where the cache's are.
 //
-// `wide` selects fp32 over bf16. Pointers that may be null: residual, q_norm, k_norm, merges, scratch.
+// `wide` selects fp32 over bf16. Pointers that may be null: residual, q_norm, k_norm, merges, scratch, slopes.
 #include "attention.h"
 #include "layers.h"
 #include "rope.h"
@@ -41,15 +41,17 @@ void gm_rope_store(int wide, void* qkv, void* keys, void* values, const int64_t*
 
 void gm_attend(int wide, void* out, const void* qkv, const void* keys, const void* values, const int32_t* items,
                int n_items, const int32_t* merges, int n_merges, const int32_t* tables, int table_width, float* scratch,
-               int window, float scale, int heads, int kv_heads, int dim, int block, int threads, int uniform) {
+               int window, float scale, float cap, const float* slopes, int heads, int kv_heads, int dim, int block,
+               int threads, int uniform) {
+  const Scoring how{scale, cap, slopes};
   const Shape s{heads, kv_heads, dim, block, (heads + 2 * kv_heads) * dim};
   if (wide) {
     Call<float> c{(const float*)qkv, (const float*)keys, (const float*)values, (float*)out, tables, scratch,
-                  table_width, window, scale * LOG2E, s, uniform != 0};
+                  table_width, window, how, s, uniform != 0};
     attend_all(c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
   } else {
     Call<bf16> c{(const bf16*)qkv, (const bf16*)keys, (const bf16*)values, (bf16*)out, tables, scratch,
-                 table_width, window, scale * LOG2E, s, uniform != 0};
+                 table_width, window, how, s, uniform != 0};
     attend_all(c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
   }
 }

@@ -20,7 +20,7 @@ _SIGNATURES = {
     "gm_rms_norm": (_i, _p, _p, _p, _p, _q, _i, _f, _i),
     "gm_silu_mul": (_i, _p, _p, _q, _i, _i),
     "gm_rope_store": (_i, _p, _p, _p, _p, _p, _p, _p, _p, _p, _f, _q, _i, _i, _i, _i, _i),
-    "gm_attend": (_i, _p, _p, _p, _p, _p, _i, _p, _i, _p, _i, _p, _i, _f, _i, _i, _i, _i, _i, _i),
+    "gm_attend": (_i, _p, _p, _p, _p, _p, _i, _p, _i, _p, _i, _p, _i, _f, _f, _p, _i, _i, _i, _i, _i, _i),
 }
 
 

@@ -4,7 +4,8 @@
 
 namespace {
 
-// One head in fp32: optional RMS norm, then rotation of the two halves (cos, sin: dim/2 values each).
+// One head in fp32: optional RMS norm, then rotation of the two halves (cos, sin: dim/2 values each);
+// of an odd number the last stays as it is.
 template <class T>
 inline void norm_rotate(float* y, const T* x, const T* weight, float eps, const float* cos, const float* sin, int dim) {
   const int half = dim / 2;
@@ -20,6 +21,7 @@ inline void norm_rotate(float* y, const T* x, const T* weight, float eps, const 
     put(y + i, a * c - b * s, k);
     put(y + i + half, b * c + a * s, k);
   });
+  if (dim % 2) y[dim - 1] = widen(x[dim - 1]) * scale * (weight ? widen(weight[dim - 1]) : 1.f);
 }
 
 template <class T>

@@ -10,6 +10,7 @@ template <class T> struct Rows {
   std::vector<T> q;                                                            // [rows][dim16], zero padded
   std::vector<float> acc, m, l;                                                // [rows][dim16], [rows], [rows][16]
   std::vector<int> first, limit;                                               // keys seen: first <= position < limit
+  std::vector<float> slope;                                                    // ALiBi's, where a model has it
   void reset(int rows, int dim16) {
     const size_t padded = (rows + 15) / 16 * 16;                               // whole tiles are read and written
     q.assign(padded * dim16, T(0));
@@ -18,8 +19,37 @@ template <class T> struct Rows {
     l.assign(size_t(rows) * LANES, 0.f);
     first.resize(rows);
     limit.resize(rows);
+    slope.resize(rows);
   }
 };
+
+// How products of queries and keys become scores, which count in powers of two: mostly by one factor.
+struct Scoring {
+  float scale, cap;                                                            // cap 0: none
+  const float* slopes;                                                         // per head, or null
+  bool bent() const { return cap > 0 || slopes; }
+  float factor() const { return bent() ? 1.f : scale * LOG2E; }                // what is left to soften()
+};
+
+// Scores that are more than scaled: capped, then biased by how far back a key is. In one place for all sizes, out of
+// the way of the others; products are rounded (vectors.h) so that a row's bits do not depend on n.
+template <class T>
+__attribute__((noinline)) void bend(const Rows<T>& s, int r0, int n, int start, int groups, const Scoring& how,
+                                    vf* dots) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int r = 0; r < n; r++)
+    for (int g = 0; g < groups; g++) {
+      vf score = dots[r * TILE_GROUPS + g] * how.scale;
+      if (how.cap > 0) score = tanhv(score / how.cap) * how.cap;
+      if (how.slopes) {
+        rounded(score);
+        vf bias = __builtin_convertvector(s.limit[r0 + r] - 1 - start - g * LANES - lane, vf) * s.slope[r0 + r];
+        rounded(bias);
+        score -= bias;
+      }
+      dots[r * TILE_GROUPS + g] = score * LOG2E;
+    }
+}
 
 // How many keys of the tile at `start` any of the rows [r0, r0 + n) sees, counted from the tile's first.
 template <class T> inline int seen_in_tile(const Rows<T>& s, int r0, int n, int start, int end) {
@@ -69,7 +99,7 @@ template <class T> struct Tile { const T *keys[TILE_GROUPS], *values[TILE_GROUPS
 // One tile of at most 64 keys starting at `start`, for rows [r0, r0 + R).
 template <class T, int R>
 inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& tile, const Tile<T>& next, int dim16,
-                      float scale) {
+                      const Scoring& how) {
   const int count = seen_in_tile(s, r0, R, start, end), groups = (count + LANES - 1) / LANES;
   if (count == 0) return;
   vf dots[R][TILE_GROUPS];
@@ -78,9 +108,10 @@ inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& til
     scores<R, TILE_GROUPS>(q, dim16, tile.keys, next.keys, dim16, dots[0]);
   else
     for (int g = 0; g < groups; g++) scores<R, 1>(q, dim16, tile.keys + g, next.keys + g, dim16, dots[0] + g);
+  if (how.bent()) bend(s, r0, R, start, groups, how, dots[0]);
   alignas(64) T p[R * TILE];
   float fade[R];
-  soften(s, r0, R, start, end, groups, scale, dots[0], p, fade);
+  soften(s, r0, R, start, end, groups, how.factor(), dots[0], p, fade);
   float* acc = s.acc.data() + size_t(r0) * dim16;
   fade_rows(acc, R, dim16, fade);
   int d = 0;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def library(dtype: torch.dtype, threads: int = 1) -> Library:
 
 
 def spec_of(
-    heads: int, kv_heads: int, dim: int, window: int | None = None, qk_norm: bool = False
+    heads: int, kv_heads: int, dim: int, window: int | None = None, qk_norm: bool = False, **more: Any
 ) -> ModelSpec:
     return ModelSpec(
         family="test",
@@ -49,12 +50,12 @@ def spec_of(
         head_dim=dim,
         intermediate_size=8,
         norm_eps=1e-5,
-        ropes=(RopeSpec(),),
         max_positions=MAX_LEN,
         tied_embeddings=True,
         qk_norm="head" if qk_norm else None,
         windows=(window,),
         eos_token_ids=(),
+        **{"ropes": (RopeSpec(),)} | more,
     )
 
 
@@ -62,7 +63,7 @@ def backend(kind: str, spec: ModelSpec, dtype: torch.dtype, block: int, blocks: 
     if kind == "torch":
         made: Attention = TorchAttention(spec, block, MAX_LEN, CPU)
     else:
-        made = NativeAttention(spec, block, MAX_LEN, library(dtype))
+        made = NativeAttention(spec, block, MAX_LEN, library(dtype), uniform=kind == "cpu-uniform")
     cache = KVCache.allocate(1, blocks, made.block_shape(), dtype, CPU)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("nan"))  # what an earlier, broken sequence may have left behind
@@ -80,16 +81,21 @@ def textbook(qkv: Tensor, first: int, spec: ModelSpec, norms: tuple[Tensor, Tens
             x * (x.square().mean(-1, True) + spec.norm_eps).rsqrt() * w
             for x, w in zip((q, k), norms, strict=True)
         )
-    cos, sin = (t[:n, None].double() for t in tables(RopeSpec(), spec.head_dim, n))
-    q, k = (
-        torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1))
-    )
+    if spec.ropes[0]:
+        cos, sin = (t[:n, None].double() for t in tables(spec.ropes[0], spec.head_dim, n))
+        q, k = (
+            torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1))
+        )
+    k, v = (x.repeat_interleave(spec.group, 1) for x in (k, v))
+    slopes = torch.tensor(spec.alibi or [0.0] * spec.num_heads, dtype=torch.float64)[:, None]
     out = torch.zeros(n - first, spec.num_heads, spec.head_dim, dtype=torch.float64)
     for at in range(first, n):
         oldest = 0 if spec.windows[0] is None else max(0, at + 1 - spec.windows[0])
-        for head in range(spec.num_heads):
-            keys, values = (x[oldest : at + 1, head // spec.group] for x in (k, v))
-            out[at - first, head] = (keys @ q[at, head] * spec.head_dim**-0.5).softmax(0) @ values
+        scores = torch.einsum("hd,chd->hc", q[at], k[oldest : at + 1]) * spec.scale
+        if spec.softcap is not None:
+            scores = spec.softcap * (scores / spec.softcap).tanh()
+        scores -= slopes * torch.arange(at - oldest, -1, -1)
+        out[at - first] = torch.einsum("hc,chd->hd", scores.softmax(-1), v[oldest : at + 1])
     return out.flatten(1)
 
 
@@ -149,6 +155,31 @@ def test_any_shape_equals_the_textbook(
 def test_a_sliding_window_hides_what_is_further_back(kind: str, window: int) -> None:
     spec = spec_of(6, 3, 16, window)
     assert_equal_to_textbook(kind, spec, torch.float32, [1, 64, 90, 210], seed=window)
+
+
+BENT: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi": tuple(2.0 ** -(i + 1) for i in range(6))},
+    "both": {"softcap": 20.0, "alibi": (0.3, 0.0, 0.05, 0.01, 1.0, 0.2), "attention_scale": 0.25},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["torch", "cpu", "cpu-uniform"])
+@pytest.mark.parametrize(("bend", "window"), [("softcap", None), ("alibi", 90), ("both", 600)])
+def test_scores_are_capped_and_biased_in_prefill_in_decode_and_in_pieces(
+    kind: str, bend: str, window: int | None, dtype: torch.dtype
+) -> None:
+    spec = spec_of(6, 2, 32, window, **BENT[bend])
+    lengths = [17, 70, SPLIT_TOKENS + 3]
+    assert_equal_to_textbook(kind, spec, dtype, lengths, chunk=SPLIT_TOKENS - 1, seed=len(bend))
+
+
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
+def test_an_odd_head_has_a_last_dimension(kind: str) -> None:
+    for dim, dtype in ((1, torch.float32), (9, torch.bfloat16), (33, torch.float32)):
+        spec = spec_of(4, 2, dim, qk_norm=True, ropes=(None,))
+        assert_equal_to_textbook(kind, spec, dtype, [3, 40, 70])
 
 
 @pytest.mark.parametrize("kind", ["torch", "cpu"])
