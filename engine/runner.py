@@ -31,6 +31,8 @@ from .memory import is_out_of_memory
 from .models.assembly import none_is
 from .models.config import Config
 from .models.decoder import Decoder
+from .models.fallback import Fallback, is_ours
+from .models.fallback_trial import try_out
 from .models.families import from_hf
 from .models.spec import ModelSpec
 from .native.library import Library, load
@@ -98,14 +100,19 @@ class Runner:
         self.load_s: dict[str, float] = {}
         self.device = _device(settings)
         self.deterministic = _deterministic(settings, self.device)
+        self.dtype = _dtype(settings, self.device)
         if settings.num_threads and self.device.type == "cpu":
             torch.set_num_threads(settings.num_threads)
         with self._timed("open"):
             directory = Path(settings.model)
             config = Config.load(directory)
-            self.spec: ModelSpec = from_hf(config)
-            weights = weights_of(directory, config, self.spec)
-        self.dtype = _dtype(settings, self.device)
+            model: Weights | Fallback
+            if is_ours(config):
+                self.spec: ModelSpec = from_hf(config)
+                model = weights_of(directory, config, self.spec)
+            else:
+                model = Fallback(directory, config, settings, self.dtype, self.device)
+                self.spec = model.spec
         self.block_size = settings.kv_block_size
         self.max_model_len = _max_model_len(settings, self.spec)
         self.length_knob = "max_total_tokens" if settings.max_total_tokens else None
@@ -114,14 +121,11 @@ class Runner:
             library = self._library(settings)
             self._attention = self._backend(settings, library)
         with self._timed("weights"), torch.inference_mode():
-            fetch = partial(weights.fetch, dtype=self.dtype, device=self.device)
-            packed = partial(weights.layer, dtype=self.dtype, device=self.device)
-            make, ops = self._linear(linear), self._elementwise(library)
-            stored = weights.method.name if weights.method else None
-            inner = quantizing(settings.quantize, stored, make, unpack=self.deterministic)
-            # Deterministic mode knows dense layers only: weights are unpacked on load then.
-            packed = none_is if self.deterministic else packed
-            self._decoder = Decoder(self.spec, fetch, ops, inner, packed, head=make)
+            self._decoder = (
+                self._made_ours(model, settings)
+                if isinstance(model, Fallback)
+                else self._assembled(model, settings, library)
+            )
         with self._timed("warm_up"):
             self.num_blocks = self._warm_up(settings)
         log.info("runner.ready", extra=self._summary())
@@ -166,6 +170,22 @@ class Runner:
     def adapter_desk(self, settings: EngineSettings) -> Desk:
         """Where sequences wait for adapters to this model."""
         return open_desk(settings, self.spec, self.dtype, self.device, self._linear(unpacked))
+
+    def _assembled(self, weights: Weights, settings: EngineSettings, library: Library | None) -> Decoder:
+        fetch = partial(weights.fetch, dtype=self.dtype, device=self.device)
+        packed = partial(weights.layer, dtype=self.dtype, device=self.device)
+        make, ops = self._linear(linear), self._elementwise(library)
+        stored = weights.method.name if weights.method else None
+        inner = quantizing(settings.quantize, stored, make, unpack=self.deterministic)
+        # Deterministic mode knows dense layers only: weights are unpacked on load then.
+        packed = none_is if self.deterministic else packed
+        return Decoder(self.spec, fetch, ops, inner, packed, head=make)
+
+    def _made_ours(self, fallback: Fallback, settings: EngineSettings) -> Fallback:
+        """With our linears, and tried. Raises ModelInvalid if our attention is not all that it needs."""
+        fallback.rebuild(quantizing(settings.quantize, None, linear, unpack=False), head=linear)
+        try_out(fallback, self._attention, self.block_size)
+        return fallback
 
     def _linear(self, make: Make) -> Make:
         return partial(invariant, make) if self.deterministic else make

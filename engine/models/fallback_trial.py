@@ -1,0 +1,92 @@
+"""A trial at start: transformers' code with our attention must say what transformers' code says by itself.
+
+What a model computes beside attention we do not see. A state that is carried from token to token, positions
+that are counted by row: whatever packing and chunking would break shows here, not in what is generated.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..attention.backend import Attention
+from ..batch import pack
+from ..kv_cache import KVCache
+from .fallback import Fallback
+
+STEPS = (((0, 11),), ((0, 9), (1, 10)), ((0, 4), (1, 6)), ((1, 1),))
+"""How many tokens of which of two prompts each step feeds."""
+TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.25}
+"""How far the logits of a row may be off: root mean square over standard deviation. Where something is
+missing it is about one."""
+
+
+@dataclass
+class _Prompt:
+    tokens: list[int]
+    block_table: list[int]
+    computed: int = 0
+    adapter: str | None = None
+    logits: list[Tensor] = field(default_factory=list[Tensor])
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    seq: _Prompt
+    count: int
+    guesses: tuple[int, ...] = ()
+
+
+def try_out(decoder: Fallback, attention: Attention, block_size: int) -> None:
+    """Raise ModelInvalid if the two differ. Leaves ``attention`` with a cache of its own, to be replaced."""
+    prompts = _prompts(decoder, block_size)
+    blocks = 1 + max(block for prompt in prompts for block in prompt.block_table)
+    cache = KVCache.allocate(
+        decoder.spec.num_layers, blocks, attention.block_shape(), decoder.dtype, decoder.device
+    )
+    attention.use(cache)
+    for steps in STEPS:
+        work = [_Chunk(prompts[which], count) for which, count in steps]
+        _feed(decoder, attention, work, block_size)
+    worst = max(_apart(torch.cat(prompt.logits), decoder.theirs(prompt.tokens)) for prompt in prompts)
+    allowed = TOLERANCE[decoder.dtype]
+    if not worst <= allowed:
+        kinds = ", ".join(sorted(set(decoder.layer_types) - {"full_attention", "sliding_attention"}))
+        raise decoder.config.invalid(
+            f"model type {decoder.spec.family!r} cannot be run in pieces: with our attention its logits "
+            f"are {worst:.2g} standard deviations off transformers' own ({allowed:g} is allowed), so it does "
+            f"more with tokens than attend to them{f' (layers of type {kinds})' if kinds else ''}; "
+            "serve this model elsewhere"
+        )
+
+
+def _feed(decoder: Fallback, attention: Attention, work: Sequence[_Chunk], block_size: int) -> None:
+    """One step; every row's logits join their prompt's."""
+    rows = sum(chunk.count for chunk in work)
+    hidden = decoder.forward(pack(work, block_size, decoder.device, range(rows)), attention)
+    logits = torch.split(decoder.logits(hidden[-rows:]), [chunk.count for chunk in work])
+    for chunk, said in zip(work, logits, strict=True):
+        chunk.seq.logits.append(said)
+        chunk.seq.computed += chunk.count
+
+
+def _prompts(decoder: Fallback, block_size: int) -> list[_Prompt]:
+    draw, lengths = random.Random(0), [0, 0]
+    for which, count in (step for steps in STEPS for step in steps):
+        lengths[which] += count
+    prompts: list[_Prompt] = []
+    for which, length in enumerate(lengths):
+        tokens = [draw.randrange(decoder.spec.vocab_size) for _ in range(length)]
+        blocks = -(-length // block_size)
+        prompts.append(_Prompt(tokens, [2 * i + which for i in range(blocks)]))
+    return prompts
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    """Of the worst row."""
+    ours, theirs = ours.float(), theirs.float()
+    return ((ours - theirs).square().mean(-1).sqrt() / theirs.std(-1)).max().item()
