@@ -17,7 +17,7 @@ from ..layers.linear import Linear
 from ..models.config import Config
 from ..weights import Stored
 from .method import Site
-from .packed import OnCall, Packed
+from .packed import ByteCodes, OnCall, Packed
 
 FP8 = frozenset({"F8_E4M3"})
 LARGEST = 448.0
@@ -25,10 +25,9 @@ LARGEST = 448.0
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8:
+class Fp8(ByteCodes):
     """``weight[n, k] = codes[n, k] * scales[n, k // block]``: float8_e4m3fn and float32 [rows, blocks]."""
 
-    codes: Tensor
     scales: Tensor
     block: int
 
@@ -47,15 +46,6 @@ class Fp8:
             by_row = scales.float().repeat_interleave(block_rows, 0)[:rows]
             return cls(codes, by_row, block_columns)
         return cls(codes, scales.float().reshape(-1, 1).expand(rows, 1).contiguous(), columns)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.codes.shape
-        return rows, columns
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         rows, columns = self.shape

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layers.linear import Linear
-from .packed import OnCall, Packed
+from .packed import ByteCodes, OnCall, Packed
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +21,13 @@ FEW_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Int8:
+class Int8(ByteCodes):
     """``weight[n, k] = codes[n, k] * scales[n]``: int8 [rows, columns] and float32 [rows].
 
     ``inputs`` True: a CPU multiplies in int8, each input row scaled by its largest number. Other devices
     multiply what is unpacked, which is nearer to the weights' meaning.
     """
 
-    codes: Tensor
     scales: Tensor
     inputs: bool = False
 
@@ -38,15 +37,6 @@ class Int8:
         wide = weight.float()
         scales = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         return cls((wide / scales[:, None]).round_().to(torch.int8), scales, inputs)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.codes.shape
-        return rows, columns
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.codes.float().mul_(self.scales[:, None]).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -40,6 +41,22 @@ class Packed(Protocol):
     def linear(self, dtype: torch.dtype, bias: Tensor | None) -> Linear:
         """The layer for inputs in ``dtype`` that measured best here. The weight is the layer's then."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class ByteCodes:
+    """What weights with a byte for each number share. codes: [rows, columns], one byte each."""
+
+    codes: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
 
 
 class OnCall:
