@@ -36,6 +36,7 @@ COMMANDS = {
     "workers": ("commands_workers", "Who is alive, and what they do."),
     "queues": ("commands_queues", "Create, list, pause and resume queues."),
     "models": ("commands_models", "Fetch, list and check models."),
+    "quantize": ("commands_quantize", "Write a quantized copy of a model."),
     "doctor": ("commands_doctor", "What is installed, reachable and missing."),
 }
 """Command → its module and its line in the overview: `--help` and `--version` load none of them."""

@@ -1,0 +1,1 @@
+"""Plain checkpoints → quantized ones, on disk, in layouts that others read, too."""
