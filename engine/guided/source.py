@@ -9,12 +9,15 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from ...schemas.errors import InvalidJson, InvalidSchema
-from ...schemas.wire import loads
+from ...schemas.wire import loads, shown
 from ..messages import Grammar
+from .smallest import COUNTED_TO, smallest
 
 MAX_GRAMMAR_BYTES = 131_072
 MAX_NESTING = 64
 """Levels of lists and objects in a schema; llguidance reads 128 of them, and its own wrapping takes some."""
+MAX_SMALLEST_CHARS = 1_000_000
+"""Of the smallest document that fits a schema: references may double it many times over."""
 MAX_CHOICES = 4_096
 JSON_STYLE: Any = {
     "whitespace_flexible": False,
@@ -97,10 +100,27 @@ def _from_schema(schema: Any) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise InvalidSchema("the schema is not a JSON object; {} allows any value, and false allows none")
+    check_smallest(schema, "the schema")
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_STYLE)
     except ValueError as exc:
         raise InvalidSchema(f"the schema cannot be used: {exc}") from exc
+
+
+def check_smallest(schema: Any, name: str) -> None:
+    """Raises InvalidSchema if no document of a moderate size can fit; ``name``: what to call the schema."""
+    chars = smallest(schema)
+    if isinstance(chars, str):
+        raise InvalidSchema(
+            f"{name} cannot be used: '{shown(chars)}' leads to itself whatever is chosen, so that "
+            "no document ends; make a property on the way optional, or allow null or an empty list"
+        )
+    if chars > MAX_SMALLEST_CHARS:
+        least = f"{chars:,}" if chars < COUNTED_TO else f"more than {COUNTED_TO:,}"
+        raise InvalidSchema(
+            f"{name} cannot be used: its smallest document has {least} characters and "
+            f"{MAX_SMALLEST_CHARS:,} are allowed; require fewer parts, or lower minItems and minLength"
+        )
 
 
 def _from_choices(choices: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from ...schemas.tools import CLOSE, NAME_CLOSE, NAME_OPEN, OPEN, SEPARATOR, Toolbox
 from ..messages import Grammar
-from .source import JSON_STYLE, to_source
+from .source import JSON_STYLE, check_smallest, to_source
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -27,6 +27,7 @@ def grammar_of_calls(tools: Toolbox, answer: Grammar | None) -> Grammar:
         f"inner: {_quoted(NAME_OPEN)} ({any_function}) {_quoted(CLOSE)}",
     ]
     for index, function in enumerate(functions):
+        check_smallest(function.schema_of_arguments, f"the schema of tool '{function.name}'")
         rules.append(f"f_{index}: {_quoted(function.name + NAME_CLOSE)} a_{index}")
         rules.append(f"a_{index}: {_json(function.schema_of_arguments)}")
     rules += _starts(tools, answer, more)

@@ -17,6 +17,7 @@ import pytest
 from gristmill.engine.engine import Engine
 from gristmill.engine.guided.compiler import Compiler
 from gristmill.engine.guided.masks import Masks
+from gristmill.engine.guided.smallest import smallest
 from gristmill.engine.guided.state import GuidedState
 from gristmill.engine.messages import Grammar, Processors, Request
 from gristmill.engine.models.tiny import write_tiny
@@ -157,6 +158,7 @@ def test_every_document_is_valid_at_temperature_1_5_with_any_budget_that_holds_o
             jsonschema.validate(json.loads(text), schema)
             assert one.finish == "stop" or (one.finish == "length" and one.closed)
             assert len(one.tokens) <= request.max_tokens
+            assert len(text) >= int(smallest(schema))
         except (ValueError, AssertionError, jsonschema.ValidationError) as exc:
             bad.append(f"{json.dumps(schema)[:200]} {one.finish} {one.error} {text!r} {str(exc)[:100]}")
     assert not bad, "\n".join(bad)

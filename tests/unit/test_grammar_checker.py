@@ -14,6 +14,8 @@ from gristmill.engine.messages import Grammar
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.schemas.errors import InvalidSchema
 
+from ..support import hostile_grammars
+
 
 @pytest.fixture(scope="module")
 def checker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrammarChecker]:
@@ -39,7 +41,9 @@ def nested(levels: int) -> Any:
         (schema({"type": "foo"}), "Invalid type: foo"),
         (schema({"not": {}}), 'Unimplemented keys: ["not"]'),
         (schema({"$ref": "#/$defs/x"}), "does not exist"),
-        (schema({"$ref": "#"}), "cannot be used"),
+        (schema({"$ref": "#"}), "'#' leads to itself whatever is chosen, so that no document ends"),
+        (hostile_grammars.hostile()["refs: doubled 30 times"], "has 12,884,901,877 characters and 1,000,000"),
+        (schema({"type": "array", "minItems": 600_000}), "has 1,200,001 characters"),
         (schema({"type": "integer", "minimum": 5, "maximum": 3}), "minimum (5) is greater than maximum (3)"),
         (schema(False), "not a JSON object"),
         (Grammar("json_schema", "{"), "not JSON"),

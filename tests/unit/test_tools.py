@@ -270,6 +270,14 @@ def test_a_named_function_is_called_once(compiler: Compiler) -> None:
     assert (call.name, call.arguments) == ("stop", "{}")
 
 
+def test_arguments_that_never_end_are_refused_with_the_name_of_the_tool() -> None:
+    endless = {"properties": {"again": {"$ref": "#"}}, "required": ["again"]}
+    box = toolbox({"tools": [{"type": "function", "function": {"name": "loop", "parameters": endless}}]})
+    assert box
+    with pytest.raises(InvalidSchema, match="the schema of tool 'loop' cannot be used: '#' leads to itself"):
+        grammar_of_calls(box, None)
+
+
 def test_free_text_is_free_until_the_opening_tag_and_a_call_follows_it(compiler: Compiler) -> None:
     grammar = grammar_of_calls(box_of("auto", parallel_tool_calls=False), None)
     for begin in ("Let me see. <tool_call>", "<tool_call>"):
