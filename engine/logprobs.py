@@ -165,8 +165,37 @@ def _reduce(scores: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     top = scores.amax(1, keepdim=True)
     total = (scores - top).exp_().sum(1, dtype=torch.float64).log() + top[:, 0]
-    values, ids = scores.topk(most, 1)
-    return total, values, ids
+    return total, *_best(scores, most)
+
+
+def _best(scores: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the ``most`` best of each row, of equal ones the lower id first.
+
+    In bfloat16 many are equal, and which of them ``topk`` finds depends on how many rows there are.
+    """
+    if not most:
+        return scores[:, :0], torch.empty(len(scores), 0, dtype=torch.int64, device=scores.device)
+    values, ids = scores.topk(min(most + 1, scores.shape[1]), 1)
+    left_out = (values[:, most:] == values[:, most - 1 : most]).any(1).nonzero()[:, 0]
+    values, ids = values[:, :most], ids[:, :most]
+    if len(left_out):
+        ids[left_out] = _lowest(scores[left_out], values[left_out, -1:])[:, :most]
+        values = scores.gather(1, ids)
+    ids, order = ids.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+def _lowest(scores: Tensor, least: Tensor) -> Tensor:
+    """Ids of each row's scores from ``least`` on, the best first, of equal ones the lower id; as many columns
+    as the longest row has, and what is behind a shorter one is another's."""
+    row, token = (scores >= least).nonzero(as_tuple=True)
+    best = scores[row, token].sort(descending=True, stable=True).indices
+    by_row = best[row[best].sort(stable=True).indices]
+    counts = row.bincount(minlength=len(scores))
+    starts = counts.cumsum(0) - counts
+    places = starts[:, None] + torch.arange(int(counts.max()), device=scores.device)
+    return token[by_row[places.clamp_(max=len(token) - 1)]]
 
 
 def _told(
