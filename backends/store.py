@@ -12,22 +12,19 @@ import secrets
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from ..schemas.errors import InvalidRequest, Misconfigured, StoreUnavailable
 from ..schemas.settings import Settings
 from .aws_errors import botocore_errors, code_and_status
+from .s3 import s3_client
 
 # Each part starts with a letter or a digit: no "..", no hidden file, no absolute path, no empty part.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 MAX_NAME_CHARS = 512
 
-S3_READ_TIMEOUT_S = 30.0
-S3_ATTEMPTS = 3
-S3_CONNECTIONS = 32
 CONFLICT_TRIES = 5
 _PROBE = "gristmill-check"
 
@@ -243,7 +240,7 @@ class S3Store:
         self.url = f"s3://{bucket}" + (f"/{prefix}" if prefix else "")
         self._endpoint = settings.s3_endpoint_url or "AWS"
         with self._errors():
-            self._client = _s3_client(settings)
+            self._client = s3_client(settings)
 
     def put_new(self, name: str, body: bytes) -> bool:
         """See ResultStore. A retry after a lost answer finds its own object and returns False."""
@@ -337,27 +334,3 @@ class S3Store:
             endpoint="GRISTMILL_S3_ENDPOINT_URL",
         ):
             yield
-
-
-def _s3_client(settings: Settings) -> Any:
-    """boto3 is imported here: half a second that only users of S3 pay."""
-    boto3: Any = import_module("boto3")
-    config_class: Any = import_module("botocore.config").Config
-    access, secret = settings.s3_access_key, settings.s3_secret_key
-    session = boto3.session.Session(
-        aws_access_key_id=access.get_secret_value() if access else None,
-        aws_secret_access_key=secret.get_secret_value() if secret else None,
-        region_name=settings.s3_region,
-    )
-    custom = settings.s3_endpoint_url
-    config = config_class(
-        connect_timeout=settings.connect_timeout_s,
-        read_timeout=S3_READ_TIMEOUT_S,
-        retries={"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
-        max_pool_connections=S3_CONNECTIONS,
-        tcp_keepalive=True,
-        # Behind an own endpoint bucket.host seldom resolves.
-        s3={"addressing_style": "path" if custom else "auto"},
-    )
-    region = session.region_name or ("us-east-1" if custom else None)
-    return session.client("s3", endpoint_url=custom, region_name=region, config=config)

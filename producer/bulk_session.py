@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from ..schemas.errors import BadInput, EmptyFile, EngineUnavailable, Misconfigured, ModelNotFound, Transient
+from ..schemas.model_names import served_name
 from . import bulk_input, core, local_model
 from .bulk import BulkRun, Hooks, Progress, batch_id
 from .bulk_input import Checked, LineError, Rules
@@ -70,7 +71,7 @@ def prepare(
     wanted, here = model or settings.model, settings.broker.startswith(EMBEDDED)
     if wanted is not None:  # a wrong name is known before a long file is read
         _choose(wanted, settings, link, revision, here)
-    names = None if wanted is None else frozenset({wanted, local_model.served_name(wanted)})
+    names = None if wanted is None else frozenset({wanted, served_name(wanted)})
     rules = Rules(settings, names, defaults)
     checked = bulk_input.check(file, rules)
     if not checked.rows and not checked.invalid:
@@ -78,7 +79,7 @@ def prepare(
     if checked.invalid and not (skip_invalid and checked.rows):
         raise InvalidLines(checked)
     chosen = _choose(wanted or checked.model, settings, link, revision, here)
-    name = local_model.served_name(chosen) if here else chosen
+    name = served_name(chosen) if here else chosen
     if names is None and checked.model is not None:
         rules = Rules(settings, frozenset({checked.model}), defaults)
     return Prepared(checked, rules, batch_id(checked, name, rules, salt), name, chosen if here else None)

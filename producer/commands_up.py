@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..schemas.errors import Transient
+from ..schemas.model_names import served_name
 from ..schemas.settings import Settings, load_settings
 from . import local_model
 from .console import Interrupts, common, connection, put_json, say, warn
@@ -47,7 +48,7 @@ def up(model: str | None, count: int, as_json: bool, **options: Any) -> int:
         with interrupts:
             workers.start()
             say(f"starting {count} worker{'s' * (count > 1)} for {model} …")
-            _watch(workers, link, settings, local_model.served_name(model), as_json, interrupts)
+            _watch(workers, link, settings, served_name(model), as_json, interrupts)
             say("stopping: workers finish or hand back what they run (Ctrl-C again to end at once) …")
             workers.stop()
     finally:

@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .errors import Misconfigured
@@ -16,6 +24,7 @@ from .job import DEFAULT_JOB_TTL_S, DEFAULT_TENANT, Tenant
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 """A time span: 30 years are for ever, and infinity fits no server's clock."""
 
+TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 SCHEMES = ("redis", "rediss", "unix", "redis+socket", "sqs", "embedded")
 
 
@@ -51,6 +60,21 @@ class Settings(BaseSettings):
     connect_timeout_s: Seconds = 5.0
     command_timeout_s: Seconds = 10.0
 
+    offline: Annotated[
+        bool,
+        Field(
+            validation_alias=AliasChoices(
+                "offline", "GRISTMILL_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"
+            )
+        ),
+    ] = False
+    """Models come from this machine only; nothing is asked of a hub, an index or a bucket of models."""
+    hub_cache: Annotated[
+        Path | None,
+        Field(validation_alias=AliasChoices("hub_cache", "GRISTMILL_HUB_CACHE", "WEIGHTS_CACHE_OVERRIDE")),
+    ] = None
+    """Where the Hub's models are; default: as its library says (``HF_HUB_CACHE``, ``HF_HOME``)."""
+
     s3_endpoint_url: str | None = None
     s3_region: str | None = None
     s3_access_key: SecretStr | None = None
@@ -62,6 +86,11 @@ class Settings(BaseSettings):
     """Stands before the name of every SQS queue: several fleets in one account."""
     sqs_queues: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
     """Queue name → its URL, where queues are not found by name. In the environment: a JSON object."""
+
+    @field_validator("offline", mode="before")
+    @classmethod
+    def _as_the_hub_library_reads_it(cls, value: object) -> object:
+        return bool(value) and value.strip().upper() in TRUE if isinstance(value, str) else value
 
     @field_validator("sqs_queues", mode="before")
     @classmethod

@@ -24,6 +24,7 @@ from celery.worker import state as celery_state
 
 from ..backends import broker, models
 from ..backends.lease import LeaseRenewer
+from ..backends.progress import LoggedProgress
 from ..backends.sink import ResultSink
 from ..backends.state import State, open_state
 from ..backends.store import ResultStore, open_store
@@ -31,7 +32,7 @@ from ..engine.messages import EngineInfo
 from ..engine.tokenizer import Tokenizer
 from ..keeper.keeper import ID_PREFIX, keep
 from ..schemas import queues
-from ..schemas.errors import GristmillError, ModelNotFound
+from ..schemas.errors import GristmillError
 from . import spool
 from .capacity import max_places
 from .engine_client import EngineClient
@@ -93,12 +94,8 @@ class WorkerApp:
 
     def _model_dir(self) -> Path:
         assert self.settings.model is not None, "model_name has refused this"
-        name, revision, home = self.settings.model, self.settings.revision, self.settings.home
-        try:
-            return models.resolve(name, revision, home=home)
-        except ModelNotFound:
-            log.info("worker.pulls_model", extra={"model": name})
-            return models.pull(name, revision, home=home)
+        name, revision = self.settings.model, self.settings.revision
+        return models.ensure(name, revision, LoggedProgress("model.fetch", model=name), self.settings)
 
     def _handler(self, state: State, store: ResultStore, model_dir: Path) -> JobHandler:
         return JobHandler(

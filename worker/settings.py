@@ -18,6 +18,7 @@ from pydantic_settings import NoDecode
 
 from ..engine.settings import DType, EngineSettings, Quantize
 from ..schemas.errors import Misconfigured
+from ..schemas.model_names import served_name
 from ..schemas.settings import Seconds, Settings, misconfigured
 
 
@@ -131,10 +132,7 @@ class WorkerSettings(Settings):
         """The name under which jobs find this worker."""
         if self.model is None:
             raise Misconfigured("no model given: use --model NAME or GRISTMILL_MODEL")
-        if self.served_model_name:
-            return self.served_model_name
-        path = Path(self.model)
-        return path.resolve().name if path.is_dir() else self.model
+        return self.served_model_name or served_name(self.model)
 
     @model_validator(mode="after")
     def _a_prompt_leaves_room_for_output(self) -> Self:

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from gristmill.backends import s3 as s3_clients
 from gristmill.backends import store as stores
 from gristmill.backends.message_queue import MessageQueue
 from gristmill.backends.sink import ResultSink
@@ -39,7 +40,7 @@ def test_a_result_outlasts_a_store_that_fails(
     fault: str | tuple[int, str],
 ) -> None:
     """Down until somebody mends it, then the first try is answered: once stored, and known to be ours."""
-    monkeypatch.setattr(stores, "S3_READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(s3_clients, "READ_TIMEOUT_S", 0.3)
     settings = s3.settings(s3_proxy.endpoint)
     store = stores.open_store(settings.results, settings)
     committer = Committer(

@@ -14,7 +14,8 @@ from typing import Any
 
 import botocore.exceptions as bx
 import pytest
-from gristmill.backends.store import CONFLICT_TRIES, S3_ATTEMPTS, FileStore, ResultStore, S3Store, open_store
+from gristmill.backends.s3 import ATTEMPTS
+from gristmill.backends.store import CONFLICT_TRIES, FileStore, ResultStore, S3Store, open_store
 from gristmill.schemas import keys
 from gristmill.schemas.errors import GristmillError, InvalidRequest, Misconfigured, StoreUnavailable
 from gristmill.schemas.settings import Settings
@@ -218,17 +219,17 @@ def test_a_short_outage_is_survived_and_a_long_one_is_unavailable(s3: S3Server, 
     store = open_store(s3.url, s3.settings(s3_proxy.endpoint))
     s3_proxy.faults.append((503, "SlowDown"))
     assert store.put_new("a", b"x")
-    s3_proxy.faults.extend([(503, "ServiceUnavailable")] * S3_ATTEMPTS)
+    s3_proxy.faults.extend([(503, "ServiceUnavailable")] * ATTEMPTS)
     before = s3_proxy.requests
     with pytest.raises(StoreUnavailable, match="503"):
         store.put_new("b", b"x")
-    assert s3_proxy.requests - before == S3_ATTEMPTS
+    assert s3_proxy.requests - before == ATTEMPTS
     assert store.put_new("b", b"x")
 
 
 def test_dropped_connections_are_unavailable_after_bounded_retries(s3: S3Server, s3_proxy: Proxy) -> None:
     store = open_store(s3.url, s3.settings(s3_proxy.endpoint))
-    s3_proxy.faults.extend(["drop"] * S3_ATTEMPTS)
+    s3_proxy.faults.extend(["drop"] * ATTEMPTS)
     with pytest.raises(StoreUnavailable):
         store.get("a")
     assert store.get("a") is None
