@@ -40,27 +40,38 @@ class Piece(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows of all sequences one after another, in plan order: S sequences, T tokens.
+class Arrays:
+    """Rows of all sequences one after another, in plan order: S sequences, T tokens. All on the host."""
 
-    Arrays are on the host, tensors on the device.
-    """
-
-    tokens: Tensor
-    """[T] int64."""
-    positions: Tensor
-    """[T] int64: place within the sequence."""
-    slots: Tensor
-    """[T] int64: block * block_size + offset, where the token's key and value go."""
-    wanted: Tensor | None
-    """[R] int64: rows whose logits are wanted. None: every row."""
-    rows: int
+    tokens: Int64
+    """[T]."""
+    positions: Int64
+    """[T]: place within the sequence."""
+    slots: Int64
+    """[T]: block * block_size + offset, where the token's key and value go."""
+    wanted: Int64 | None
+    """[R]: rows whose logits are wanted. None: every row."""
     first_row: Int32
     counts: Int32
     starts: Int32
     """Position of each sequence's first fed token; keys before it are in the cache already."""
     tables: Int32
     """[S, widest]: block ids; a row's rest is zero and never read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """``Arrays`` as attention and decoder take them: tensors on the device, the others still on the host."""
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    wanted: Tensor | None
+    rows: int
+    first_row: Int32
+    counts: Int32
+    starts: Int32
+    tables: Int32
     frame: Frame | None = None
     """Where attention finds this step's numbers instead of in the arrays, which then say nothing."""
 
@@ -148,7 +159,27 @@ def _cut(memory: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def pack(work: Sequence[Piece], block_size: int, device: torch.device, also: Sequence[int] = ()) -> Batch:
-    """Gather a plan into arrays. O(tokens + blocks); called once per step.
+    """``gather`` and ``upload``."""
+    return upload(gather(work, block_size, also), device)
+
+
+def upload(arrays: Arrays, device: torch.device) -> Batch:
+    """The arrays as a batch on the device; on the CPU in the same memory."""
+    return Batch(
+        tokens=tensor(arrays.tokens, device),
+        positions=tensor(arrays.positions, device),
+        slots=tensor(arrays.slots, device),
+        wanted=None if arrays.wanted is None else tensor(arrays.wanted, device),
+        rows=len(arrays.tokens),
+        first_row=arrays.first_row,
+        counts=arrays.counts,
+        starts=arrays.starts,
+        tables=arrays.tables,
+    )
+
+
+def gather(work: Sequence[Piece], block_size: int, also: Sequence[int] = ()) -> Arrays:
+    """A plan as arrays. O(tokens + blocks); called once per step.
 
     ``also``: rows that are wanted, too, behind those of the last tokens that sequences have.
     """
@@ -173,12 +204,11 @@ def pack(work: Sequence[Piece], block_size: int, device: torch.device, also: Seq
     wanted = (first_row + known - 1)[starts + known == lengths]
     if also:
         wanted = np.concatenate([wanted, np.asarray(also, np.int32)])
-    return Batch(
-        tokens=tensor(tokens, device),
-        positions=tensor(positions, device),
-        slots=tensor(slots, device),
-        wanted=None if len(wanted) == total and not also else tensor(wanted.astype(np.int64), device),
-        rows=total,
+    return Arrays(
+        tokens=tokens,
+        positions=positions,
+        slots=slots,
+        wanted=None if len(wanted) == total and not also else wanted.astype(np.int64),
         first_row=first_row,
         counts=counts,
         starts=starts,

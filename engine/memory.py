@@ -11,6 +11,16 @@ OUT_OF_MEMORY = "out_of_memory"
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
+class OutOfStep(Exception):
+    """Memory ran out on one of several ranks in the middle of a step: the others cannot know, and wait."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(
+            f"memory ran out on one of {ranks} ranks, which cannot try a smaller step together; "
+            "lower max_batch_prefill_tokens or memory_fraction, or add memory"
+        )
+
+
 def is_out_of_memory(exc: BaseException) -> bool:
     """An allocation failed, on a device or on the host, in torch or outside of it.
 

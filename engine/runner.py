@@ -19,7 +19,7 @@ from ..schemas.home import default_home
 from .attention.backend import Attention
 from .attention.native_backend import NativeAttention, unsupported
 from .attention.torch_backend import TorchAttention
-from .batch import Piece, guess_rows, pack
+from .batch import Arrays, Piece, gather, guess_rows, upload
 from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
 from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
 from .layers.invariant import Make, invariant
@@ -27,7 +27,7 @@ from .layers.linear import Linear, linear, unpacked
 from .lora.adapter import Adapter
 from .lora.files import Desk, open_desk
 from .lora.rows import Adapted, adapted
-from .memory import is_out_of_memory
+from .memory import OutOfStep, is_out_of_memory
 from .models.assembly import none_is
 from .models.config import Config
 from .models.decoder import Decoder
@@ -36,6 +36,10 @@ from .models.fallback_trial import try_out
 from .models.families import from_hf
 from .models.spec import ModelSpec
 from .native.library import Library, load
+from .parallel.feed import told
+from .parallel.ranks import ONE_RANK, Ranks
+from .parallel.shard import Shard, shard
+from .parallel.weights import NarrowWeights
 from .quant.method import Method
 from .quant.onload import quantizing
 from .quant.weights import ModelWeights
@@ -90,29 +94,45 @@ class Runner:
 
     ``num_blocks`` and ``max_model_len`` are known after construction: the constructor runs the largest step
     and gives what memory is left to the KV cache.
+
+    On one of several ranks ``spec`` describes the whole model, and the part that is loaded is ``shard.spec``.
+    Every rank makes a Runner at the same time; later ``forward`` is rank 0's, ``follow`` the others'.
     """
 
-    def __init__(self, settings: EngineSettings, weights_of: WeightsOf = ModelWeights) -> None:
+    def __init__(
+        self, settings: EngineSettings, weights_of: WeightsOf = ModelWeights, ranks: Ranks = ONE_RANK
+    ) -> None:
         """``weights_of`` says where weights come from: the model's files.
 
         Raises ModelNotFound, ModelInvalid, Misconfigured (a knob that cannot work here).
         """
+        if settings.tensor_parallel_size != ranks.size:
+            raise Misconfigured(
+                f"tensor_parallel_size is {settings.tensor_parallel_size}, and this engine was started as "
+                f"{ranks.size} of a kind; EngineProcess starts as many as it takes"
+            )
         self.load_s: dict[str, float] = {}
-        self.device = _device(settings)
+        self.ranks, self._leads = ranks, False
+        self.device = _device(settings, ranks)
         self.deterministic = _deterministic(settings, self.device)
         self.dtype = _dtype(settings, self.device)
-        if settings.num_threads and self.device.type == "cpu":
-            torch.set_num_threads(settings.num_threads)
+        if (threads := _threads(settings, ranks)) and self.device.type == "cpu":
+            torch.set_num_threads(threads)
         with self._timed("open"):
             directory = Path(settings.model)
             config = Config.load(directory)
             model: Weights | Fallback
             if is_ours(config):
                 self.spec: ModelSpec = from_hf(config)
+                self.shard: Shard = shard(self.spec, ranks.rank, ranks.size)
                 model = weights_of(directory, config, self.spec)
+                if ranks.size > 1:
+                    assert isinstance(model, ModelWeights), f"{type(model).__name__} cannot be cut"
+                    model = NarrowWeights(model, self.shard)
             else:
                 model = Fallback(directory, config, settings, self.dtype, self.device)
                 self.spec = model.spec
+                self.shard = shard(self.spec, 0, 1)
         self.block_size = settings.kv_block_size
         self.max_model_len = _max_model_len(settings, self.spec)
         self.length_knob = "max_total_tokens" if settings.max_total_tokens else None
@@ -127,7 +147,8 @@ class Runner:
                 else self._assembled(model, settings, library)
             )
         with self._timed("warm_up"):
-            self.num_blocks = self._warm_up(settings)
+            self.num_blocks = self._warm_up(settings)  # which each rank does by itself, at the same time
+        self._leads = ranks.size > 1
         log.info("runner.ready", extra=self._summary())
 
     @property
@@ -158,13 +179,30 @@ class Runner:
         scored = list(scorer.rows if scorer else ())
         also = guess_rows(plan.work) + scored
         assert also == sorted(also), "guesses in a step that scores a prompt"
-        batch = pack(plan.work, self.block_size, self.device, also)
+        arrays = gather(plan.work, self.block_size, also)
         owners = adapted(plan.work, adapters, also) if adapters else Adapted()
-        hidden = self._decoder.forward(batch, self._attention, owners)
-        sampled = len(hidden) - len(scored)
+        if not self._leads:
+            return self._run(arrays, owners, scorer, len(scored))
+        self.ranks.tell(told(arrays, owners, len(scored)))
+        try:
+            return self._run(arrays, owners, scorer, len(scored))
+        except Exception as exc:
+            if is_out_of_memory(exc):
+                raise OutOfStep(self.ranks.size) from exc
+            raise
+
+    @torch.inference_mode()
+    def follow(self, arrays: Arrays, owners: Adapted, scored: int) -> None:
+        """A step as another rank than 0 runs it: the same, and what comes out goes to rank 0."""
+        self._run(arrays, owners, None, scored)
+
+    def _run(self, arrays: Arrays, owners: Adapted, scorer: Scorer | None, scored: int) -> Tensor:
+        hidden = self._decoder.forward(upload(arrays, self.device), self._attention, owners)
+        sampled = len(hidden) - scored
         for start in range(sampled, len(hidden), SCORED_AT_ONCE):
-            assert scorer is not None
-            scorer.take(self._decoder.logits(hidden[start : start + SCORED_AT_ONCE]))
+            logits = self._decoder.logits(hidden[start : start + SCORED_AT_ONCE])
+            if scorer is not None:
+                scorer.take(logits)
         return self._decoder.logits(hidden[:sampled])
 
     def adapter_desk(self, settings: EngineSettings) -> Desk:
@@ -179,7 +217,8 @@ class Runner:
         inner = quantizing(settings.quantize, stored, make, unpack=self.deterministic)
         # Deterministic mode knows dense layers only: weights are unpacked on load then.
         packed = none_is if self.deterministic else packed
-        return Decoder(self.spec, fetch, ops, inner, packed, head=make)
+        across = self.ranks.across(self.shard)
+        return Decoder(self.shard.spec, fetch, ops, inner, packed, head=make, across=across)
 
     def _made_ours(self, fallback: Fallback, settings: EngineSettings) -> Fallback:
         """With our linears, and tried. Raises ModelInvalid if our attention is not all that it needs."""
@@ -198,7 +237,7 @@ class Runner:
     def _library(self, settings: EngineSettings) -> Library | None:
         if self.device.type != "cpu" or settings.attention == "torch":
             return None
-        reason = unsupported(self.spec)
+        reason = unsupported(self.shard.spec)
         if self.block_size % 16:
             reason = f"kv_block_size {self.block_size} is no multiple of 16"
         if reason:
@@ -210,7 +249,7 @@ class Runner:
     def _backend(self, settings: EngineSettings, library: Library | None) -> Attention:
         if library:
             return NativeAttention(
-                self.spec, self.block_size, self.max_model_len, library, uniform=self.deterministic
+                self.shard.spec, self.block_size, self.max_model_len, library, uniform=self.deterministic
             )
         if settings.attention == "cpu":
             raise Misconfigured(
@@ -220,7 +259,7 @@ class Runner:
                 "attention=auto falls back to torch"
             )
         return TorchAttention(
-            self.spec, self.block_size, self.max_model_len, self.device, uniform=self.deterministic
+            self.shard.spec, self.block_size, self.max_model_len, self.device, uniform=self.deterministic
         )
 
     def _warm_up(self, settings: EngineSettings) -> int:
@@ -242,13 +281,19 @@ class Runner:
         if settings.max_batch_total_tokens:
             blocks = min(useful, settings.max_batch_total_tokens // self.block_size)
         else:
-            blocks = min(useful, spare_bytes(self.device, settings.memory_fraction) // size)
+            spare = spare_bytes(self.device, settings.memory_fraction)
+            if self.device.type == "cpu":
+                spare //= self.ranks.size  # they share what there is
+            blocks = min(useful, spare // size)
         if blocks < 1:
             raise Misconfigured(
                 f"no memory is left for the KV cache (a block is {size:,} bytes); "
                 "use a smaller model, lower max_batch_prefill_tokens, or raise memory_fraction"
             )
-        blocks = self._fit_cache(blocks)
+        fitted = self._fit_cache(blocks)
+        blocks = self.ranks.least(fitted)
+        if blocks < fitted:
+            self._use_cache(blocks)
         if blocks < per_sequence:  # one sequence alone must fit, or it could never finish
             self.max_model_len, self.length_knob = blocks * self.block_size, "max_batch_total_tokens"
             log.warning(
@@ -308,6 +353,7 @@ class Runner:
             "attention": self.attention,
             "num_blocks": self.num_blocks,
             "max_model_len": self.max_model_len,
+            "ranks": self.ranks.size,
             "load_s": self.load_s,
         }
 
@@ -353,13 +399,27 @@ def _largest_step(budget: int, max_seqs: int, max_len: int, block_size: int) -> 
     return [_DummyWork(_Dummy([0] * n, list(range(-(-n // block_size)))), n) for n in counts]
 
 
-def _device(settings: EngineSettings) -> torch.device:
+def _threads(settings: EngineSettings, ranks: Ranks) -> int | None:
+    """Of this rank: all ranks of a CPU together have what one would. None: as torch chooses."""
+    if ranks.size == 1:
+        return settings.num_threads
+    return max(1, (settings.num_threads or torch.get_num_threads()) // ranks.size)
+
+
+def _device(settings: EngineSettings, ranks: Ranks) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise Misconfigured(
             "device=cuda, and torch sees no CUDA device; use device=auto or install a CUDA torch"
         )
     if settings.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if ranks.size > 1:
+        if ranks.size > torch.cuda.device_count():
+            raise Misconfigured(
+                f"tensor_parallel_size is {ranks.size}, and torch sees {torch.cuda.device_count()} CUDA "
+                "devices; lower it, or use device=cpu"
+            )
+        torch.cuda.set_device(ranks.rank)
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -66,6 +66,9 @@ class EngineSettings(BaseModel):
     memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
     """CUDA only: the part of the card's memory that weights, activations and KV cache may take together."""
 
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that the model is cut for, each with a part of every layer: CUDA devices, or CPU processes."""
+
     lora_adapters: dict[str, Path] = Field(default_factory=dict[str, Path])
     """LoRA adapters that requests may name: name -> PEFT directory."""
     lora_dir: Path | None = None
@@ -89,6 +92,15 @@ class EngineSettings(BaseModel):
             raise ValueError(
                 f"max_num_seqs ({self.max_num_seqs}) must not exceed max_batch_prefill_tokens ({budget}): "
                 "a step could not feed one token to each running sequence"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_are_in_one_order(self) -> Self:
+        if self.deterministic and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size ({self.tensor_parallel_size}) ranks add up in an order that depends "
+                "on the batch, and deterministic mode promises the same bits in any; leave one of them out"
             )
         return self
 

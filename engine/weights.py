@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -168,6 +168,20 @@ class Checkpoint:
     def tensor(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A private copy of one tensor: the file may be replaced afterwards."""
         return self._mapped(name).to(device=device, dtype=dtype, copy=True)
+
+    def part(
+        self, name: str, dim: int, runs: Sequence[range], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """A private copy of ``runs`` of dimension 0 or 1, one after another; the rest is not read."""
+        try:
+            file, stored_name = self._place(name)
+            piece = file.get_slice(stored_name)
+            cuts = [slice(run.start, run.stop) for run in runs]
+            found: list[Tensor] = [piece[cut] if dim == 0 else piece[:, cut] for cut in cuts]
+        except SafetensorError as exc:
+            raise ModelInvalid(f"{self.directory}: tensor {name!r} cannot be read: {exc}") from exc
+        whole = found[0] if len(found) == 1 else torch.cat(found, dim)
+        return whole.to(device=device, dtype=dtype, copy=True).contiguous()
 
     def stored(self, name: str, device: torch.device) -> Tensor:
         """A private copy in the number format of the file."""

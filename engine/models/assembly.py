@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from ..layers.across import Across
 from ..layers.elementwise import Elementwise
 from ..layers.invariant import Make
 from ..layers.linear import Linear
 from .layout import Joint, MlpJoints, MoeJoints, head_order, joints, layer_prefix, moe_joints
-from .mlp import Experts, FeedForward, Mlp
+from .mlp import Experts, FeedForward, Mlp, Summed
 from .spec import ModelSpec
 
 Fetch = Callable[[str], Tensor]
@@ -61,24 +62,36 @@ class Layer:
 class Embedding:
     """Tokens, and where a model has learned them positions, to rows."""
 
-    def __init__(self, weight: Tensor, positions: Tensor | None, after: Rowwise | None) -> None:
-        self.weight, self._positions, self._after = weight, positions, after
+    def __init__(
+        self, weight: Tensor, positions: Tensor | None, after: Rowwise | None, across: Across
+    ) -> None:
+        self.weight, self._positions, self._after, self._across = weight, positions, after, across
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = nnf.embedding(tokens, self.weight)
+        x = self._across.embed(tokens, self.weight)
         if self._positions is not None:
             x += nnf.embedding(positions, self._positions)
         return x if self._after is None else self._after(x)
 
 
 class Assembly:
-    """Fetches weights as it is asked for parts, and puts them in the decoder's order."""
+    """Fetches weights as it is asked for parts, and puts them in the decoder's order.
+
+    Of a model on several ranks, ``spec`` and what ``fetch`` gives are this rank's part, which looks like a
+    narrower model's; what the ranks' parts add up to is known to ``across``.
+    """
 
     def __init__(
-        self, spec: ModelSpec, fetch: Fetch, ops: Elementwise, make: Make, quantized: Quantized
+        self,
+        spec: ModelSpec,
+        fetch: Fetch,
+        ops: Elementwise,
+        make: Make,
+        quantized: Quantized,
+        across: Across,
     ) -> None:
         self.spec, self._fetch, self._ops, self._make = spec, fetch, ops, make
-        self._quantized = quantized
+        self._quantized, self._across = quantized, across
 
     def embedding(self) -> Embedding:
         spec, base = self.spec, self.spec.names.base
@@ -91,7 +104,7 @@ class Assembly:
         after = None if scale == 1 else _scaled(scale)
         if spec.names.embedding_norm is not None:
             after = _then(after, self.norm(base + spec.names.embedding_norm))
-        return Embedding(weight, positions, after)
+        return Embedding(weight, positions, after, self._across)
 
     def head(self, embedding: Tensor, make: Make) -> Linear:
         spec, name = self.spec, self.spec.names.head
@@ -101,7 +114,7 @@ class Assembly:
             head = _then(head, _scaled(spec.logit_scale))
         if (cap := spec.logit_softcap) is not None:
             head = _then(head, lambda x: self._ops.softcap(x, cap))
-        return head
+        return head if self._across.alone else _then(head, self._across.joined)
 
     def layer(self, index: int) -> Layer:
         spec, names, prefix = self.spec, self.spec.names, layer_prefix(self.spec, index)
@@ -115,12 +128,14 @@ class Assembly:
             q_norm=self._head_weight(f"{prefix}{names.q_norm}.weight") if fused else None,
             k_norm=self._head_weight(f"{prefix}{names.k_norm}.weight") if fused else None,
             output=linears["output"],
-            attention_post=self._post(prefix, names.attention_post_norm),
+            attention_post=self._attention_post(prefix),
             parallel=spec.parallel,
             mlp_norm=self._norm_or_none(prefix, names.mlp_norm) or (None if spec.parallel else _unnormed),
-            mlp=self._experts(prefix, moe, index)
-            if moe
-            else Mlp(linears["gate_up"], linears["down"], self._activation(), index),
+            mlp=self._whole(
+                self._experts(prefix, moe, index)
+                if moe
+                else Mlp(linears["gate_up"], linears["down"], self._activation(), index)
+            ),
             mlp_post=self._post(prefix, names.mlp_post_norm),
         )
 
@@ -139,6 +154,15 @@ class Assembly:
         norm = self._norm_or_none(prefix, name)
         scale = self.spec.residual_scale
         return norm if scale == 1 else _then(norm, _scaled(scale))
+
+    def _attention_post(self, prefix: str) -> Rowwise | None:
+        post = self._post(prefix, self.spec.names.attention_post_norm)
+        if self._across.alone:
+            return post
+        return self._across.total if post is None else _then(self._across.total, post)
+
+    def _whole(self, mlp: FeedForward) -> FeedForward:
+        return mlp if self._across.alone else Summed(mlp, self._across.total)
 
     def _norm_weight(self, name: str) -> Tensor:
         weight = self._fetch(name)
@@ -207,7 +231,11 @@ class Assembly:
 
         def norm(part: Tensor) -> Tensor:
             x = part.reshape(-1, len(ones)).contiguous()
-            if spec.norm == "rms":
+            if spec.qk_norm == "row" and not self._across.alone:
+                assert spec.norm == "rms", "a layer norm over all heads, on several ranks"
+                wide = x.float()
+                x = (wide * torch.rsqrt(self._across.mean(wide.square()) + spec.norm_eps)).to(x.dtype)
+            elif spec.norm == "rms":
                 x = ops.rms_norm(x, ones, spec.norm_eps)
             else:
                 x = ops.layer_norm(x, ones, None, spec.norm_eps)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..attention.backend import Attention
 from ..batch import Batch
+from ..layers.across import ALONE, Across
 from ..layers.elementwise import Elementwise
 from ..layers.invariant import Make
 from ..layers.linear import linear
@@ -28,10 +29,14 @@ class Decoder:
         make: Make = linear,
         quantized: Quantized = none_is,
         head: Make | None = None,
+        across: Across = ALONE,
     ) -> None:
-        """``head`` makes the output layer, where that is to be made otherwise than ``make`` does."""
+        """``head`` makes the output layer, where that is to be made otherwise than ``make`` does.
+
+        ``across``: how ranks that hold parts of the model work together; the other arguments are one's own.
+        """
         self.spec = spec
-        parts = Assembly(spec, fetch, ops, make, quantized)
+        parts = Assembly(spec, fetch, ops, make, quantized, across)
         self._embed = parts.embedding()
         self._layers = [parts.layer(index) for index in range(spec.num_layers)]
         self._norm = parts.norm(spec.names.base + spec.names.norm)

@@ -199,6 +199,7 @@ def _refuse_knobs(settings: EngineSettings) -> None:
         "deterministic": settings.deterministic,
         "lora_adapters": bool(settings.lora_adapters),
         "lora_dir": settings.lora_dir is not None,
+        "tensor_parallel_size": settings.tensor_parallel_size > 1,
     }
     if named := [name for name, used in lacking.items() if used]:
         raise Misconfigured(

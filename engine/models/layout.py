@@ -127,7 +127,7 @@ def _qkv(spec: ModelSpec) -> Joint:
     if len(names) == 1:
         sizes = (sum(sizes),)
     modules = tuple(Module(name, rows, hidden, bias) for name, rows in zip(names, sizes, strict=True))
-    heads, within = _stored_heads(spec), head_order(spec)
+    heads, within = stored_heads(spec), head_order(spec)
     plain = range(spec.head_dim)
     order = [
         head * spec.head_dim + dim
@@ -137,7 +137,7 @@ def _qkv(spec: ModelSpec) -> Joint:
     return Joint(modules, None if order == list(range(len(order))) else tuple(order))
 
 
-def _stored_heads(spec: ModelSpec) -> Sequence[int]:
+def stored_heads(spec: ModelSpec) -> Sequence[int]:
     """For each head of the decoder, queries then keys then values, its number in the checkpoint."""
     heads, kv_heads, group = spec.num_heads, spec.num_kv_heads, spec.group
     if spec.qkv_layout == "grouped":

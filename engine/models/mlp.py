@@ -29,6 +29,16 @@ class Mlp:
         return project(self._down, inner, rows, self._layer, "down")
 
 
+class Summed:
+    """What each rank's part of an MLP says, put together: once, however many linears it goes through."""
+
+    def __init__(self, part: FeedForward, total: Callable[[Tensor], Tensor]) -> None:
+        self._part, self._total = part, total
+
+    def __call__(self, x: Tensor, rows: Sequence[Rows] = ()) -> Tensor:
+        return self._total(self._part(x, rows))
+
+
 class Experts:
     """Each row goes through the experts that the router scores highest, weighted by these scores.
 

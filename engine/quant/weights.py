@@ -69,6 +69,16 @@ class ModelWeights:
             return self.packed(module, device).dense(dtype)
         return self._checkpoint.tensor(name, dtype, device)
 
+    def part(
+        self, name: str, dim: int, runs: Sequence[range], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """``runs`` of one dimension of a tensor that is not quantized, one after another; no more is read."""
+        return self._checkpoint.part(name, dim, runs, dtype, device)
+
+    def quantized(self, modules: Sequence[str]) -> bool:
+        """Whether all of them are."""
+        return all(module in self._sites for module in modules)
+
     def packed(self, module: str, device: torch.device) -> Packed:
         """A quantized weight."""
         assert self.method is not None
@@ -83,7 +93,7 @@ class ModelWeights:
         self, modules: Sequence[str], bias: Tensor | None, dtype: torch.dtype, device: torch.device
     ) -> Linear | None:
         """The modules' weights one above the other, as a layer. None: they are not quantized, or not all."""
-        if not all(module in self._sites for module in modules):
+        if not self.quantized(modules):
             return None
         return side_by_side([self.packed(module, device) for module in modules], dtype, bias)
 
