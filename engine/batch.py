@@ -216,7 +216,7 @@ def gather(work: Sequence[Piece], block_size: int, also: Sequence[int] = ()) -> 
     )
 
 
-def tensor(array: Int64, device: torch.device) -> Tensor:
+def tensor(array: Int64 | Int32, device: torch.device) -> Tensor:
     """The array on the device; on the CPU the same memory."""
     return torch.from_numpy(array).to(device)  # pyright: ignore[reportUnknownMemberType]  (numpy untyped there)
 

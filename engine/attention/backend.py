@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..kv_cache import KVCache
+from ..models.spec import ModelSpec
 
 
 class Attention(Protocol):
@@ -24,6 +25,8 @@ class Attention(Protocol):
     """
 
     name: str
+    spec: ModelSpec
+    block_size: int
     graphs: bool
     """``begin`` knows frames."""
 
