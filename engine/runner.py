@@ -17,6 +17,7 @@ from torch import Tensor
 from ..schemas.errors import Misconfigured
 from ..schemas.home import default_home
 from .attention.backend import Attention
+from .attention.choice import Wanted, block_tokens, gpu_attention
 from .attention.native_backend import NativeAttention, unsupported
 from .attention.torch_backend import TorchAttention
 from .batch import Arrays, Piece, gather, guess_rows, upload
@@ -133,13 +134,14 @@ class Runner:
                 model = Fallback(directory, config, settings, self.dtype, self.device)
                 self.spec = model.spec
                 self.shard = shard(self.spec, 0, 1)
-        self.block_size = settings.kv_block_size
+        self.block_size = block_tokens(settings)
         self.max_model_len = _max_model_len(settings, self.spec)
         self.length_knob = "max_total_tokens" if settings.max_total_tokens else None
         self.step_tokens = _step_tokens(settings, self.device)
         with self._timed("kernels"):
             library = self._library(settings)
             self._attention = self._backend(settings, library)
+            self.block_size = self._attention.block_size
         with self._timed("weights"), torch.inference_mode():
             self._decoder = (
                 self._made_ours(model, settings)
@@ -232,10 +234,14 @@ class Runner:
     def _elementwise(self, library: Library | None) -> Elementwise:
         if self.deterministic:
             return RowByRow(library or TorchElementwise(), native=library is not None)
+        if self.attention in ("triton", "flash"):
+            from .gpu.elementwise import TritonElementwise
+
+            return TritonElementwise()
         return library or TorchElementwise()
 
     def _library(self, settings: EngineSettings) -> Library | None:
-        if self.device.type != "cpu" or settings.attention == "torch":
+        if self.device.type != "cpu" or settings.attention not in ("auto", "cpu"):
             return None
         reason = unsupported(self.shard.spec)
         if self.block_size % 16:
@@ -257,6 +263,10 @@ class Runner:
                 "compiler or a kernel built earlier, and a model whose attention the kernel has; the log "
                 "event kernel.unavailable says what is missing. "
                 "attention=auto falls back to torch"
+            )
+        if self.device.type == "cuda" or settings.attention in ("triton", "flash"):
+            return gpu_attention(
+                settings, Wanted(self.shard.spec, self.max_model_len, self.device, self.dtype)
             )
         return TorchAttention(
             self.shard.spec, self.block_size, self.max_model_len, self.device, uniform=self.deterministic

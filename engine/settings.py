@@ -39,8 +39,9 @@ class EngineSettings(BaseModel):
     quantize: Quantize | None = None
     """Linears in fewer bits, the output layer excepted: nf4 and fp4 (4 bits), eetq (int8), fp8, or int8,
     which on CPUs has inputs in int8, too, and is the fastest there. TGI's names are known, too."""
-    attention: Literal["auto", "cpu", "torch"] = "auto"
-    """auto: the native kernel on a CPU with a C++ compiler, or one built earlier; otherwise torch."""
+    attention: Literal["auto", "cpu", "torch", "triton", "flash"] = "auto"
+    """auto: on a CPU the native kernel, if there is a C++ compiler or one built earlier; on CUDA our Triton
+    kernels, or flash-attn where it is installed and faster; otherwise torch."""
 
     max_num_seqs: PositiveInt = 128
     """Sequences that run together."""
@@ -55,7 +56,8 @@ class EngineSettings(BaseModel):
     down less often. 0: at once."""
     max_waiting_tokens: NonNegativeInt = 20
     """Tokens that the decoding ones get at most before they are slowed down for whoever waits."""
-    kv_block_size: PositiveInt = 16
+    kv_block_size: PositiveInt | None = None
+    """None: 16, or 256 with flash-attn, whose blocks have a multiple of that."""
     prefix_cache: bool = True
     """Keep the keys and values of what was computed for as long as there is room, for who begins likewise."""
     swap_gib: float = Field(default=0.0, ge=0.0)
@@ -115,7 +117,7 @@ class EngineSettings(BaseModel):
 
     @model_validator(mode="after")
     def _the_cache_holds_a_block(self) -> Self:
-        tokens, block = self.max_batch_total_tokens, self.kv_block_size
+        tokens, block = self.max_batch_total_tokens, self.kv_block_size or 16
         if tokens is not None and tokens < block:
             raise ValueError(f"max_batch_total_tokens ({tokens}) must be at least kv_block_size ({block})")
         return self

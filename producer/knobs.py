@@ -21,7 +21,7 @@ KNOBS: dict[str, tuple[Any, str]] = {
         click.Choice(QUANTIZE),
         "Weights in fewer bits, made on load; quantized checkpoints need no word.",
     ),
-    "attention": (click.Choice(["auto", "cpu", "torch"]), "Attention kernel."),
+    "attention": (click.Choice(["auto", "cpu", "torch", "triton", "flash"]), "Attention kernel."),
     "max-num-seqs": (click.IntRange(1), "Sequences that run together."),
     "max-batch-prefill-tokens": (click.IntRange(1), "Token budget of one step."),
     "max-input-tokens": (click.IntRange(1), "Prompt of one sequence."),

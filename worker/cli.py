@@ -39,7 +39,7 @@ def cli() -> None:
     type=click.Choice(get_args(Quantize)),
     help="Weights in fewer bits, made on load; quantized checkpoints need no word.",
 )
-@click.option("--attention", type=click.Choice(["auto", "cpu", "torch"]))
+@click.option("--attention", type=click.Choice(["auto", "cpu", "torch", "triton", "flash"]))
 @click.option("--max-num-seqs", type=int, help="Sequences that run together.")
 @click.option("--max-batch-prefill-tokens", type=int, help="Token budget of one step.")
 @click.option("--max-input-tokens", type=int, help="Prompt of one sequence; default: what the total leaves.")

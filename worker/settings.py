@@ -40,7 +40,7 @@ class WorkerSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Annotated[DType, Field(validation_alias=_tgi("dtype"))] = "auto"
     quantize: Annotated[Quantize | None, Field(validation_alias=_tgi("quantize"))] = None
-    attention: Literal["auto", "cpu", "torch"] = "auto"
+    attention: Literal["auto", "cpu", "torch", "triton", "flash"] = "auto"
     max_num_seqs: PositiveInt = 128
     max_batch_prefill_tokens: Annotated[
         PositiveInt | None, Field(validation_alias=_tgi("max_batch_prefill_tokens"))
@@ -67,7 +67,7 @@ class WorkerSettings(Settings):
     ] = None
     """Jobs of a class, and of those above it, that the worker takes on; the others stay in the queue.
     None: as many as run together, and a few."""
-    kv_block_size: PositiveInt = 16
+    kv_block_size: PositiveInt | None = None
     prefix_cache: bool = True
     swap_gib: Annotated[float, Field(ge=0.0)] = 0.0
     speculate: Annotated[NonNegativeInt, Field(validation_alias=_tgi("speculate"))] = 8

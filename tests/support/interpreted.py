@@ -1,0 +1,83 @@
+"""A program in a process of its own under Triton's interpreter: prints what came out as one JSON object.
+
+TRITON_INTERPRET counts when Triton, and kernels, are first imported; nobody else's process should see it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from gristmill.engine.engine import Engine
+from gristmill.engine.gpu import checks
+from gristmill.engine.messages import Request
+from gristmill.engine.settings import EngineSettings
+from triton.runtime import interpreter
+
+
+def repair() -> None:
+    """Make Triton 3.6's interpreter do what its compiler does."""
+    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def index_too(tensor: Any, scope: Any) -> None:
+        """numpy 2.4 makes no number of an array of one."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def float_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        """Its bfloat16 numbers lie in uint16, and it multiplies those."""
+        return dot(self, *(_wide(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+
+    interpreter._patch_lang_tensor = index_too
+    interpreter.InterpreterBuilder.create_dot = float_dot
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = type(options)(sanitize_overflow=False)  # twice as fast
+
+
+def _wide(x: Any) -> Any:
+    data = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+    return interpreter.TensorHandle(data, tl.float32)
+
+
+def kernels() -> list[tuple[str, float, float]]:
+    """Every case of the kernels: name, difference, tolerance."""
+    return [(o.name, o.difference, o.tolerance) for o in checks.outcomes(torch.device("cpu"))]
+
+
+def engine(model: str, prompts: str) -> list[list[list[int]]]:
+    """Greedy tokens for each prompt, with our kernels and with torch's attention."""
+    return [_generate(model, json.loads(prompts), attention) for attention in ("triton", "torch")]
+
+
+def _generate(model: str, prompts: list[list[int]], attention: str) -> list[list[int]]:
+    engine = Engine(
+        EngineSettings(
+            model=model,
+            device="cpu",
+            dtype="float32",
+            attention=attention,
+            max_num_seqs=2,
+            max_batch_prefill_tokens=12,
+            max_batch_total_tokens=128,
+            kv_block_size=8,
+        )
+    )
+    assert engine.info.attention == attention
+    said: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(id=str(i), prompt_ids=prompt, max_tokens=4, temperature=0.0, ignore_eos=True))
+    while engine.has_work:
+        for output in engine.step():
+            said.setdefault(output.id, []).extend(output.token_ids)
+    return [said[str(i)] for i in range(len(prompts))]
+
+
+if __name__ == "__main__":
+    repair()
+    torch.set_num_threads(1)
+    np.seterr(over="ignore")  # infinity is what its exponential is to be
+    print(json.dumps({"kernels": kernels, "engine": engine}[sys.argv[1]](*sys.argv[2:])))
