@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePath
@@ -38,7 +38,7 @@ from ..schemas.sampling import SamplingParams
 from ..schemas.settings import Settings, load_settings
 from ..schemas.status import JobStatus, WorkerInfo
 from ..schemas.tools import TOOL_FIELDS, Toolbox, toolbox
-from ..schemas.wire import shown
+from ..schemas.wire import kind_of, shown
 
 if TYPE_CHECKING:
     from ..schemas.batch_lines import Row
@@ -75,6 +75,16 @@ class Submission:
     retry_of: str | None = None
 
 
+_KINDS: tuple[tuple[str, Any, str], ...] = (
+    ("prompt_ids", Sequence, "a list of token ids (of an array: its tolist())"),
+    ("deadline_s", (int, float), "a number of seconds"),
+    ("tenant", str, "a string"),
+    ("idempotency_key", str, "a string"),
+    ("metadata", Mapping, "a mapping of strings to strings"),
+)
+"""Field, its type, and what that is called."""
+
+
 def build_job(
     given: Submission, model: str, sampling: Mapping[str, Any], settings: Settings, now: float
 ) -> Job:
@@ -82,9 +92,8 @@ def build_job(
 
     With an idempotency key the id follows from tenant and key; otherwise it is new.
     """
-    if given.deadline_s is not None and not given.deadline_s > 0:
-        raise InvalidRequest(f"deadline_s is {given.deadline_s:g} and must be above 0", param="deadline_s")
-    tenant = given.tenant or settings.tenant or DEFAULT_TENANT
+    _check_kinds(given)
+    tenant = settings.tenant or DEFAULT_TENANT if given.tenant is None else given.tenant
     lives_s = min(settings.job_ttl_s, given.deadline_s or settings.job_ttl_s)
     key = given.idempotency_key
     fields: dict[str, Any] = {
@@ -106,6 +115,18 @@ def build_job(
         "retry_of": given.retry_of,
     }
     return Job.from_python(fields)
+
+
+def _check_kinds(given: Submission) -> None:
+    """Of what is worked with before it is a record: callers' types are a promise nobody checked."""
+    for name, kind, wanted in _KINDS:
+        value = getattr(given, name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool | bytes)):
+            raise InvalidRequest(f"{name} is {kind_of(value)}, not {wanted}", param=name)
+    if isinstance(given.prompt_ids, str):
+        raise InvalidRequest("prompt_ids is a string; give the text as prompt", param="prompt_ids")
+    if given.deadline_s is not None and not given.deadline_s > 0:
+        raise InvalidRequest(f"deadline_s is {given.deadline_s:g} and must be above 0", param="deadline_s")
 
 
 def _toolbox(given: Submission) -> Toolbox | None:
@@ -149,7 +170,7 @@ def sampling_params(given: Mapping[str, Any]) -> SamplingParams:
         value = kept.get(name)
         if isinstance(value, str | int):
             kept[name] = (value,)
-        elif isinstance(value, Iterable):  # what is none is refused by name below
+        elif isinstance(value, Sequence | Set) and not isinstance(value, bytes):  # others are refused below
             kept[name] = tuple(cast("Iterable[Any]", value))
     return SamplingParams.from_python(kept)
 
@@ -180,15 +201,28 @@ def check_payload(job: Job, limit_bytes: int) -> None:
     try:
         size = len(job.to_json().encode())
     except ValueError as exc:  # half a surrogate pair in a Python string
+        where = _not_unicode(job)
         raise InvalidRequest(
-            "the prompt is not valid Unicode and cannot be sent as UTF-8", param="prompt"
+            f"{where} is not valid Unicode and cannot be sent as UTF-8; replace half surrogate pairs in it",
+            param=where,
         ) from exc
     if size > limit_bytes:
         raise PayloadTooLarge(size_bytes=size, limit_bytes=limit_bytes)
 
 
+def _not_unicode(job: Job) -> str:
+    for name in Job.model_fields:
+        try:
+            job.model_dump_json(include={name})
+        except ValueError:
+            return name
+    return "request"
+
+
 def pick_model(wanted: str | None, known: Collection[str], settings: Settings) -> str:
     """The model asked for, the setting, or the only one there is. Raises ModelNotFound."""
+    if wanted is not None and not isinstance(wanted, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # a caller's promise
+        raise InvalidRequest(f"model is {kind_of(wanted)}, not a string", param="model")
     name = wanted or settings.model
     if name is not None:
         if name in known:
@@ -283,6 +317,8 @@ def not_ended(job_id: str, timeout_s: float | None) -> WaitTimeout:
 
 def check_job_id(job_id: str) -> str:
     """Raises InvalidRequest unless it looks like a job id: it becomes part of keys and file names."""
+    if not isinstance(job_id, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # a caller's promise
+        raise InvalidRequest(f"job_id is {kind_of(job_id)}, not a string", param="job_id")
     if re.fullmatch(JOB_ID_PATTERN, job_id) is None:
         raise InvalidRequest(f"{job_id[:80]!r} is not a job id", param="job_id")
     return job_id

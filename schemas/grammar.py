@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field
 
 from .errors import InvalidRequest, InvalidSchema, Unsupported
-from .wire import Bool, Record
+from .wire import Bool, Record, kind_of
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "gbnf"]
 MAX_GRAMMAR_CHARS = 131_072
@@ -65,6 +65,8 @@ def with_grammar(fields: Mapping[str, Any]) -> dict[str, Any]:
             f"{' and '.join(found)} ask for a format of the output each; give one of them", param=[*found][1]
         )
     close = fields.get(CLOSE_FIELD)
+    if close is not None and not isinstance(close, bool):
+        raise InvalidRequest(f"{CLOSE_FIELD} is {kind_of(close)}, not true or false", param=CLOSE_FIELD)
     for spec in found.values():
         kept["grammar"] = spec if close is None else {**spec, "close": close}
     return kept
@@ -77,6 +79,8 @@ def _spec(name: str, value: Any) -> dict[str, Any] | None:
     if hasattr(value, "model_json_schema"):  # a pydantic model, as the openai SDK takes
         return _made("json_schema", value.model_json_schema(), name)
     if name == "guided_json_object":
+        if not isinstance(value, bool):
+            raise InvalidRequest(f"{name} is {kind_of(value)}, not true or false", param=name)
         return _made("json_object", None, name) if value else None
     if name.startswith("guided_"):
         return _made(_NAMES[name.removeprefix("guided_")], value, name)
@@ -132,6 +136,8 @@ def _from_grammar(given: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidRequest(f"grammar.type is none of {', '.join(_NAMES)}", param="grammar.type")
     if kind == "json_object" and given.get("value") is None:
         return _made("json_object", None, "grammar")
+    if given.get("value") is None:
+        raise InvalidRequest("grammar.value is not given: the schema, or the text", param="grammar.value")
     known = "json_schema" if kind == "json_object" else _NAMES[kind]  # TGI's json_object has a schema
     return _made(known, given.get("value"), "grammar")
 
@@ -149,6 +155,10 @@ def _made(kind: GrammarKind, value: Any, name: str) -> dict[str, Any]:
             kind = "lark"
     else:
         raise InvalidSchema(f"{name} is not a string", param=name)
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidSchema(f"{name} holds half a surrogate pair, which is no Unicode", param=name) from exc
     if len(text) > MAX_GRAMMAR_CHARS:
         raise InvalidSchema(
             f"{name} is {len(text):,} characters and {MAX_GRAMMAR_CHARS:,} are allowed; make it smaller",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from .errors import InvalidRequest
 from .sampling import SamplingParams
 from .tools import PastCall, Toolbox, check_fit
 from .wire import WIRE_VERSION, Bool, Count, Float, Record
@@ -118,11 +119,12 @@ class Job(Record):
     def _one_prompt(self) -> Self:
         given = [n for n in ("prompt", "prompt_ids", "messages") if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of prompt, prompt_ids, messages (got {', '.join(given) or 'none'})"
+            raise InvalidRequest(
+                f"give exactly one of prompt, prompt_ids, messages (got {', '.join(given) or 'none'})",
+                param=given[-1] if given else "prompt",
             )
         if not (self.prompt or self.prompt_ids or self.messages):
-            raise ValueError(f"{given[0]} is empty")
+            raise InvalidRequest(f"{given[0]} is empty", param=given[0])
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from .errors import InvalidRequest
 from .grammar import GrammarSpec
 from .wire import MAX_COUNT, Bool, Count, Float, Int, Record
 
@@ -107,16 +108,23 @@ class SamplingParams(Record):
     @model_validator(mode="after")
     def _min_fits_max(self) -> Self:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens})")
+            raise InvalidRequest(
+                f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens}); lower it",
+                param="min_tokens",
+            )
         return self
 
     @model_validator(mode="after")
     def _choices_can_be_made(self) -> Self:
         if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of ({self.best_of}) is less than n ({self.n}): make as many as you want")
+            raise InvalidRequest(
+                f"best_of ({self.best_of}) is less than n ({self.n}): make as many as you want",
+                param="best_of",
+            )
         if self.choices > 1 and self.temperature == 0.0:
-            raise ValueError(
-                f"{self.choices} choices at temperature 0 are all the same; ask for one, or sample"
+            raise InvalidRequest(
+                f"{self.choices} choices at temperature 0 are all the same; ask for one, or sample",
+                param="best_of" if self.best_of else "n",
             )
         return self
 

@@ -140,7 +140,7 @@ def toolbox(fields: Mapping[str, Any]) -> Toolbox | None:
     Raises InvalidRequest or its subclasses, each naming the field.
     """
     tools, choice, parallel = (fields.get(name) for name in TOOL_FIELDS)
-    if not tools:
+    if tools is None or tools in ([], ()):
         if choice not in (None, "none", "auto"):
             raise InvalidRequest("tool_choice asks for a call and there are no tools", param="tool_choice")
         return None
@@ -202,8 +202,8 @@ def _check_schemas(functions: Sequence[Function]) -> None:
                 f"{where}: nested more than {MAX_NESTING} levels; name the inner parts in $defs", param=where
             )
         try:
-            chars += len(json.dumps(function.parameters))
-        except TypeError as exc:
+            chars += len(json.dumps(function.parameters, ensure_ascii=False, allow_nan=False).encode())
+        except (TypeError, ValueError) as exc:
             raise InvalidSchema(f"{where}: not JSON: {exc}", param=where) from exc
     if chars > MAX_SCHEMA_CHARS:
         raise InvalidSchema(
@@ -249,4 +249,6 @@ def _choice(choice: Any) -> dict[str, Any]:
 
 
 def _names(tools: Any) -> tuple[str, ...]:
+    if not isinstance(tools, list | tuple):
+        raise InvalidRequest("tool_choice.allowed_tools.tools is not a list", param="tool_choice")
     return tuple(each.function.name for each in _Tools.from_python({"tools": tools}).tools)

@@ -105,6 +105,19 @@ def _in_json_words(message: str) -> str:
     return message
 
 
+def kind_of(value: Any) -> str:
+    """What JSON calls a value's type: what a user is told instead of the value."""
+    names: dict[Any, str] = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        bytes: "bytes",
+    }
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
+
+
 def shown(name: str) -> str:
     """A name of the caller's choosing as part of a message: one short line, and nothing a terminal obeys."""
     if len(name) > MAX_SHOWN_CHARS:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from ..errors import InvalidRequest, Unsupported
 from ..job import Message
 from ..tools import PastCall
-from ..wire import shown
+from ..wire import kind_of, shown
 
 _MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": (),
@@ -27,6 +27,8 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]
 
     Raises InvalidRequest or Unsupported naming ``messages.<index>.<field>``.
     """
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' lists are untyped
+        raise InvalidRequest(f"messages is {kind_of(messages)}, not a list of messages", param="messages")
     if not messages:
         raise InvalidRequest("messages is empty", param="messages")
     return tuple(_message(turn, f"messages.{index}") for index, turn in enumerate(messages))
@@ -119,15 +121,3 @@ def check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
     if value is None or any(type(value) is type(each) and value == each for each in neutral):
         return
     raise Unsupported(f"{name}: not supported by this version; leave it out", param=name)
-
-
-def kind_of(value: Any) -> str:
-    """What JSON calls a value's type: what a user is told instead of the value."""
-    names: dict[Any, str] = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-    }
-    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")

@@ -16,8 +16,8 @@ from ..grammar import CLOSE_FIELD, GRAMMAR_FIELDS, with_grammar
 from ..job import Endpoint, Message
 from ..sampling import SamplingParams
 from ..tools import TOOL_FIELDS, Toolbox, check_fit, toolbox
-from ..wire import MAX_COUNT, Bool, Float, Int, Record
-from .messages import check_neutral, kind_of, parse_messages
+from ..wire import MAX_COUNT, Bool, Float, Int, Record, kind_of
+from .messages import check_neutral, parse_messages
 
 COMPLETIONS_DEFAULT_MAX_TOKENS = 16
 """OpenAI's own default for /v1/completions; the chat endpoint has none."""

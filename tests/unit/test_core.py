@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from gristmill.producer import core
 from gristmill.producer.core import Submission
-from gristmill.schemas.errors import InvalidRequest, JobFailed, ModelNotFound, PayloadTooLarge
+from gristmill.schemas.errors import BadInput, InvalidRequest, JobFailed, ModelNotFound, PayloadTooLarge
+from gristmill.schemas.grammar import CLOSE_FIELD, GRAMMAR_FIELDS
 from gristmill.schemas.job import Job, JobState, Priority
 from gristmill.schemas.result import ErrorInfo, Result, Timings
+from gristmill.schemas.sampling import SamplingParams
 from gristmill.schemas.settings import Settings, load_settings
 
 SETTINGS = load_settings(model=None, broker_url="redis://:secret@queue:6379/0")
@@ -44,9 +47,12 @@ def test_an_idempotency_key_decides_the_id_within_a_tenant() -> None:
 @pytest.mark.parametrize(
     ("given", "sampling", "param"),
     [
-        ({}, {}, None),
-        ({"prompt": ""}, {}, None),
-        ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, {}, None),
+        ({}, {}, "prompt"),
+        ({"prompt": ""}, {}, "prompt"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, {}, "messages"),
+        ({"prompt": "a"}, {"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"prompt": "a"}, {"n": 3, "best_of": 2}, "best_of"),
+        ({"prompt": "a"}, {"n": 3, "temperature": 0}, "n"),
         ({"prompt": "a"}, {"max_tokens": 0}, "max_tokens"),
         ({"prompt": "a"}, {"max_token": 5}, "max_token"),
         ({"prompt": "a", "priority": "urgent"}, {}, "priority"),
@@ -54,11 +60,87 @@ def test_an_idempotency_key_decides_the_id_within_a_tenant() -> None:
         ({"messages": [{"role": "user"}]}, {}, "messages.0.content"),
     ],
 )
-def test_bad_input_names_its_field(given: Any, sampling: dict[str, Any], param: str | None) -> None:
+def test_bad_input_names_its_field(given: Any, sampling: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         build(sampling=sampling, **given)
-    if param is not None:
-        assert caught.value.param == param
+    assert caught.value.param == param
+
+
+ENDLESS: dict[str, Any] = {}
+ENDLESS["self"] = ENDLESS
+HI = [{"role": "user", "content": "hi"}]
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+STRANGE: list[Any] = [
+    *(True, False, 0, -1, 5, 2**70, 0.5, math.nan, math.inf, 1j, b"x", "", "x", "2", "\x00", "\ud800"),
+    *((), [], [1], ["x"], [""], [None], [[1]], [True], ["\ud800"], {1}, range(3), object(), int, len),
+    *(
+        {},
+        {"a": 1},
+        {"1": "x"},
+        {None: 1},
+        {(1, 2): 3},
+        {"\ud800": 1},
+        {1: math.nan},
+        {-1: 1.0},
+        {2**40: 1.0},
+    ),
+    *(ENDLESS, [ENDLESS], HI[0], [{}], [{"role": 1}], [{1: 2}], [{**HI[0], "name": ["a"]}]),
+    *([{**HI[0], "content": value}] for value in (5, [5], [{"type": "text"}], [{"type": ["text"]}], {})),
+    *([{**HI[0], "tool_calls": value}] for value in (5, [5], [{"id": 1}])),
+    *([{"type": "function", "function": {**FUNCTION, "parameters": value}}] for value in (5, [], ENDLESS)),
+    *([{"type": "function", "function": {**FUNCTION, "parameters": {"a": v}}}] for v in (math.nan, "\ud800")),
+    *([{"type": "function", "function": value}] for value in (5, {"name": 5}, {"name": "f", "strict": "x"})),
+    *({"type": "function", "function": value} for value in (5, {"name": 5}, {"name": "g"})),
+    *({"type": "allowed_tools", "allowed_tools": value} for value in (5, {"mode": "auto", "tools": 5})),
+    *({"type": "json_schema", "json_schema": value} for value in (5, {"schema": len}, {"schema": ENDLESS})),
+    *({"type": "json", "value": value} for value in (len, ENDLESS, None)),
+    *({"type": ["json"]}, {"kind": "regex", "text": 5}, {"kind": ["regex"], "text": "x"}),
+    *({"json": len}, {"regex": 5}, {"choice": {"a"}}, {"json": {}, "regex": "x"}),
+]
+BESIDE: dict[str, dict[str, Any]] = {
+    "prompt": {},
+    "prompt_ids": {},
+    "messages": {},
+    "tools": {"messages": HI},
+    "tool_choice": {"messages": HI, "tools": [{"type": "function", "function": FUNCTION}]},
+    "parallel_tool_calls": {"messages": HI, "tools": [{"type": "function", "function": FUNCTION}]},
+}
+
+
+def made_or_refused(name: str, given: dict[str, Any], sampling: dict[str, Any]) -> BadInput | None:
+    """None: a job that can be sent and read again. Else it is refused in a line that names the field."""
+    try:
+        job = core.draft_job(Submission(**given), sampling, SETTINGS, 1000.0)
+    except BadInput as exc:
+        refused = exc
+    else:
+        assert Job.from_json(job.to_json()).to_json() == job.to_json()
+        return None
+    param: str = getattr(refused, "param", "")
+    assert param.partition(".")[0] in (name, "grammar" if name in GRAMMAR_FIELDS else name), refused.message
+    assert refused.message.isprintable()
+    assert len(refused.message) < 600
+    return refused
+
+
+@pytest.mark.parametrize("name", [*Submission.__dataclass_fields__])
+def test_any_python_value_for_a_field_makes_a_job_or_is_refused_by_name(name: str) -> None:
+    """metadata=True and deadline_s="" were bare TypeErrors."""
+    beside = BESIDE.get(name, {"prompt": "hi"})
+    assert any(made_or_refused(name, {**beside, name: value}, {}) for value in STRANGE)
+
+
+@pytest.mark.parametrize("name", [*SamplingParams.model_fields, *GRAMMAR_FIELDS, CLOSE_FIELD, "nonsense"])
+def test_any_python_value_for_a_sampling_wish_makes_a_job_or_is_refused_by_name(name: str) -> None:
+    assert any(made_or_refused(name, {"prompt": "hi"}, {name: value}) for value in STRANGE)
+
+
+@pytest.mark.parametrize("wrong", [5, ["m"], b"m"])
+def test_a_model_or_a_job_id_that_is_no_string_is_refused_by_name(wrong: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"model is .*, not a string"):
+        core.pick_model(wrong, {"m"}, SETTINGS)
+    with pytest.raises(InvalidRequest, match=r"job_id is .*, not a string"):
+        core.check_job_id(wrong)
 
 
 def test_a_payload_over_the_limit_tells_both_numbers() -> None:

@@ -116,7 +116,7 @@ def test_a_missing_feature_is_refused_by_name(field: str, value: Any) -> None:
         (chat(seed=-1), "seed"),
         (chat(n=0), "n"),
         (chat(n=True), "n"),
-        (chat(n=3, best_of=2), "request"),
+        (chat(n=3, best_of=2), "best_of"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
