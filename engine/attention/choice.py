@@ -92,7 +92,7 @@ def triton_attention(wanted: Wanted, block: int) -> Attention | str:
         return "it needs a CUDA device"
     from .triton_backend import TritonAttention
 
-    backend = TritonAttention(spec, block, wanted.max_len, wanted.device, wanted.dtype)
+    backend = TritonAttention(spec, block, wanted.max_len, wanted.device)
     return (None if interpreted else self_test(backend, wanted)) or backend
 
 

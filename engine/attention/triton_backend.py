@@ -37,7 +37,7 @@ def tiles(spec: ModelSpec, dtype: torch.dtype) -> tuple[Tile, Tile]:
     group, dim = power_of_two(spec.group), spec.head_dim
     few = max(16, group)
     if dtype.itemsize == 4:
-        return Tile(max(32, group), 32, 4, 2), Tile(few, 32, 4, 2)
+        return Tile(max(32, group), 32, 8, 2), Tile(few, 32, 4, 2)
     if dim > 128:
         return Tile(max(64, group), 32, 8, 2), Tile(few, 32, 4, 2)
     return Tile(max(128, group), 64, 4 if dim <= 64 else 8, 3), Tile(few, 64, 4, 3)
@@ -88,13 +88,10 @@ class TritonAttention:
         block_size: int,
         max_len: int,
         device: torch.device,
-        dtype: torch.dtype,
         *,
         split: int = SPLIT_TOKENS,
     ) -> None:
         self.spec, self.block_size, self.device, self._split = spec, block_size, device, split
-        self._long, self._short = tiles(spec, dtype)
-        assert split % self._short.keys == 0, f"{split} is no multiple of {self._short.keys}"
         self._rope_store = RopeStore(spec, max_len, device)
         self._slopes = torch.tensor(spec.alibi or (0.0,), dtype=torch.float32, device=device)
         self._columns: dict[tuple[int, int], Tensor] = {}
@@ -106,6 +103,8 @@ class TritonAttention:
     def use(self, cache: KVCache) -> None:
         self._cache = cache
         self._rope_store.use(cache)
+        self._long, self._short = tiles(self.spec, cache.keys[0].dtype)
+        assert self._split % self._short.keys == 0, f"{self._split} is no multiple of {self._short.keys}"
 
     def begin(self, batch: Batch) -> None:
         if batch.frame is not None:

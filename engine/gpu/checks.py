@@ -1,16 +1,22 @@
 """The Triton kernels against torch's: cases for a GPU and for Triton's interpreter alike.
 
-``for outcome in outcomes(device): assert outcome.difference <= outcome.tolerance``. Imports Triton.
+``for check in checks(device): assert check.difference() <= check.tolerance``. Imports Triton.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..attention.backend import Attention
+from ..attention.flash_backend import FlashAttention, Functions
 from ..attention.torch_backend import TorchAttention
 from ..attention.trial import Trial, difference
 from ..attention.triton_backend import TritonAttention
@@ -71,15 +77,13 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Check:
+    """One comparison with torch."""
+
     name: str
-    difference: float
+    difference: Callable[[], float]
     """The largest, in outputs or cache, of numbers above 1 relative. NaN where a number was to come."""
     tolerance: float
-
-    @property
-    def good(self) -> bool:
-        return self.difference <= self.tolerance
 
 
 MIXED = ((0, 5), (70, 1), (129, 1))
@@ -118,31 +122,42 @@ LARGE = (
 """Shapes of models, for a GPU."""
 
 
-def outcomes(device: torch.device) -> Iterator[Outcome]:
-    """Each kernel in each case: the small ones, and on CUDA those of models."""
-    for case in SMALL + LARGE if device.type == "cuda" else SMALL:
-        yield Outcome(f"attention/{case.name}", equals_torch(case, device), TOLERANCE[case.dtype])
-    yield Outcome("attention/frame", framed_equals_packed(DECODE, device), 0.0)
-    if device.type == "cuda":
-        large = replace(_LLAMA, pieces=tuple((n, 1) for n in (0, 70, 511, 1300, 4095)))
-        yield Outcome("attention/frame-llama", framed_equals_packed(large, device), 0.0)
-    for dtype in TOLERANCE if device.type == "cuda" else (torch.float32,):
+def checks(device: torch.device) -> Iterator[Check]:
+    """Each kernel in each case: the small ones, and on CUDA those of models, with flash-attn where it is."""
+    large = device.type == "cuda"
+    for case in SMALL + LARGE if large else SMALL:
+        yield Check(f"triton/{case.name}", partial(equals_torch, ours, case, device), TOLERANCE[case.dtype])
+    decode = replace(_LLAMA, pieces=tuple((n, 1) for n in (0, 70, 511, 1300, 4095))) if large else DECODE
+    yield Check("triton/frame", partial(framed_equals_packed, decode, device), 0.0)
+    for dtype in TOLERANCE if large else (torch.float32,):
         yield from elementwise(device, dtype)
+    if large and importlib.util.find_spec("flash_attn"):
+        for case in (replace(case, block=256) for case in LARGE if case.dtype != torch.float32):
+            run = partial(equals_torch, theirs, case, device)
+            yield Check(f"flash/{case.name}", run, TOLERANCE[case.dtype])
+
+
+def ours(case: Case, device: torch.device) -> Attention:
+    return TritonAttention(case.spec, case.block, case.longest, device, split=case.split)
+
+
+def theirs(case: Case, device: torch.device) -> Attention:
+    functions = cast("Functions", importlib.import_module("flash_attn"))
+    return FlashAttention(case.spec, case.block, case.longest, device, functions)
 
 
 @torch.inference_mode()
-def equals_torch(case: Case, device: torch.device) -> float:
-    spec, trial = case.spec, _trial(case, device)
-    ours = TritonAttention(spec, case.block, case.longest, device, case.dtype, split=case.split)
-    theirs = TorchAttention(spec, case.block, case.longest, device)
-    return max(difference(*both) for both in zip(trial.run(ours), trial.run(theirs), strict=True))
+def equals_torch(make: Callable[[Case, torch.device], Attention], case: Case, device: torch.device) -> float:
+    """How far a backend is from torch's, in what it says and in what it caches."""
+    trial, reference = _trial(case, device), TorchAttention(case.spec, case.block, case.longest, device)
+    both = zip(trial.run(make(case, device)), trial.run(reference), strict=True)
+    return max(difference(*pair) for pair in both)
 
 
 @torch.inference_mode()
 def framed_equals_packed(case: Case, device: torch.device) -> float:
     """A decode step from memory that stays, padding behind it, against the same step packed anew."""
-    trial = _trial(case, device)
-    backend = TritonAttention(case.spec, case.block, case.longest, device, case.dtype, split=case.split)
+    trial, backend = _trial(case, device), ours(case, device)
     n = trial.batch.rows
     frame = Frame.allocate(n + 3, 2 * case.longest, case.block, device)
     frame.fill(trial.batch)
@@ -159,9 +174,8 @@ def _trial(case: Case, device: torch.device) -> Trial:
 # ---- norms and gates
 
 
-def elementwise(device: torch.device, dtype: torch.dtype) -> Iterator[Outcome]:
+def elementwise(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
     """Every operation over a row shorter than a program's, and over one that ends within it."""
-    ours, theirs = TritonElementwise(), TorchElementwise()
     sizes = (7, 1500) if device.type == "cpu" else (7, 1500, 4096, 14336)
     for n in sizes:
         generator = torch.Generator().manual_seed(n)
@@ -179,8 +193,12 @@ def elementwise(device: torch.device, dtype: torch.dtype) -> Iterator[Outcome]:
             "relu": lambda ops, x=wide: ops.gate("relu", x),
         }
         for name, operation in operations.items():
-            off = difference(operation(ours), operation(theirs))
-            yield Outcome(f"elementwise/{name}-{n}", off, TOLERANCE[dtype])
+            yield Check(f"elementwise/{name}-{n}", partial(_apart, operation), TOLERANCE[dtype])
+
+
+@torch.inference_mode()
+def _apart(operation: Callable[[Elementwise], Tensor]) -> float:
+    return difference(operation(TritonElementwise()), operation(TorchElementwise()))
 
 
 def _added(ops: Elementwise, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gristmill.engine.attention.backend import Attention
@@ -27,6 +28,9 @@ from gristmill.engine.settings import EngineSettings
 from torch import Tensor
 
 from .report import Context, Row, case, summed_up
+
+if TYPE_CHECKING:
+    from gristmill.engine.gpu.checks import Check
 
 Make = Callable[[ModelSpec, int, int, torch.device], Attention]
 Lacks = Callable[[ModelSpec, torch.dtype], bool]
@@ -70,12 +74,30 @@ def attention(context: Context) -> list[Row]:
             if not lacks(spec, dtype) and context.left_s > 0
         ]
         rows += summed_up(cases, f"{name} attention")
+    if device.type == "cuda":
+        from gristmill.engine.gpu.checks import checks
+
+        found = [_tried(check) for check in checks(device) if context.left_s > 0]
+        rows += summed_up(found, "GPU kernels, case by case,")
     return rows
+
+
+def _tried(check: Check) -> Row:
+    """A kernel that does not even compile is wrong, and costs no other its turn."""
+    try:
+        return case(check.name, check.difference(), check.tolerance)
+    except Exception as exc:  # noqa: BLE001  (whatever a compiler or a driver says)
+        traceback.print_exc()
+        return case(f"{check.name}: {type(exc).__name__}", float("nan"), check.tolerance)
 
 
 def backends(device: torch.device) -> Iterator[tuple[str, Make, Lacks]]:
     """Those that this device has, by name."""
     yield "torch", TorchAttention, lambda _spec, _dtype: False
+    if device.type == "cuda":
+        from gristmill.engine.attention.triton_backend import TritonAttention
+
+        yield "triton", TritonAttention, lambda _spec, _dtype: False
     if device.type == "cpu":
         from gristmill.engine.attention.native_backend import NativeAttention, unsupported
         from gristmill.engine.native.library import load
