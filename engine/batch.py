@@ -14,12 +14,20 @@ from torch import Tensor
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
+UNKNOWN = 0
+"""Stands where a token belongs that only the device knows."""
+
 
 class Feedable(Protocol):
     """What the runner reads of a sequence."""
 
     @property
     def tokens(self) -> Sequence[int]: ...
+    @property
+    def length(self) -> int:
+        """Tokens, and those that are coming from the step before."""
+        ...
+
     @property
     def computed(self) -> int: ...
     @property
@@ -158,6 +166,29 @@ def _cut(memory: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return longs[:rows], longs[rows:], ints[:rows], ints[rows:].view(rows, -1)
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """What the step before has sampled, or is about to: ids on the device, and whose they are."""
+
+    ids: Tensor
+    """[n] int64; negative: not a token, and nobody will care what comes of it."""
+    seqs: Sequence[Feedable]
+    """One for each."""
+
+    def put(self, tokens: Tensor, work: Sequence[Piece]) -> None:
+        """Write each id where it is fed. tokens: those of ``work``, on the device."""
+        place = {id(seq): index for index, seq in enumerate(self.seqs)}
+        pairs: list[tuple[int, int]] = []
+        end = 0
+        for piece in work:
+            end += piece.count
+            if piece.seq.computed + piece.count > len(piece.seq.tokens) + len(piece.guesses):
+                pairs.append((end - 1, place[id(piece.seq)]))
+        if pairs:
+            rows, places = tensor(np.array(pairs, np.int64).T.copy(), tokens.device)
+            tokens.index_copy_(0, rows, self.ids[places].clamp_min_(0))
+
+
 def pack(work: Sequence[Piece], block_size: int, device: torch.device, also: Sequence[int] = ()) -> Batch:
     """``gather`` and ``upload``."""
     return upload(gather(work, block_size, also), device)
@@ -181,7 +212,8 @@ def upload(arrays: Arrays, device: torch.device) -> Batch:
 def gather(work: Sequence[Piece], block_size: int, also: Sequence[int] = ()) -> Arrays:
     """A plan as arrays. O(tokens + blocks); called once per step.
 
-    ``also``: rows that are wanted, too, behind those of the last tokens that sequences have.
+    ``also``: rows that are wanted, too, behind those of the last tokens that sequences have. UNKNOWN stands
+    where a token is fed that is coming.
     """
     n = len(work)
     counts = np.fromiter((piece.count for piece in work), np.int32, n)
@@ -191,7 +223,7 @@ def gather(work: Sequence[Piece], block_size: int, also: Sequence[int] = ()) -> 
     np.cumsum(counts[:-1], out=first_row[1:])
     total = int(counts.sum())
     if total == n:
-        tokens = np.fromiter((piece.seq.tokens[piece.seq.computed] for piece in work), np.int64, n)
+        tokens = np.fromiter((_next(piece.seq) for piece in work), np.int64, n)
         owner, positions = np.arange(n), starts.astype(np.int64)
     else:
         tokens = np.fromiter(_fed(work), np.int64, total)
@@ -199,7 +231,7 @@ def gather(work: Sequence[Piece], block_size: int, also: Sequence[int] = ()) -> 
         positions = np.arange(total) - np.repeat(first_row - starts, counts)
     tables = _tables(work, ends, block_size)
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    lengths = np.fromiter((len(piece.seq.tokens) for piece in work), np.int32, n)
+    lengths = np.fromiter((piece.seq.length for piece in work), np.int32, n)
     known = counts - np.fromiter((len(piece.guesses) for piece in work), np.int32, n)
     wanted = (first_row + known - 1)[starts + known == lengths]
     if also:
@@ -217,15 +249,24 @@ def gather(work: Sequence[Piece], block_size: int, also: Sequence[int] = ()) -> 
 
 
 def tensor(array: Int64 | Int32, device: torch.device) -> Tensor:
-    """The array on the device; on the CPU the same memory."""
-    return torch.from_numpy(array).to(device)  # pyright: ignore[reportUnknownMemberType]  (numpy untyped there)
+    """The array on the device, copied without waiting for the device; on the CPU the same memory."""
+    here = torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]  (numpy untyped there)
+    if device.type == "cpu":
+        return here
+    return here.pin_memory().to(device, non_blocking=True)  # torch keeps pinned memory until it is copied
 
 
 def _fed(work: Sequence[Piece]) -> Iterable[int]:
     for piece in work:
-        seq = piece.seq
-        yield from seq.tokens[seq.computed : seq.computed + piece.count]
+        seq, known = piece.seq, piece.count - len(piece.guesses)
+        fed = seq.tokens[seq.computed : seq.computed + known]
+        yield from fed
+        yield from [UNKNOWN] * (known - len(fed))
         yield from piece.guesses
+
+
+def _next(seq: Feedable) -> int:
+    return seq.tokens[seq.computed] if seq.computed < len(seq.tokens) else UNKNOWN
 
 
 def guess_rows(work: Sequence[Piece]) -> list[int]:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..schemas.errors import BadInput, InvalidRequest
 from ..schemas.home import default_home
+from .batch import Coming
 from .block_pool import BlockPool
 from .cadence import Cadence
 from .checks import check_request
+from .device_sampler import DeviceSampler, Ids
 from .guided.guide import Guide
 from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
@@ -26,9 +28,9 @@ from .recorder import Recorder
 from .runner import Runner, WeightsOf
 from .sampler import Sampler
 from .scheduler import Scheduler, StepPlan, Work
-from .sequence import Ahead, Row, Sequence
+from .sequence import Ahead, Later, Row, Sequence
 from .settings import EngineSettings
-from .speculation import Speculation
+from .speculation import MOST_SEQS, Speculation
 from .swap import StepCosts, SwapSpace, swap_pays
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ class Engine:
         )
         self._desk = runner.adapter_desk(settings)
         self._sampler = Sampler(runner.spec.vocab_size, runner.device, _native(settings, runner))
+        self._device_sampler = DeviceSampler(runner.spec.vocab_size, runner.device)
+        overlap = runner.device.type == "cuda" if settings.overlap is None else settings.overlap
+        self._overlap = overlap and runner.ranks.size == 1  # tokens that are coming are on this rank alone
+        self._flight: _Flight | None = None
         self.fast_forward = True
         """Tokens that a grammar forces are not sampled; False is the slow way to the same."""
         self._guide = Guide(settings.model, runner.spec.vocab_size, runner.eos_token_ids)
@@ -184,7 +190,7 @@ class Engine:
         if self._scheduler.has_work:
             outputs += self._run()
         else:
-            self._step_tokens = 0
+            self._step_tokens, self._flight = 0, None
             self._desk.wait(ADAPTER_POLL_S)
         self._step_s = time.monotonic() - started
         if self._step_tokens:
@@ -204,13 +210,28 @@ class Engine:
             self._speculation.check(self._seqs.values())
 
     def _run(self) -> list[Output]:
-        """One step, smaller and smaller until memory suffices. A failed try has computed nothing."""
+        """What one step has drawn. The next one is on its way before anybody looks, where that can be."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            flight = self._launch()
+            if isinstance(flight, Output):
+                return [flight]
+        if self._may_go_ahead(flight):
+            self._flight = self._launch_behind(flight)
+        tokens = flight.tokens()
+        if self._speculation and flight.decodes and self._flight is None:
+            self._speculation.times.add(flight.plan.tokens, time.monotonic() - flight.began)
+        self._step_tokens = flight.plan.tokens
+        self._grow()
+        return self._record(flight, tokens)
+
+    def _launch(self) -> _Flight | Output:
+        """A step, smaller and smaller until memory suffices. A failed try has computed nothing."""
         size = self._scheduler.step_tokens, self._scheduler.max_running
         while True:
-            plan = self._plan()
-            began = time.monotonic()
+            plan = self._plan(guess=True)
             try:
-                drawn = self._draw(plan)
+                flight = self._draw(plan)
                 break
             except Exception as exc:
                 if not is_out_of_memory(exc):
@@ -221,22 +242,57 @@ class Engine:
             if not self._shrink(plan):
                 self._step_tokens = 0
                 self._scheduler.step_tokens, self._scheduler.max_running = size  # it was this one's doing
-                return [self._too_big(plan)]
-        if self._speculation and self._scheduler.only_decodes:
-            self._speculation.times.add(plan.tokens, time.monotonic() - began)
-        self._scheduler.advance(plan)
-        self._step_tokens = plan.tokens
-        self._grow()
-        return self._record(drawn)
+                return self._too_big(plan)
+        self._advance(flight)
+        return flight
 
-    def _draw(self, plan: StepPlan) -> _Drawn:
-        """Run the model and the sampler; nothing is recorded yet."""
+    def _may_go_ahead(self, flight: _Flight) -> bool:
+        """Whether the next step can be launched before the host knows what ``flight`` draws.
+
+        Guesses begin with the last token: where some might be made, it is waited for.
+        """
+        if flight.ahead is None:
+            return False
+        guesses = self._speculation and self._scheduler.only_decodes
+        return not guesses or len(self._scheduler.running) > MOST_SEQS
+
+    def _launch_behind(self, flight: _Flight) -> _Flight | None:
+        """The step after ``flight``. None: no memory, or nothing to do before its tokens are known."""
+        plan = self._plan(guess=False)
+        if not plan.work:
+            return None
+        try:
+            following = self._draw(plan, flight)
+        except Exception as exc:
+            if not is_out_of_memory(exc):
+                raise
+            following = None
+        if following is None:
+            self._runner.free_caches()
+            self._shrink(plan)
+            return None
+        self._advance(following)
+        return following
+
+    def _advance(self, flight: _Flight) -> None:
+        """It has been launched: what it feeds is computed, and what it draws is coming."""
+        self._scheduler.advance(flight.plan)
+        for work in flight.works:
+            work.seq.coming += 1
+
+    def _draw(self, plan: StepPlan, before: _Flight | None = None) -> _Flight:
+        """Run the model and the sampler behind what ``before`` draws; nothing is recorded yet."""
+        began, decodes = time.monotonic(), self._scheduler.only_decodes
         works = [work for work in plan.work if work.samples]
         rows = _rows(works)
         masks = self._guide.start([work.seq for work in works])
         try:
             scorer = PromptScorer.of(plan.work)
-            logits = self._runner.forward(plan, self._desk.loaded, scorer)
+            coming = before.coming if before else None
+            logits = self._runner.forward(plan, self._desk.loaded, scorer, coming)
+            if self._overlap and scorer is None and all(map(_draws_alone, works)):
+                drawn = self._device_sampler.draw(logits, rows)
+                return _Flight(plan, works, drawn, logits, None, None, None, began, decodes)
             scores = Scores.take(logits, rows)  # the model's own: before masks
             if masks:
                 masks.apply(logits)
@@ -245,22 +301,34 @@ class Engine:
             if masks:
                 masks.drop()
             raise
-        return _Drawn(works, tokens, logits, masks, scores, scorer)
+        return _Flight(plan, works, tokens, logits, masks, scores, scorer, began, decodes)
 
-    def _record(self, drawn: _Drawn) -> list[Output]:
+    def _record(self, flight: _Flight, tokens: list[int | None]) -> list[Output]:
+        """Give everybody who is still here what was drawn. Who has ended since the launch gets nothing more:
+        that was noticed a step late."""
+        here = {work.seq.id for work in flight.plan.work if self._seqs.get(work.seq.id) is work.seq}
         outputs: list[Output] = []
-        behind = iter(drawn.tokens[len(drawn.works) :])
-        for row, (work, token) in enumerate(zip(drawn.works, drawn.tokens, strict=False)):
-            if drawn.masks and work.seq.guided:
-                output = self._recorder.record_guided(work.seq, token, drawn.masks, row)
+        behind = iter(tokens[len(flight.works) :])
+        for row, (work, token) in enumerate(zip(flight.works, tokens, strict=False)):
+            work.seq.coming -= 1
+            if work.seq.id not in here:
+                outputs.append(Output(id=work.seq.id, token_ids=[]))
+                continue
+            known = len(work.seq.tokens)
+            if flight.masks and work.seq.guided:
+                output = self._recorder.record_guided(work.seq, token, flight.masks, row)
             else:
                 output = self._recorder.record(work.seq, token)
             if work.guesses:
                 output = self._check_guesses(work, output, [token, *islice(behind, len(work.guesses))])
+            elif not output.finish:
+                self._scheduler.learned(work.seq, known)
             outputs.append(output)
-        if drawn.scores:
-            outputs = drawn.scores.tell(outputs, drawn.logits)
-        return drawn.scorer.tell(outputs) if drawn.scorer else outputs
+        if flight.scores:
+            outputs = flight.scores.tell(outputs, flight.logits)
+        if flight.scorer:
+            outputs = flight.scorer.tell(outputs)
+        return [output for output in outputs if output.id in here]
 
     def _check_guesses(self, work: Work, output: Output, drawn: list[int | None]) -> Output:
         assert self._speculation is not None
@@ -270,12 +338,12 @@ class Engine:
             self._speculation.learn(work.seq, len(work.guesses), right)
         return output
 
-    def _plan(self) -> StepPlan:
+    def _plan(self, *, guess: bool) -> StepPlan:
         """The scheduler's plan, sequences with the same adapter beside one another, and guesses that pay."""
         plan = self._scheduler.plan()
         if self._desk.loaded:
             plan = StepPlan(tuple(sorted(plan.work, key=lambda work: work.seq.adapter or "")))
-        if self._speculation and self._scheduler.only_decodes:
+        if guess and self._speculation and self._scheduler.only_decodes:
             room = self._scheduler.step_tokens - plan.tokens
             guesses = self._speculation.draft([work.seq for work in plan.work], room)
             plan = self._scheduler.add_guesses(plan, guesses) if guesses else plan
@@ -363,23 +431,49 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
-    """What a step has drawn."""
+class _Flight:
+    """A step that has been launched, and what it draws."""
 
+    plan: StepPlan
     works: list[Work]
     """Those that sample."""
-    tokens: list[int | None]
-    """One for each of ``works``, then one for each of their guesses."""
+    drawn: list[int | None] | Ids
+    """One token for each of ``works``, then one for each of their guesses."""
     logits: Tensor
     masks: Masks | None
     scores: Scores | None
     scorer: PromptScorer | None
+    began: float
+    decodes: bool
+    """Everybody had one token to go, and nobody waited."""
+
+    @property
+    def ahead(self) -> Ids | None:
+        """The tokens, if the host has not waited for them."""
+        return self.drawn if isinstance(self.drawn, Ids) else None
+
+    @property
+    def coming(self) -> Coming | None:
+        """The same, for those who are fed them."""
+        return (
+            Coming(self.drawn.ids, [work.seq for work in self.works]) if isinstance(self.drawn, Ids) else None
+        )
+
+    def tokens(self) -> list[int | None]:
+        """Waits for the step, and for none behind it."""
+        return self.drawn.wait() if isinstance(self.drawn, Ids) else self.drawn
 
 
 def _rows(sampling: list[Work]) -> list[Row]:
     """Whose next token each row of the logits says: each sequence, then those with guesses behind."""
-    behind = [Ahead(w.seq, w.guesses[:n]) for w in sampling for n in range(1, len(w.guesses) + 1)]
-    return [*(work.seq for work in sampling), *behind]
+    first: list[Row] = [Later(work.seq) if work.seq.coming else work.seq for work in sampling]
+    return first + [Ahead(w.seq, w.guesses[:n]) for w in sampling for n in range(1, len(w.guesses) + 1)]
+
+
+def _draws_alone(work: Work) -> bool:
+    """The device needs nobody's help with this row."""
+    seq = work.seq
+    return seq.plain and not work.guesses and seq.output_len + seq.coming >= seq.request.min_tokens
 
 
 def _native(settings: EngineSettings, runner: Runner) -> NativeSampling | None:

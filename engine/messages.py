@@ -15,6 +15,9 @@ from ..schemas.logprobs import TokenLogprobs
 
 Finish = Literal["stop", "length", "abort", "error"]
 
+GREEDY_BELOW = 1e-5
+"""A temperature below this is greedy: dividing by it would only overflow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
@@ -121,6 +124,16 @@ class Request:
     cache_salt: str = ""
     """Only requests with the same salt share keys and values: the worker puts the tenant here, so that nobody
     learns from the time an answer takes what somebody else has asked."""
+
+    @property
+    def greedy(self) -> bool:
+        """The likeliest token is taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def filtered(self) -> bool:
+        """Unlikely tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     @property
     def cache_root(self) -> bytes:

@@ -126,5 +126,5 @@ def _rank(seq: Sequence) -> tuple[int, float, int]:
 
 def _preference(seq: Sequence) -> _Key:
     """Among those who share as much. Constant while a sequence waits."""
-    rest = seq.limit - len(seq.tokens) if seq.request.priority == BATCH else 0
+    rest = seq.limit - seq.length if seq.request.priority == BATCH else 0
     return -rest, seq.rank

@@ -117,12 +117,14 @@ class PrefixCache:
             self.queries += len(seq.tokens)
 
     def publish(self, seq: Sequence, before: int) -> None:
-        """Blocks of ``seq`` became full when it was computed from ``before`` to where it is: name them."""
+        """Blocks of ``seq`` became full when it was computed from ``before`` to where it is: name them, as
+        far as their tokens are known."""
         size = self._block_size
-        if not self._enabled or before // size == seq.computed // size:
+        first, end = before // size, min(seq.computed, len(seq.tokens)) // size
+        if not self._enabled or first >= end:
             return
         self._name_blocks(seq)
-        for index in range(before // size, seq.computed // size):
+        for index in range(first, end):
             if seq.hashes[index] not in self._block:
                 self._remember(seq.hashes[index], seq.block_table[index])
 
@@ -201,7 +203,7 @@ class PrefixCache:
     def _usable(self, seq: Sequence) -> int:
         if seq.wants_its_prompt_fed:
             return 0
-        return min(len(seq.hashes), (len(seq.tokens) - 1) // self._block_size)
+        return min(len(seq.hashes), (seq.length - 1) // self._block_size)
 
 
 def _digest(data: bytes) -> bytes:

@@ -20,7 +20,7 @@ from .attention.backend import Attention
 from .attention.choice import Wanted, block_tokens, gpu_attention
 from .attention.native_backend import NativeAttention, unsupported
 from .attention.torch_backend import TorchAttention
-from .batch import Arrays, Piece, gather, guess_rows, upload
+from .batch import Arrays, Batch, Coming, Piece, gather, guess_rows, upload
 from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
 from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
 from .layers.invariant import Make, invariant
@@ -168,14 +168,19 @@ class Runner:
 
     @torch.inference_mode()
     def forward(
-        self, plan: Plan, adapters: Mapping[str, Adapter] = NO_ADAPTERS, scorer: Scorer | None = None
+        self,
+        plan: Plan,
+        adapters: Mapping[str, Adapter] = NO_ADAPTERS,
+        scorer: Scorer | None = None,
+        coming: Coming | None = None,
     ) -> Tensor:
         """Run one step and return logits [rows, vocab] in the engine's dtype.
 
         One row for each work that reaches its sequence's end, in plan order, then one for each guess; the
         sequences are not changed.
         ``adapters``: those that the sequences name. The ``scorer`` is given the logits of its rows, a few at
-        a time.
+        a time. ``coming``: the tokens that sequences have been given on the device and do not know of.
+        Nothing waits for the device.
         """
         assert plan.work, "an empty plan"
         scored = list(scorer.rows if scorer else ())
@@ -183,11 +188,15 @@ class Runner:
         assert also == sorted(also), "guesses in a step that scores a prompt"
         arrays = gather(plan.work, self.block_size, also)
         owners = adapted(plan.work, adapters, also) if adapters else Adapted()
+        batch = upload(arrays, self.device)
+        if coming is not None:
+            assert not self._leads, "the other ranks do not have these tokens"
+            coming.put(batch.tokens, plan.work)
         if not self._leads:
-            return self._run(arrays, owners, scorer, len(scored))
+            return self._run(batch, owners, scorer, len(scored))
         self.ranks.tell(told(arrays, owners, len(scored)))
         try:
-            return self._run(arrays, owners, scorer, len(scored))
+            return self._run(batch, owners, scorer, len(scored))
         except Exception as exc:
             if is_out_of_memory(exc):
                 raise OutOfStep(self.ranks.size) from exc
@@ -196,10 +205,10 @@ class Runner:
     @torch.inference_mode()
     def follow(self, arrays: Arrays, owners: Adapted, scored: int) -> None:
         """A step as another rank than 0 runs it: the same, and what comes out goes to rank 0."""
-        self._run(arrays, owners, None, scored)
+        self._run(upload(arrays, self.device), owners, None, scored)
 
-    def _run(self, arrays: Arrays, owners: Adapted, scorer: Scorer | None, scored: int) -> Tensor:
-        hidden = self._decoder.forward(upload(arrays, self.device), self._attention, owners)
+    def _run(self, batch: Batch, owners: Adapted, scorer: Scorer | None, scored: int) -> Tensor:
+        hidden = self._decoder.forward(batch, self._attention, owners)
         sampled = len(hidden) - scored
         for start in range(sampled, len(hidden), SCORED_AT_ONCE):
             logits = self._decoder.logits(hidden[start : start + SCORED_AT_ONCE])
@@ -382,6 +391,10 @@ class _Dummy:
     block_table: list[int]
     computed: int = 0
     adapter: str | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .messages import Request
 from .native.sampling import NativeSampling
 from .noise import MAX_GUMBEL, noise_key
 from .processors import Processed, Processing
 from .sequence import Row
 from .torch_noise import gumbel, int32, key_rows, noise_bits
 
-GREEDY_BELOW = 1e-5
-"""A temperature below this is greedy: dividing by it would only overflow."""
 WIDTHS = (64, 1024)
 """How many of the best tokens are looked at, first and if that was not enough; then all of them, sorted."""
 TYPICAL_WIDTHS = (1024, 8192)
@@ -78,11 +75,11 @@ class Sampler:
             request = seqs[row].request
             if tokens[row] is None:
                 tokens[row] = NONE_LEFT if processed.nothing_left(row) else None
-            elif request.processors and request.processors.typical_p < 1.0 and not _greedy_one(request):
+            elif request.processors and request.processors.typical_p < 1.0 and not request.greedy:
                 tokens[row] = self._typical(processed.logits[place : place + 1], seqs[row])
 
     def _sample(self, logits: Tensor, seqs: Rows[Row]) -> list[int | None]:
-        noisy = [row for row, seq in enumerate(seqs) if not _greedy_one(seq.request)]
+        noisy = [row for row, seq in enumerate(seqs) if not seq.request.greedy]
         if not noisy:
             return _greedy(logits)
         tokens: list[int | None] = [None] * len(seqs)
@@ -132,7 +129,7 @@ class Sampler:
         assert request.processors is not None
         knobs = _Knobs.of([seq], self.device)
         ids, scaled = self._tokens, logits[0].double() / knobs.temperature[0]
-        if _filters(request):
+        if request.filtered:
             few = next(few for width in self._widths if (few := _Best.of(logits, knobs, width)).known[0])
             passed = int(few.keep.sum())
             ids, scaled = few.ids[0, :passed].int(), few.scaled[0, :passed]
@@ -215,7 +212,7 @@ class _Knobs:
             top_p=column([r.top_p for r in requests], torch.float64),
             min_p=column([r.min_p for r in requests], torch.float64),
             keys=key_rows(keys, device),
-            filtered=torch.tensor([_filters(r) for r in requests], device=device),
+            filtered=torch.tensor([r.filtered for r in requests], device=device),
         )
 
     def row(self, index: int) -> _Knobs:
@@ -228,14 +225,6 @@ class _Knobs:
             self.keys[at],
             self.filtered[at],
         )
-
-
-def _filters(request: Request) -> bool:
-    return request.top_k > 0 or request.top_p < 1.0 or request.min_p > 0.0
-
-
-def _greedy_one(request: Request) -> bool:
-    return request.temperature < GREEDY_BELOW
 
 
 def typical(scaled: Tensor, mass: float) -> Tensor:

@@ -38,7 +38,7 @@ class Work:
     @property
     def samples(self) -> bool:
         """The last known token is fed, so the model's answer is the next one."""
-        return self.seq.computed + self.known == len(self.seq.tokens)
+        return self.seq.computed + self.known == self.seq.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class StepPlan:
 class Scheduler:
     """Queues of sequences in rank order, and the blocks they hold.
 
-    There is no prefill phase and no decode phase: each sequence has ``computed < len(tokens)`` and every
+    There is no prefill phase and no decode phase: each sequence has ``computed < length`` and every
     step's token budget lets ``computed`` catch up. Sequences with one token to go come first, each gets it;
     the rest of the budget goes to the others, running or waiting, by rank.
 
@@ -116,7 +116,7 @@ class Scheduler:
         else:
             held = len(set[int]().union(*(seq.block_table for seq in self.running[:firm])))
         waiting = self.waiting[: bisect_left(self.waiting, end, key=_rank)]
-        return held + sum(self._blocks(len(seq.tokens)) for seq in waiting if seq.preempted)
+        return held + sum(self._blocks(seq.length) for seq in waiting if seq.preempted)
 
     def check_fits(self, seq: Sequence) -> None:
         """Raise PromptTooLong if ``seq`` could not finish even with all blocks to itself."""
@@ -146,7 +146,10 @@ class Scheduler:
         self._free(seq)
 
     def plan(self) -> StepPlan:
-        """Choose the tokens of the next step and reserve blocks for them. Not empty while there is work."""
+        """Choose the tokens of the next step and reserve blocks for them.
+
+        Empty while there is work only where everybody's last token is coming.
+        """
         self._work, self._preempted, self._coming = {}, set(), {}
         for seq in list(self.running):
             if seq.pending == 1 and seq not in self._preempted:
@@ -192,6 +195,10 @@ class Scheduler:
             before = work.seq.computed
             work.seq.computed += work.known
             self.cache.publish(work.seq, before)
+
+    def learned(self, seq: Sequence, before: int) -> None:
+        """The tokens of ``seq`` from ``before`` on have become known; some may have been computed already."""
+        self.cache.publish(seq, min(before, seq.computed))
 
     def shrink(self) -> bool:
         """Ask for less at a time: half the budget, then half as many sequences. False: it cannot be less.
@@ -282,7 +289,7 @@ class Scheduler:
 
     def _soon(self, seq: Sequence) -> int:
         """Blocks ``seq`` holds after one more block's worth of output."""
-        return self._blocks(min(len(seq.tokens) + self.block_size, seq.limit))
+        return self._blocks(min(seq.length + self.block_size, seq.limit))
 
     def _grant(self, seq: Sequence, count: int) -> None:
         """Plan up to ``count`` tokens of ``seq``: as many as free blocks and those ranked behind it allow.
@@ -314,7 +321,7 @@ class Scheduler:
 
     def _trim(self, seq: Sequence) -> None:
         """Give up blocks beyond the known tokens."""
-        keep = self._blocks(len(seq.tokens))
+        keep = self._blocks(seq.length)
         self.pool.release(seq.block_table[keep:])
         del seq.block_table[keep:]
 
@@ -360,13 +367,14 @@ class Scheduler:
         for queue in (self.running, self.waiting):
             assert queue == sorted(queue, key=_rank), "a queue lost its order"
         for seq in everybody:
-            assert seq.computed < len(seq.tokens) < seq.limit, f"{seq.id} should have ended"
+            assert seq.computed < seq.length, f"{seq.id} has computed tokens that it does not have"
+            assert len(seq.tokens) < seq.limit, f"{seq.id} should have ended"
         for seq in self.waiting:
             assert not seq.block_table, f"{seq.id} waits with blocks"
             assert seq.computed == 0, f"{seq.id} waits with tokens computed"
         for seq in self.running:
             held = len(seq.block_table)
-            assert self._blocks(seq.computed) <= held <= self._blocks(len(seq.tokens)), f"{seq.id}: {held}"
+            assert self._blocks(seq.computed) <= held <= self._blocks(seq.length), f"{seq.id}: {held}"
         holders = Counter(block for seq in self.running for block in seq.block_table)
         assert all(self.pool.refs(block) == count for block, count in holders.items())
         assert len(holders) + self.pool.free == self.pool.capacity, "a block is held by nobody"

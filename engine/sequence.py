@@ -30,8 +30,8 @@ class Row(Protocol):
 class Sequence:
     """Tokens, how many of them have keys and values in the cache, and in which blocks.
 
-    ``computed < len(tokens)`` as long as it lives. Prefill, decode, resume and recomputation after a
-    preemption are all the same thing: ``computed`` catching up.
+    ``computed < length`` as long as it lives. Prefill, decode, resume and recomputation after a preemption
+    are all the same thing: ``computed`` catching up.
     """
 
     request: Request
@@ -50,6 +50,8 @@ class Sequence:
     sampled: bool = field(init=False, default=False)
     """A token of it was."""
     tokens: list[int] = field(init=False)
+    coming: int = field(init=False, default=0)
+    """So many more were sampled, and only the device knows which: ``Engine`` runs a step ahead."""
     computed: int = field(init=False, default=0)
     block_table: list[int] = field(init=False, default_factory=list[int])
     hashes: list[bytes] = field(init=False, default_factory=list[bytes])
@@ -62,11 +64,17 @@ class Sequence:
     """Prompt tokens whose log probabilities have been told, if it asks: there is none for the first."""
     rank: tuple[int, float, int] = field(init=False)
     """Smaller is served first, and preempted last."""
+    plain: bool = field(init=False)
+    """Its logits and its noise alone decide its tokens, once it has ``min_tokens``, and nobody asks for more
+    than the tokens: the device draws them by itself."""
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.request.output_ids]
         self.said = len(self.tokens)
         self.rank = (self.request.priority, self.request.arrival, self.number)
+        wants = self.request
+        asks_more = wants.processors or wants.grammar or wants.logprobs is not None
+        self.plain = not asks_more and (wants.greedy or not wants.filtered)
 
     @property
     def id(self) -> str:
@@ -98,9 +106,44 @@ class Sequence:
         return self.request.prompt_logprobs is not None and self.prompt_scored < self.prompt_len
 
     @property
+    def length(self) -> int:
+        """Tokens, those that are coming included."""
+        return len(self.tokens) + self.coming
+
+    @property
     def pending(self) -> int:
-        """Tokens that still have to go through the model before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+        """Tokens that still have to go through the model before the next one can be sampled; none once the
+        last one is coming."""
+        length = len(self.tokens) + self.coming
+        return length - self.computed if length < self.limit else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """A sequence as it will be once the tokens that are coming have come. Only requests that do not look at
+    tokens are sampled for in this way."""
+
+    seq: Sequence
+
+    @property
+    def request(self) -> Request:
+        return self.seq.request
+
+    @property
+    def id(self) -> str:
+        return self.seq.id
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return self.seq.end_ids
+
+    @property
+    def tokens(self) -> list[int]:
+        raise AssertionError(f"{self.id}: its last token is on the device only")
+
+    @property
+    def output_len(self) -> int:
+        return self.seq.output_len + self.seq.coming
 
 
 @dataclass(frozen=True, slots=True)

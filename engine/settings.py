@@ -63,6 +63,11 @@ class EngineSettings(BaseModel):
     swap_gib: float = Field(default=0.0, ge=0.0)
     """Host memory for KV blocks that had to make way and are wanted again; used where copying them costs less
     than computing them, as measured. 0: none."""
+    overlap: bool | None = None
+    """Launch a step before the tokens of the one before are known to the host, which then works beside the
+    device. None: on CUDA. It changes no token."""
+    cuda_graphs: bool = True
+    """CUDA only: replay what a step of decodes launches instead of launching it anew. It changes no token."""
     speculate: NonNegativeInt = 8
     """Guesses of what a sequence says next that a step may check along with it, where that pays; 0: none."""
     memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)

@@ -33,6 +33,8 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "kv-block-size": (click.IntRange(1), "Tokens per KV block."),
     "prefix-cache": (bool, "Keep what was computed for prompts that begin alike; default: yes."),
     "swap-gib": (click.FloatRange(0), "Host memory for KV blocks that had to make way."),
+    "overlap": (bool, "Work beside the device, a step ahead of what it is known to have said."),
+    "cuda-graphs": (bool, "CUDA: replay the launches of a step that only decodes; default: yes."),
     "speculate": (click.IntRange(0), "Guessed tokens a step may check for a sequence; 0: none."),
     "memory-fraction": (click.FloatRange(0, 1, min_open=True), "CUDA: part of the card's memory to use."),
     "lora-adapters": (str, "LoRA adapters that requests may name: NAME=DIR,NAME=DIR."),

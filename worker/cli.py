@@ -61,6 +61,16 @@ def cli() -> None:
     help="Keep what was computed for prompts that begin alike; default: yes.",
 )
 @click.option("--swap-gib", type=float, help="Host memory for KV blocks that had to make way; default 0.")
+@click.option(
+    "--overlap/--no-overlap",
+    default=None,
+    help="Work beside the device, a step ahead of what it is known to have said; default: on CUDA.",
+)
+@click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=None,
+    help="CUDA: replay the launches of a step that only decodes; default: yes.",
+)
 @click.option("--speculate", type=int, help="Guessed tokens a step may check for a sequence; 0: none.")
 @click.option("--memory-fraction", type=float, help="CUDA: part of the card's memory to use.")
 @click.option("--lora-adapters", metavar="NAME=DIR,…", help="LoRA adapters that jobs may name.")

@@ -70,6 +70,8 @@ class WorkerSettings(Settings):
     kv_block_size: PositiveInt | None = None
     prefix_cache: bool = True
     swap_gib: Annotated[float, Field(ge=0.0)] = 0.0
+    overlap: bool | None = None
+    cuda_graphs: bool = True
     speculate: Annotated[NonNegativeInt, Field(validation_alias=_tgi("speculate"))] = 8
     memory_fraction: Annotated[
         float,

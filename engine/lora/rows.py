@@ -44,7 +44,7 @@ def adapted(work: Sequence[Piece], adapters: Mapping[str, Adapter], also: Sequen
         end, wanted_end = row, wanted_row
         for piece in pieces:
             end += piece.count
-            wanted_end += piece.seq.computed + piece.count == len(piece.seq.tokens) + len(piece.guesses)
+            wanted_end += piece.seq.computed + piece.count == piece.seq.length + len(piece.guesses)
         if name is not None:
             fed.append(Rows(row, end, adapters[name]))
             if wanted_end > wanted_row:

@@ -51,6 +51,10 @@ class Fed:
     computed: int = 0
     adapter: str | None = None
 
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
 
 @dataclass
 class Piece:

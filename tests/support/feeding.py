@@ -20,6 +20,10 @@ class Fed:
     adapter: str | None = None
     rows: list[torch.Tensor] = field(default_factory=list)
 
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
 
 @dataclass
 class Piece:

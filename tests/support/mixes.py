@@ -67,6 +67,8 @@ class World:
     speculate: int = 8
     """Every guess is checked."""
     fast_forward: bool = True
+    overlap: bool = False
+    """A step is launched before the tokens of the one before are known."""
     block_size: int = 16
     blocks: int = 12
     seqs: int = 6
@@ -85,6 +87,7 @@ class World:
             "prefix_cache": self.prefix_cache or self.swap,
             "swap_gib": 0.001 if self.swap else 0.0,
             "speculate": self.speculate,
+            "overlap": self.overlap,
             "kv_block_size": self.block_size,
             "max_batch_total_tokens": max(LONGEST, self.blocks * self.block_size),
             "max_num_seqs": min(self.seqs, self.step_tokens),
@@ -195,6 +198,7 @@ def worlds(draw: st.DrawFn, attentions: tuple[str, ...]) -> World:
         swap=draw(st.booleans()),
         speculate=draw(st.sampled_from([8, 3, 0])),
         fast_forward=draw(st.booleans()),
+        overlap=draw(st.booleans()),
         block_size=block_size,
         blocks=-(-LONGEST // block_size) + draw(st.sampled_from([0, 0, 2, 30])),
         seqs=draw(st.sampled_from([8, 8, 3])),
