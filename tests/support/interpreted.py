@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from gristmill.engine.attention.backend import Attention
+from gristmill.engine.attention.flash_backend import FlashAttention
 from gristmill.engine.engine import Engine
 from gristmill.engine.gpu import checks
 from gristmill.engine.messages import Request
 from gristmill.engine.settings import EngineSettings
+from torch import Tensor
 from triton.runtime import interpreter
 
 
@@ -43,10 +46,62 @@ def _wide(x: Any) -> Any:
     return interpreter.TensorHandle(data, tl.float32)
 
 
+class Documented:
+    """flash-attn's two functions as their documentation describes them, for CPUs; it runs on GPUs only."""
+
+    def flash_attn_varlen_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: Tensor,
+        keys: Tensor,
+        most: int,
+        longest: int,
+        **said: Any,
+    ) -> Tensor:
+        """``rows`` and ``keys``: where each sequence begins, and where the last one ends."""
+        counts, lengths = rows.diff().tolist(), keys.diff().tolist()
+        assert (max(counts), max(lengths)) == (most, longest)
+        parts = zip(q.split(counts), lengths, said["block_table"], strict=True)
+        return torch.cat([_documented(part, k, v, length, table, **said) for part, length, table in parts])
+
+    def flash_attn_with_kvcache(self, q: Tensor, k: Tensor, v: Tensor, **said: Any) -> Tensor:
+        parts = zip(q, said["cache_seqlens"].tolist(), said["block_table"], strict=True)
+        return torch.stack([_documented(part, k, v, length, table, **said) for part, length, table in parts])
+
+
+def _documented(q: Tensor, k: Tensor, v: Tensor, length: int, table: Tensor, **said: Any) -> Tensor:
+    """Causal from the lower right corner: the last query sees every key. q: [rows, heads, dim]."""
+    assert said["causal"]
+    group = q.shape[1] // k.shape[2]
+    k, v = (x[table.long()].flatten(0, 1)[:length].repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * said["softmax_scale"]
+    if cap := said["softcap"]:
+        scores = cap * (scores / cap).tanh()
+    back = (torch.arange(len(q)) + length - len(q))[:, None] - torch.arange(length)[None]
+    if said["alibi_slopes"] is not None:
+        scores = scores - said["alibi_slopes"][:, None, None] * back.abs()
+    left = said["window_size"][0]
+    hidden = (back < 0) | (back > left) if left >= 0 else back < 0
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+FLASH = (
+    checks.Case("mixed-window", ((0, 3), (9, 1), (4, 2)), 2, 1, block=4, window=4, softcap=2.0),
+    checks.Case("decode-alibi", ((5, 1), (9, 1)), 2, 2, block=4, alibi=True, rope=None),
+)
+
+
 def kernels() -> list[tuple[str, float, float]]:
     """Every case of the kernels: name, difference, tolerance."""
-    cases = checks.checks(torch.device("cpu"))
-    return [(check.name, check.difference(), check.tolerance) for check in cases]
+    cpu = torch.device("cpu")
+    cases = [(check.name, check.difference(), check.tolerance) for check in checks.checks(cpu)]
+
+    def flash(case: checks.Case, device: torch.device) -> Attention:
+        return FlashAttention(case.spec, case.block, case.longest, device, Documented())
+
+    return cases + [(f"flash/{case.name}", checks.equals_torch(flash, case, cpu), 2e-5) for case in FLASH]
 
 
 def engine(model: str, prompts: str) -> list[list[list[int]]]:
