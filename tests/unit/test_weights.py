@@ -179,5 +179,8 @@ def test_knobs_that_cannot_work_say_what_to_change(tmp_path: Path) -> None:
         Runner(EngineSettings(model=directory, max_total_tokens=513))
     with pytest.raises(Misconfigured, match="kv_block_size a multiple of 16"):
         Runner(EngineSettings(model=directory, device="cpu", attention="cpu", kv_block_size=8))
+    for name in ("triton", "flash"):
+        with pytest.raises(Misconfigured, match=f"attention={name} .* needs a CUDA device.*attention=auto"):
+            Runner(EngineSettings(model=directory, device="cpu", attention=name))
     with pytest.raises(ValueError, match="max_num_seqs"):
         EngineSettings(model=directory, max_num_seqs=65, max_batch_prefill_tokens=64)
