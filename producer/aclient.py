@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..backends.state import AsyncState
     from ..schemas.dead import DeadLetter
     from .dead import Dead, DeadJob
-    from .stream import Chunk
+    from .stream import Chunk, Item
 
 
 T = TypeVar("T")
@@ -90,7 +90,34 @@ class AsyncJobHandle:
         self, last_id: EntryId | str | None = None, *, timeout_s: float | None = None
     ) -> AsyncIterator[Chunk]:
         """See JobHandle.stream."""
-        from .stream import Chunk, follow_async
+        from .stream import Chunk
+
+        async with aclosing(await self._items(last_id, timeout_s)) as items:
+            async for item in items:
+                if isinstance(item, Chunk):
+                    yield item
+                else:
+                    core.raise_unless_good_end(self.id, item.end)
+
+    async def stream_openai(
+        self, *, include_usage: bool = False, timeout_s: float | None = None
+    ) -> AsyncIterator[dict[str, Any]]:
+        """See JobHandle.stream_openai."""
+        from .stream import Chunk
+
+        chunks = core.openai_chunks(self.id, self.job, include_usage)
+        async with aclosing(await self._items(None, timeout_s)) as items:
+            async for item in items:
+                if isinstance(item, Chunk):
+                    for each in chunks.of(item):
+                        yield each
+                    continue
+                core.raise_unless_good_end(self.id, item.end)
+                if include_usage:
+                    yield chunks.last(item.end.usage)
+
+    async def _items(self, last_id: EntryId | str | None, timeout_s: float | None) -> AsyncGenerator[Item]:
+        from .stream import follow_async
 
         last = EntryId.parse(last_id) if isinstance(last_id, str) else last_id
         state, fetch, said = await self._link.state(), self._link.result_body, False
@@ -99,13 +126,7 @@ class AsyncJobHandle:
             nonlocal said
             said = said or await self._say_why()
 
-        follower = follow_async(state, self.id, last, fetch=fetch, timeout_s=timeout_s, on_silence=say_why)
-        async with aclosing(follower) as items:
-            async for item in items:
-                if isinstance(item, Chunk):
-                    yield item
-                else:
-                    core.raise_unless_good_end(self.id, item.end)
+        return follow_async(state, self.id, last, fetch=fetch, timeout_s=timeout_s, on_silence=say_why)
 
     async def result(self, timeout_s: float | None = None, *, check: bool = True) -> Result:
         """See JobHandle.result."""

@@ -25,7 +25,7 @@ from .link import Link
 
 if TYPE_CHECKING:
     from .dead import Dead
-    from .stream import Chunk
+    from .stream import Chunk, Item
 
 
 class JobHandle:
@@ -47,7 +47,37 @@ class JobHandle:
         Joined texts equal the result's text, whether you attach early, late or again. Raises JobFailed at the
         end of a job that did not succeed, JobNotFound, WaitTimeout after ``timeout_s`` in all.
         """
-        from .stream import Chunk, follow
+        from .stream import Chunk
+
+        for item in self._items(last_id, timeout_s):
+            if isinstance(item, Chunk):
+                yield item
+            else:
+                core.raise_unless_good_end(self.id, item.end)
+
+    def stream_openai(
+        self, *, include_usage: bool = False, timeout_s: float | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The same in OpenAI's form: a ``chat.completion.chunk`` (messages) or ``text_completion`` (a prompt)
+        each, with ``include_usage`` one more with the usage.
+
+        Tokens that log probabilities tell of are called ``token_id:…``: texts need the model's tokenizer.
+        Raises what ``stream`` does; InvalidRequest unless this handle is from ``submit``; ResultChanged, see
+        ``Chunks.of``.
+        """
+        from .stream import Chunk
+
+        chunks = core.openai_chunks(self.id, self.job, include_usage)
+        for item in self._items(None, timeout_s):
+            if isinstance(item, Chunk):
+                yield from chunks.of(item)
+                continue
+            core.raise_unless_good_end(self.id, item.end)
+            if include_usage:
+                yield chunks.last(item.end.usage)
+
+    def _items(self, last_id: EntryId | str | None, timeout_s: float | None) -> Iterator[Item]:
+        from .stream import follow
 
         last = EntryId.parse(last_id) if isinstance(last_id, str) else last_id
         fetch, said = self._link.result_body, False
@@ -56,12 +86,7 @@ class JobHandle:
             nonlocal said
             said = said or self._say_why()
 
-        items = follow(self._link.state, self.id, last, fetch=fetch, timeout_s=timeout_s, on_silence=say_why)
-        for item in items:
-            if isinstance(item, Chunk):
-                yield item
-            else:
-                core.raise_unless_good_end(self.id, item.end)
+        return follow(self._link.state, self.id, last, fetch=fetch, timeout_s=timeout_s, on_silence=say_why)
 
     def result(self, timeout_s: float | None = None, *, check: bool = True) -> Result:
         """Wait for the end and return the result.

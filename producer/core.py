@@ -42,6 +42,7 @@ from ..schemas.wire import kind_of, shown
 
 if TYPE_CHECKING:
     from ..schemas.batch_lines import Row
+    from ..schemas.openai import Chunks
 
 log = logging.getLogger(__name__)
 
@@ -278,6 +279,19 @@ def start_command(model: str, settings: Settings) -> str:
     if settings.broker.startswith(EMBEDDED):
         return f"gristmill up --model {model}"
     return f'gristmill-worker run --model {model} --broker "$GRISTMILL_BROKER_URL"'
+
+
+def openai_chunks(job_id: str, job: Job | None, include_usage: bool) -> Chunks:
+    """What renders a job's stream in OpenAI's form. Raises InvalidRequest: only what was asked tells how."""
+    from ..schemas.openai import Chunks
+
+    if job is None:
+        raise InvalidRequest(
+            f"job {job_id} was not submitted by this handle, so that its request is not known; "
+            "use stream(), or the handle that submit() returned",
+            param="job_id",
+        )
+    return Chunks(job, include_usage=include_usage)
 
 
 def raise_unless_succeeded(result: Result) -> Result:

@@ -28,7 +28,8 @@ GristmillError                  internal mistake of ours                      ex
 │   ├── StoreUnavailable        the result store does not answer
 │   ├── DownloadFailed          the package index or the model hub does not answer
 │   ├── EngineUnavailable       the engine process died, hangs or is starting
-│   └── WaitTimeout             the caller's own patience ran out
+│   ├── WaitTimeout             the caller's own patience ran out
+│   └── ResultChanged           a stream was shown text that is not the result's
 └── Fenced                      a newer attempt owns the job: stop, write nothing
 """
 
@@ -284,6 +285,12 @@ class WaitTimeout(Transient):
     """The caller's own timeout ran out; the job goes on."""
 
     code = "wait_timeout"
+
+
+class ResultChanged(Transient):
+    """A stream without a form for it was shown text which a lost log has since been replaced by another."""
+
+    code = "result_changed"
 
 
 class Fenced(GristmillError):

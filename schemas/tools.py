@@ -27,6 +27,7 @@ MAX_SCHEMA_CHARS = 120_000
 MAX_NESTING = 64
 TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 OPEN, NAME_OPEN, NAME_CLOSE, CLOSE = "<tool_call>", '\n{"name": "', '", "arguments": ', "}\n</tool_call>"
+HEAD = OPEN + NAME_OPEN
 SEPARATOR = "\n"
 """Between two calls."""
 _CALL = re.compile(
@@ -103,7 +104,7 @@ def calls_in(text: str, job_id: str, choice: int = 0) -> tuple[ToolCall, ...]:
     """The complete calls in a text."""
     found = enumerate(_CALL.finditer(text))
     return tuple(
-        ToolCall(id=_call_id(job_id, choice, index), name=call[1], arguments=call[2]) for index, call in found
+        ToolCall(id=call_id(job_id, choice, index), name=call[1], arguments=call[2]) for index, call in found
     )
 
 
@@ -118,7 +119,8 @@ def written(calls: Sequence[ToolCall | PastCall]) -> str:
     return SEPARATOR.join(f"{OPEN}{NAME_OPEN}{c.name}{NAME_CLOSE}{c.arguments}{CLOSE}" for c in calls)
 
 
-def _call_id(job_id: str, choice: int, index: int) -> str:
+def call_id(job_id: str, choice: int, index: int) -> str:
+    """Of a choice's call: the same on every attempt."""
     return "call_" + hashlib.sha256(f"{job_id}/{choice}/{index}".encode()).hexdigest()[:24]
 
 

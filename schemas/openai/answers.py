@@ -41,6 +41,13 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
+def finish_reason(reason: FinishReason, calls: Sequence[ToolCall] | None) -> str:
+    """OpenAI's word for how a choice ended well."""
+    if reason is FinishReason.LENGTH:
+        return "length"
+    return "tool_calls" if calls else "stop"
+
+
 def _chat_choice(choice: Choice) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
     if choice.tool_calls:
@@ -106,9 +113,7 @@ def _prompt_body(told: Sequence[TokenLogprob]) -> list[dict[str, Any] | None]:
 
 
 def _ending(choice: Choice) -> dict[str, Any]:
-    reason = "tool_calls" if choice.tool_calls else "stop"
-    if choice.finish_reason is FinishReason.LENGTH:
-        reason = "length"
+    reason = finish_reason(choice.finish_reason, choice.tool_calls)
     ending: dict[str, Any] = {"finish_reason": reason, "stop_reason": choice.stop_reason}
     if choice.closed is not None:
         ending["closed"] = choice.closed

@@ -183,6 +183,27 @@ def test_a_stream_shows_the_text_early_and_late(client: Client, state: State, wo
     assert "".join(chunk.text for chunk in rest) == "bc"
 
 
+def test_a_stream_in_openais_form_ends_with_the_usage_or_raises(
+    client: Client, state: State, worker: str
+) -> None:
+    job = client.submit(messages=[{"role": "user", "content": "hello"}], stream=True)
+    answer(state, job, "a", "b")
+    *bodies, usage = job.stream_openai(include_usage=True, timeout_s=10)
+    deltas = [body["choices"][0]["delta"] for body in bodies]
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}, {}]
+    assert bodies[-1]["choices"][0]["finish_reason"] == "stop"
+    assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 2)
+    with pytest.raises(InvalidRequest, match=r"use stream\(\)"):
+        next(client.get(job.id).stream_openai())
+    stopped = client.submit("hello")
+    assert stopped.job is not None
+    attempt = Attempt.begin(state, stopped.job)
+    attempt.done(reason=FinishReason.CANCELLED)
+    attempt.finish(reason=FinishReason.CANCELLED)
+    with pytest.raises(JobFailed, match="cancelled"):
+        list(stopped.stream_openai(timeout_s=10))
+
+
 def test_a_failed_job_raises_its_own_error_or_hands_out_its_result(
     client: Client, state: State, worker: str
 ) -> None:
@@ -271,6 +292,9 @@ async def test_the_async_client_says_the_same(settings: Settings, state: State, 
         job = await client.submit("hello", stream=True)
         answer(state, job, "a", "b")
         assert [chunk.text async for chunk in job.stream(timeout_s=5) if chunk.text] == ["a", "b"]
+        bodies = [body async for body in job.stream_openai(include_usage=True, timeout_s=5)]
+        assert [each["text"] for body in bodies for each in body["choices"]] == ["a", "b", ""]
+        assert bodies[-1]["usage"]["completion_tokens"] == 2
         assert (await job.result(5)).text == "ab"
         assert (await client.get(job.id).status()).state is JobState.SUCCEEDED
         assert "tiny" in await client.models()
