@@ -125,11 +125,11 @@ class Frame:
     def rows(self) -> int:
         return len(self.contexts)
 
-    def fits(self, batch: Batch) -> bool:
-        alone = len(batch.counts) <= self.rows and batch.rows == len(batch.counts)
+    def fits(self, batch: Arrays | Batch) -> bool:
+        alone = len(batch.counts) <= self.rows and len(batch.tokens) == len(batch.counts)
         return alone and int(batch.starts.max()) < self.longest
 
-    def fill(self, batch: Batch) -> None:
+    def fill(self, batch: Arrays | Batch) -> None:
         """Make this step ``batch``, which fits, in one copy that nothing waits for: it takes its place among
         the device's work. Of the batch only host arrays are read."""
         n, starts, tables = len(batch.counts), batch.starts, batch.tables

@@ -21,6 +21,7 @@ from .attention.choice import Wanted, block_tokens, gpu_attention
 from .attention.native_backend import NativeAttention, unsupported
 from .attention.torch_backend import TorchAttention
 from .batch import Arrays, Batch, Coming, Piece, gather, guess_rows, upload
+from .graphs import Graphs, Record
 from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
 from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
 from .layers.invariant import Make, invariant
@@ -114,6 +115,7 @@ class Runner:
             )
         self.load_s: dict[str, float] = {}
         self.ranks, self._leads = ranks, False
+        self.graphs: Graphs | None = None
         self.device = _device(settings, ranks)
         self.deterministic = _deterministic(settings, self.device)
         self.dtype = _dtype(settings, self.device)
@@ -151,6 +153,7 @@ class Runner:
         with self._timed("warm_up"):
             self.num_blocks = self._warm_up(settings)  # which each rank does by itself, at the same time
         self._leads = ranks.size > 1
+        self.graphs = self._new_graphs(settings, model)
         log.info("runner.ready", extra=self._summary())
 
     @property
@@ -188,6 +191,10 @@ class Runner:
         assert also == sorted(also), "guesses in a step that scores a prompt"
         arrays = gather(plan.work, self.block_size, also)
         owners = adapted(plan.work, adapters, also) if adapters else Adapted()
+        if self.graphs is not None and not (owners.fed or also):
+            hidden = self.graphs.run(arrays, coming, plan.work)
+            if hidden is not None:
+                return self._decoder.logits(hidden)
         batch = upload(arrays, self.device)
         if coming is not None:
             assert not self._leads, "the other ranks do not have these tokens"
@@ -279,6 +286,25 @@ class Runner:
             )
         return TorchAttention(
             self.shard.spec, self.block_size, self.max_model_len, self.device, uniform=self.deterministic
+        )
+
+    def _new_graphs(self, settings: EngineSettings, model: Weights | Fallback) -> Graphs | None:
+        """Where launches can be recorded: experts choose their rows on the host, and what transformers' code
+        does nobody knows."""
+        able = self._attention.graphs and self.spec.moe is None and not isinstance(model, Fallback)
+        if self.device.type != "cuda" or not settings.cuda_graphs or not able or self.ranks.size > 1:
+            return None
+        return self.graphs_over(settings.max_num_seqs)
+
+    def graphs_over(self, rows: int, record: Record | None = None) -> Graphs:
+        """For steps of up to ``rows`` sequences; ``record`` instead of CUDA graphs."""
+        return Graphs(
+            lambda batch: self._decoder.forward(batch, self._attention),
+            rows=rows,
+            longest=self.max_model_len,
+            block_size=self.block_size,
+            device=self.device,
+            record=record,
         )
 
     def _warm_up(self, settings: EngineSettings) -> int:
