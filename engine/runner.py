@@ -239,9 +239,10 @@ class Runner:
         return Decoder(self.shard.spec, fetch, ops, inner, packed, head=make, across=across)
 
     def _made_ours(self, fallback: Fallback, settings: EngineSettings) -> Fallback:
-        """With our linears, and tried. Raises ModelInvalid if our attention is not all that it needs."""
+        """Tried, then with our linears. Raises ModelInvalid if our attention is not all that it needs."""
+        with fallback.foreign():
+            try_out(fallback, self._attention, self.block_size)
         fallback.rebuild(quantizing(settings.quantize, None, linear, unpack=False), head=linear)
-        try_out(fallback, self._attention, self.block_size)
         return fallback
 
     def _linear(self, make: Make) -> Make:

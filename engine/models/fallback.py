@@ -63,9 +63,9 @@ class Fallback:
         self._model = _load(transformers, family, directory, config, dtype).to(device)
         self._body = _body(config, self._model)
         self._called: set[nn.Module] = set()
-        with torch.inference_mode():
+        with torch.inference_mode(), self.foreign():
             self._layers, hidden_size = self._survey(min(positions, settings.max_total_tokens or positions))
-            self._head = _head_alone(transformers, self._model, self._body)
+            self._head = _head_alone(self._model, self._body)
             vocab_size = self.logits(torch.zeros(1, hidden_size, dtype=dtype, device=device)).shape[-1]
         self.spec = spec_of(
             config,
@@ -90,10 +90,14 @@ class Fallback:
         found: Any = self._head(input_ids=None, inputs_embeds=hidden[None], use_cache=False)
         return cast("Tensor", found.logits)[0].to(self.dtype)
 
-    def theirs(self, tokens: list[int]) -> Tensor:
+    @property
+    def has_sdpa(self) -> bool:
+        return bool(self._model._supports_sdpa)
+
+    def theirs(self, tokens: list[int], implementation: str = EAGER) -> Tensor:
         """Logits [tokens, vocab] of one sequence, all of it done by transformers."""
         ids = torch.tensor([tokens], device=self.device)
-        with self._attending(EAGER):
+        with self._attending(implementation):
             found: Any = self._model(input_ids=ids, use_cache=False)
         return cast("Tensor", found.logits)[0]
 
@@ -136,12 +140,6 @@ class Fallback:
         try:
             with self._attending(SURVEYED):
                 hidden = self._run(survey, tokens, tokens)
-        except Exception as exc:  # code that is not ours, and may fail in any way
-            if isinstance(exc, GristmillError) or is_out_of_memory(exc):
-                raise
-            raise self.config.invalid(
-                f"transformers' code fails ({type(self._model).__name__}): {_first_line(exc)}"
-            ) from exc
         finally:
             for hook in hooks:
                 hook.remove()
@@ -152,6 +150,19 @@ class Fallback:
             )
         self._use(PAGED)
         return survey.layers, hidden.shape[-1]
+
+    @contextmanager
+    def foreign(self) -> Generator[None]:
+        """Within, whatever their code raises is a ModelInvalid: it may fail in any way."""
+        try:
+            yield
+        except Exception as exc:
+            if isinstance(exc, GristmillError) or is_out_of_memory(exc):
+                raise
+            raise self.config.invalid(
+                f"{type(self._model).__name__} of transformers does not work without its own cache and masks "
+                f"({_first_line(exc)}); serve this model elsewhere"
+            ) from exc
 
     def _run(self, answer: Answer, tokens: Tensor, positions: Tensor) -> Tensor:
         """Hidden states [tokens, hidden]."""
@@ -304,16 +315,31 @@ def _body(config: Config, model: Any) -> str:
     raise config.invalid(f"{type(model).__name__} has no part that makes hidden states: {', '.join(names)}")
 
 
-def _head_alone(transformers: Any, model: Any, body: str) -> Any:
+class _Handed:
+    """What a body returns: hidden states. All else that heads may look for is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: Any) -> Any:
+        parts: tuple[Any, ...] = (self.last_hidden_state,)
+        return parts[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Given(nn.Module):
+    """A body that hands through what it is given."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Handed:
+        return _Handed(inputs_embeds)
+
+
+def _head_alone(model: Any, body: str) -> Any:
     """The same model without its body: what it makes of hidden states, scaled and capped as it does that."""
     head = copy.copy(model)
-    output = transformers.modeling_outputs.MoeModelOutputWithPast
-
-    class Given(nn.Module):
-        def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
-            return output(last_hidden_state=inputs_embeds)
-
-    head._modules = {**model._modules, body: Given()}
+    head._modules = {**model._modules, body: _Given()}
     return head
 
 

@@ -19,7 +19,7 @@ from gristmill.schemas.errors import Misconfigured, ModelInvalid
 from safetensors.torch import load_file, save_file
 
 from ..support.feeding import generate
-from ..support.model_types import ALTERNATING, BASE, STEPS, VOCAB, prompts, runner, their_model
+from ..support.model_types import ALTERNATING, BASE, ONE_SIZE, STEPS, VOCAB, prompts, runner, their_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,6 +51,7 @@ LLAMA4: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "apertus": BASE,
     "arcee": BASE,
+    "biogpt": ONE_SIZE,  # learned positions, and a head that asks for more than hidden states
     "deepseek_v3": LATENT,  # values are narrower than keys
     "ernie4_5": SMALL,
     "exaone4": {**BASE, **ALTERNATING},
