@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from ..backends.supervisor import die_with_parent
 from ..schemas.errors import (
     GristmillError,
     InvalidRequest,
@@ -35,12 +36,14 @@ HELP = """Write a quantized copy of a model that this engine, vLLM and transform
 
 \b
 Examples:
+  gristmill quantize smollm2-135m ./smollm2-awq --method awq
   gristmill quantize smollm2-135m ./smollm2-int8 --method int8
   gristmill quantize Qwen/Qwen3-0.6B ./qwen3-fp8 --method fp8
-  gristmill run prompts.jsonl -o answers.jsonl --model ./smollm2-int8
+  gristmill run prompts.jsonl -o answers.jsonl --model ./smollm2-awq
 
 \b
 Methods:
+  awq   weights in 4 bits, scaled by how large their inputs are in a text (AutoAWQ's gemm layout)
   int8  weights and inputs in 8 bits (compressed-tensors, int-quantized): the fastest on CPUs
   fp8   the same in e4m3 (compressed-tensors, float-quantized): for cards with FP8
 
@@ -58,12 +61,23 @@ Update = Callable[[str, int, int], None]
 @click.command(help=HELP)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--method", type=click.Choice(["int8", "fp8"]), required=True)
+@click.option("--method", type=click.Choice(["awq", "int8", "fp8"]), required=True)
+@click.option("--group-size", type=click.IntRange(8), help="awq: inputs a scale; default: 128, 64 or 32.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="awq: text that is like your prompts, .txt or .jsonl (text, prompt, messages); default: ours.",
+)
+@click.option("--calibration-tokens", type=click.IntRange(1), help="awq: at most so many; default 16384.")
+@click.option("--clip/--no-clip", default=None, help="awq: also search for narrower ranges; default: yes.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--num-threads", type=click.IntRange(1), help="CPU threads; default: as torch chooses.")
 @common
-def quantize(model: str, out: Path, revision: str | None, as_json: bool, **options: Any) -> None:
+def quantize(
+    model: str, out: Path, revision: str | None, calibration: Path | None, as_json: bool, **options: Any
+) -> None:
     """Resolve the model, then let the other program work."""
     from ..backends.models import resolve
 
@@ -74,12 +88,15 @@ def quantize(model: str, out: Path, revision: str | None, as_json: bool, **optio
     started = time.monotonic()
     path = resolve(model, revision, home=load_settings().home)
     with _progress() as update:
-        summary = _run({"model": str(path), "out": str(out), **options}, update)
+        text = None if calibration is None else str(calibration.expanduser().absolute())
+        summary = _run({"model": str(path), "out": str(out), "calibration": text, **options}, update)
     if as_json:
         put_json(summary | {"took_s": round(time.monotonic() - started, 1)})
         return
     before, after = summary["plain_bytes"], summary["quantized_bytes"]
     took = duration(time.monotonic() - started)
+    if summary["group_size"]:
+        say(f"group size {summary['group_size']}")
     say(f"{before / 2**20:,.0f} MiB → {after / 2**20:,.0f} MiB in {took}")
     put(summary["path"])
 
@@ -89,7 +106,12 @@ def _run(settings: dict[str, Any], update: Update) -> dict[str, Any]:
     given = {name: value for name, value in settings.items() if value is not None}
     command = [sys.executable, "-m", "gristmill.engine.quantize"]
     last: dict[str, Any] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=die_with_parent(signal.SIGINT),  # it makes two system calls, nothing else
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:

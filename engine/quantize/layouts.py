@@ -9,10 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..quant.awq import COLUMN_OF_NIBBLE
 from ..quant.fp8 import LARGEST
 
 Parts = Mapping[str, Tensor]
 """What is stored for a weight, by suffix of the module's name."""
+
+NIBBLES = 8
+"""Of a word; the rows of an AWQ weight are multiples of this."""
+AWQ_CODES = 15
 
 
 class Layout(Protocol):
@@ -25,6 +30,72 @@ class Layout(Protocol):
     def parts(self, weight: Tensor) -> Parts:
         """Of a float32 weight [rows, columns]."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A weight in four bits: ``(codes - zeros) * scales``, scales as float16 has them.
+
+    codes: float32 [rows, groups, group], whole numbers 0 to 15; scales, zeros: float32 [rows, groups, 1].
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def nearest(cls, weight: Tensor, group: int, share: Tensor | float = 1.0) -> Rounded:
+        """Of [rows, columns]; a group reaches to its extremes, or a ``share`` [rows, groups, 1] of them."""
+        grouped = weight.view(len(weight), -1, group)
+        low = grouped.amin(-1, keepdim=True).clamp_max(0) * share
+        high = grouped.amax(-1, keepdim=True).clamp_min(0) * share
+        # Not below float16's smallest normal number: with a subnormal scale codes would lose their meaning.
+        smallest = torch.finfo(torch.float16).smallest_normal
+        scales = ((high - low) / AWQ_CODES).clamp_min(smallest).half().float()
+        zeros = (-low / scales).round_().clamp_(0, AWQ_CODES)
+        codes = (grouped / scales).round_().add_(zeros).clamp_(0, AWQ_CODES)
+        return cls(codes, scales, zeros)
+
+    def dense(self) -> Tensor:
+        """[rows, columns]."""
+        return (self.codes - self.zeros).mul_(self.scales).flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class AwqGemm:
+    """AutoAWQ's ``gemm`` layout: words of eight outputs each, zeros likewise, scales in float16."""
+
+    group: int
+
+    def quantization(self, plain: Sequence[str]) -> dict[str, Any]:
+        del plain  # who reads this layout leaves the output layer alone
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": None,
+        }
+
+    def parts(self, weight: Tensor) -> Parts:
+        return self.packed(Rounded.nearest(weight, self.group))
+
+    def packed(self, rounded: Rounded) -> Parts:
+        return {
+            "qweight": _words(rounded.codes.flatten(1).T),
+            "qzeros": _words(rounded.zeros[..., 0].T),
+            "scales": rounded.scales[..., 0].T.half().contiguous(),
+        }
+
+
+def _words(codes: Tensor) -> Tensor:
+    """[n, outputs] → int32 [n, outputs / 8], each word's outputs in AutoAWQ's order of nibbles."""
+    fields = codes.to(torch.int32).view(len(codes), -1, NIBBLES)
+    words = torch.zeros(fields.shape[:2], dtype=torch.int32, device=codes.device)
+    for nibble, column in enumerate(COLUMN_OF_NIBBLE):
+        words |= fields[..., column] << (4 * nibble)
+    return words
 
 
 @dataclass(frozen=True, slots=True)

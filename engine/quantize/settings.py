@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-LayoutName = Literal["int8", "fp8"]
+LayoutName = Literal["awq", "int8", "fp8"]
 
 
 class QuantizeSettings(BaseModel):
@@ -20,5 +20,13 @@ class QuantizeSettings(BaseModel):
     out: Path
     """Must not exist; appears whole, by a rename."""
     method: LayoutName
+    group_size: PositiveInt | None = None
+    """Inputs that share a scale, for layouts that have groups. None: the largest usual one that divides."""
+    calibration: Path | None = None
+    """Shows which inputs are large: .txt, or .jsonl of "text", "prompt" or "messages". None: ours."""
+    calibration_tokens: PositiveInt = 16_384
+    """At most so many are used."""
+    clip: bool = True
+    """Search for narrower ranges of the weights, too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: PositiveInt | None = None
