@@ -21,11 +21,17 @@ _PAGE = 4096
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Per layer one tensor of keys and one of values; [blocks, ...as the backend likes]."""
+    """Per layer one tensor of keys and one of values; [blocks, ...as the backend likes].
+
+    Numbers in fewer bits (kv_numbers.py) have scales, with every backend float32 [blocks, kv_heads,
+    block_size].
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     num_blocks: int
+    key_scales: tuple[Tensor, ...] = ()
+    value_scales: tuple[Tensor, ...] = ()
 
     @classmethod
     def allocate(
@@ -35,14 +41,23 @@ class KVCache:
         block_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        scales: tuple[int, ...] = (),
     ) -> KVCache:
-        """Zeroed memory. On CPU it is reserved only: a page costs memory when its first token is written."""
-        shape = (num_blocks, *block_shape)
-        if device.type == "cpu":
-            tensors = _reserve(2 * layers, shape, dtype)
-        else:
-            tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
-        return cls(tuple(tensors[:layers]), tuple(tensors[layers:]), num_blocks)
+        """``scales``: the shape of a block's, where there are any.
+
+        Zeroed memory. On CPU it is reserved only: a page costs memory when its first token is written."""
+        made = [_zeros(2 * layers, (num_blocks, *block_shape), dtype, device)]
+        if scales:
+            made.append(_zeros(2 * layers, (num_blocks, *scales), torch.float32, device))
+        keys, values, *scaled = [
+            part for both in made for part in (tuple(both[:layers]), tuple(both[layers:]))
+        ]
+        return cls(keys, values, num_blocks, *scaled)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that a block is made of."""
+        return (*self.keys, *self.values, *self.key_scales, *self.value_scales)
 
 
 class HostBlocks:
@@ -52,7 +67,7 @@ class HostBlocks:
     """
 
     def __init__(self, cache: KVCache, capacity: int) -> None:
-        self._device = (*cache.keys, *cache.values)
+        self._device = cache.tensors
         pinned = any(tensor.is_cuda for tensor in self._device)
         self._host = [
             torch.empty((capacity, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=pinned)
@@ -83,9 +98,12 @@ class HostBlocks:
         return best
 
 
-def block_bytes(layers: int, block_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of all layers."""
-    return 2 * layers * prod(block_shape) * dtype.itemsize
+def block_bytes(
+    layers: int, block_shape: tuple[int, ...], dtype: torch.dtype, scales: tuple[int, ...] = ()
+) -> int:
+    """Bytes of one block: keys and values of all layers, and their scales."""
+    numbers = prod(block_shape) * dtype.itemsize
+    return 2 * layers * (numbers + (prod(scales) * torch.float32.itemsize if scales else 0))
 
 
 def spare_bytes(device: torch.device, fraction: float) -> int:
@@ -123,6 +141,12 @@ def available_bytes() -> int:
         if bound is not None and taken is not None:
             free = min(free, max(0, bound - taken))
     return free
+
+
+def _zeros(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    if device.type == "cpu":
+        return _reserve(count, shape, dtype)
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
 
 
 def _reserve(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

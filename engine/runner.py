@@ -23,6 +23,7 @@ from .attention.torch_backend import TorchAttention
 from .batch import Arrays, Batch, Coming, Piece, gather, guess_rows, upload
 from .graphs import Graphs, Record
 from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
+from .kv_numbers import numbers_of
 from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
 from .layers.invariant import Make, invariant
 from .layers.linear import Linear, linear, unpacked
@@ -137,6 +138,7 @@ class Runner:
                 self.spec = model.spec
                 self.shard = shard(self.spec, 0, 1)
         self.block_size = block_tokens(settings)
+        self._numbers = numbers_of(settings.kv_cache_dtype)
         self.max_model_len = _max_model_len(settings, self.spec)
         self.length_knob = "max_total_tokens" if settings.max_total_tokens else None
         self.step_tokens = _step_tokens(settings, self.device)
@@ -272,7 +274,12 @@ class Runner:
     def _backend(self, settings: EngineSettings, library: Library | None) -> Attention:
         if library:
             return NativeAttention(
-                self.shard.spec, self.block_size, self.max_model_len, library, uniform=self.deterministic
+                self.shard.spec,
+                self.block_size,
+                self.max_model_len,
+                library,
+                uniform=self.deterministic,
+                numbers=self._numbers,
             )
         if settings.attention == "cpu":
             raise Misconfigured(
@@ -283,10 +290,16 @@ class Runner:
             )
         if self.device.type == "cuda" or settings.attention in ("triton", "flash"):
             return gpu_attention(
-                settings, Wanted(self.shard.spec, self.max_model_len, self.device, self.dtype)
+                settings,
+                Wanted(self.shard.spec, self.max_model_len, self.device, self.dtype, self._numbers),
             )
         return TorchAttention(
-            self.shard.spec, self.block_size, self.max_model_len, self.device, uniform=self.deterministic
+            self.shard.spec,
+            self.block_size,
+            self.max_model_len,
+            self.device,
+            uniform=self.deterministic,
+            numbers=self._numbers,
         )
 
     def _new_graphs(self, settings: EngineSettings, model: Weights | Fallback) -> Graphs | None:
@@ -321,7 +334,7 @@ class Runner:
                 f"a step of {self.step_tokens} tokens does not fit this device's memory; "
                 f"lower max_batch_prefill_tokens or max_num_seqs: {exc}"
             ) from exc
-        size = block_bytes(self.spec.num_layers, self._attention.block_shape(), self.dtype)
+        size = self._block_bytes()
         per_sequence = -(-self.max_model_len // self.block_size)
         useful = settings.max_num_seqs * per_sequence
         if settings.max_batch_total_tokens:
@@ -374,9 +387,7 @@ class Runner:
 
     def host_blocks(self, gib: float) -> tuple[HostBlocks, int] | None:
         """A place for so many bytes of blocks, and how many those are. None: not even one."""
-        count = int(gib * 1024**3) // block_bytes(
-            self.spec.num_layers, self._attention.block_shape(), self.dtype
-        )
+        count = int(gib * 1024**3) // self._block_bytes()
         if not count:
             return None
         try:
@@ -386,9 +397,22 @@ class Runner:
                 raise
             raise Misconfigured(f"no memory for swap_gib={gib:g}; lower it, or add memory: {exc}") from exc
 
-    def _use_cache(self, num_blocks: int) -> None:
+    def _block_bytes(self) -> int:
         shape = self._attention.block_shape()
-        self._cache = KVCache.allocate(self.spec.num_layers, num_blocks, shape, self.dtype, self.device)
+        return block_bytes(self.spec.num_layers, shape, self._kv_dtype, self._scales_shape())
+
+    @property
+    def _kv_dtype(self) -> torch.dtype:
+        return self._numbers.dtype if self._numbers else self.dtype
+
+    def _scales_shape(self) -> tuple[int, ...]:
+        return (self.shard.spec.num_kv_heads, self.block_size) if self._numbers else ()
+
+    def _use_cache(self, num_blocks: int) -> None:
+        layers, shape = self.spec.num_layers, self._attention.block_shape()
+        self._cache = KVCache.allocate(
+            layers, num_blocks, shape, self._kv_dtype, self.device, self._scales_shape()
+        )
         self._attention.use(self._cache)
 
     def _summary(self) -> dict[str, object]:
@@ -397,7 +421,10 @@ class Runner:
             "dtype": self.dtype_name,
             "device": self.device.type,
             "attention": self.attention,
+            "kv_cache_dtype": self._numbers.name if self._numbers else self.dtype_name,
             "num_blocks": self.num_blocks,
+            "kv_cache_tokens": self.num_blocks * self.block_size,
+            "kv_cache_bytes": self.num_blocks * self._block_bytes(),
             "max_model_len": self.max_model_len,
             "ranks": self.ranks.size,
             "load_s": self.load_s,

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+KVDType = Literal["auto", "int8", "fp8", "fp8_e4m3", "fp8_e4m3fn"]
 Quantize = Literal[
     "nf4",
     "fp4",
@@ -58,6 +59,9 @@ class EngineSettings(BaseModel):
     """Tokens that the decoding ones get at most before they are slowed down for whoever waits."""
     kv_block_size: PositiveInt | None = None
     """None: 16, or 256 with flash-attn, whose blocks have a multiple of that."""
+    kv_cache_dtype: KVDType = "auto"
+    """int8 or fp8 (e4m3): keys and values in a byte each and a scale for each token and head, so that nearly
+    twice as many fit in memory; what is generated is no longer exactly the model's. auto: as it computes."""
     prefix_cache: bool = True
     """Keep the keys and values of what was computed for as long as there is room, for who begins likewise."""
     swap_gib: float = Field(default=0.0, ge=0.0)

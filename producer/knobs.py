@@ -31,6 +31,10 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "waiting-served-ratio": (click.FloatRange(0), "Let prompts in once so many wait for each that decodes."),
     "max-waiting-tokens": (click.IntRange(0), "… or once those have decoded for so many steps."),
     "kv-block-size": (click.IntRange(1), "Tokens per KV block."),
+    "kv-cache-dtype": (
+        click.Choice(["auto", "int8", "fp8", "fp8_e4m3", "fp8_e4m3fn"]),
+        "Keys and values in a byte each, so that nearly twice as many fit.",
+    ),
     "prefix-cache": (bool, "Keep what was computed for prompts that begin alike; default: yes."),
     "swap-gib": (click.FloatRange(0), "Host memory for KV blocks that had to make way."),
     "overlap": (bool, "Work beside the device, a step ahead of what it is known to have said."),

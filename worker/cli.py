@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from ..backends import logs
-from ..engine.settings import Quantize
+from ..engine.settings import KVDType, Quantize
 from .settings import load_worker_settings
 
 EXAMPLES = """\b
@@ -55,6 +55,11 @@ def cli() -> None:
     "--max-waiting-tokens", type=int, help="… or once those have decoded for so many steps; default 20."
 )
 @click.option("--kv-block-size", type=int, help="Tokens per KV block.")
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(get_args(KVDType)),
+    help="Keys and values in a byte each, so that nearly twice as many fit: int8 or fp8; default: auto.",
+)
 @click.option(
     "--prefix-cache/--no-prefix-cache",
     default=None,

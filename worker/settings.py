@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_settings import NoDecode
 
-from ..engine.settings import DType, EngineSettings, Quantize
+from ..engine.settings import DType, EngineSettings, KVDType, Quantize
 from ..schemas.errors import Misconfigured
 from ..schemas.model_names import served_name
 from ..schemas.settings import Seconds, Settings, misconfigured
@@ -68,6 +68,7 @@ class WorkerSettings(Settings):
     """Jobs of a class, and of those above it, that the worker takes on; the others stay in the queue.
     None: as many as run together, and a few."""
     kv_block_size: PositiveInt | None = None
+    kv_cache_dtype: Annotated[KVDType, Field(validation_alias=_tgi("kv_cache_dtype"))] = "auto"
     prefix_cache: bool = True
     swap_gib: Annotated[float, Field(ge=0.0)] = 0.0
     overlap: bool | None = None

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 
 from ...schemas.errors import Misconfigured
+from ..kv_numbers import Numbers
 from ..models.spec import ModelSpec
 from ..settings import EngineSettings
 from .backend import Attention
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 BLOCK_TOKENS, FLASH_BLOCK_TOKENS = 16, 256
 MAX_HEAD_DIM, MAX_GROUP = 256, 128
 """What our kernels were made for."""
+NO_NUMBERS = "it does not keep keys and values as {} (kv_cache_dtype)"
 TRIED_TOKENS = 600
 """Keys in the longest sequence of the self-test: more than one run of them."""
 ALLOWED = 0.05
@@ -44,6 +46,8 @@ class Wanted:
     max_len: int
     device: torch.device
     dtype: torch.dtype
+    numbers: Numbers | None = None
+    """Keys and values in fewer bits."""
 
 
 def block_tokens(settings: EngineSettings) -> int:
@@ -59,7 +63,7 @@ def gpu_attention(settings: EngineSettings, wanted: Wanted) -> Attention:
     """
     named, block = settings.attention, block_tokens(settings)
     if named == "torch":
-        return TorchAttention(wanted.spec, block, wanted.max_len, wanted.device)
+        return _torch(wanted, block)
     if named == "flash":
         theirs = flash_attention(wanted, block)
         return _refused(named, theirs) if isinstance(theirs, str) else theirs
@@ -68,7 +72,7 @@ def gpu_attention(settings: EngineSettings, wanted: Wanted) -> Attention:
         return _refused(named, ours) if isinstance(ours, str) else ours
     if isinstance(ours, str):
         log.warning("attention.triton_unavailable", extra={"reason": ours})
-        return TorchAttention(wanted.spec, block, wanted.max_len, wanted.device)
+        return _torch(wanted, block)
     theirs = flash_attention(wanted, settings.kv_block_size or FLASH_BLOCK_TOKENS)
     if isinstance(theirs, str):
         log.info("attention.flash_unavailable", extra={"reason": theirs})
@@ -76,9 +80,15 @@ def gpu_attention(settings: EngineSettings, wanted: Wanted) -> Attention:
     return faster(ours, theirs, wanted)
 
 
+def _torch(wanted: Wanted, block: int) -> Attention:
+    return TorchAttention(wanted.spec, block, wanted.max_len, wanted.device, numbers=wanted.numbers)
+
+
 def triton_attention(wanted: Wanted, block: int) -> Attention | str:
     """Our kernels, tried once on this device, or why not."""
     spec = wanted.spec
+    if wanted.numbers:
+        return NO_NUMBERS.format(wanted.numbers.name)
     if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 2:
         return f"head_dim {spec.head_dim} is above {MAX_HEAD_DIM} or odd"
     if spec.group > MAX_GROUP:
@@ -101,6 +111,8 @@ def flash_attention(wanted: Wanted, block: int) -> Attention | str:
     spec = wanted.spec
     if wanted.device.type != "cuda":
         return "it needs a CUDA device"
+    if wanted.numbers:
+        return NO_NUMBERS.format(wanted.numbers.name)
     if wanted.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, not in {str(wanted.dtype).removeprefix('torch.')}"
     if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 8:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..batch import Batch, Int32
 from ..kv_cache import KVCache
+from ..kv_numbers import Numbers
 from ..layers.rope import tables
 from ..models.spec import ModelSpec, RopeSpec
 from ..native.library import MAX_HEAD_DIM, Library
@@ -40,9 +41,19 @@ class NativeAttention:
     graphs = False
 
     def __init__(
-        self, spec: ModelSpec, block_size: int, max_len: int, library: Library, *, uniform: bool = False
+        self,
+        spec: ModelSpec,
+        block_size: int,
+        max_len: int,
+        library: Library,
+        *,
+        uniform: bool = False,
+        numbers: Numbers | None = None,
     ) -> None:
-        """``uniform``: the same instructions for a row whether it is decoded or part of a prefill."""
+        """``uniform``: the same instructions for a row whether it is decoded or part of a prefill.
+
+        ``numbers``: keys and values in fewer bits.
+        """
         assert block_size % library.lanes == 0, f"block size {block_size} is no multiple of {library.lanes}"
         self.spec, self.block_size, self._lib = spec, block_size, library
         kinds = list(dict.fromkeys(spec.ropes))
@@ -55,6 +66,7 @@ class NativeAttention:
         self._windows = [window or 0 for window in spec.windows]
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, library.threads)
         self._uniform, self._split = int(uniform), NEVER if uniform else SPLIT_TOKENS
+        self._kind = numbers.kernel if numbers else 0
         self._tile = max(1, QUERY_ROWS // spec.group)
 
     def block_shape(self) -> tuple[int, ...]:
@@ -63,6 +75,8 @@ class NativeAttention:
     def use(self, cache: KVCache) -> None:
         self._cache = cache
         self._places = [(k.data_ptr(), v.data_ptr()) for k, v in zip(cache.keys, cache.values, strict=True)]
+        scales = zip(cache.key_scales, cache.value_scales, strict=True)
+        self._scales = [(k.data_ptr(), v.data_ptr()) for k, v in scales] or [(None, None)] * len(cache.keys)
 
     def begin(self, batch: Batch) -> None:
         self._items, self._merges, parts = work_items(batch, self._tile, self._split)
@@ -106,6 +120,8 @@ class NativeAttention:
             self.spec.norm_eps,
             len(qkv),
             *self._shape,
+            self._kind,
+            *self._scales[layer],
         )
         out = qkv.new_empty(len(qkv), self.spec.q_size)
         self._lib.attend_raw(
@@ -119,6 +135,8 @@ class NativeAttention:
             *self._scoring,
             *self._shape,
             self._uniform,
+            self._kind,
+            *self._scales[layer],
         )
         return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..batch import Batch, tensor
 from ..kv_cache import KVCache
+from ..kv_numbers import Numbers, dequantize, quantize
 from ..layers.elementwise import TorchElementwise
 from ..layers.rope import rotate, tables
 from ..models.spec import ModelSpec
@@ -32,6 +33,40 @@ class _Span:
             yield _Span(self.first + i, 1, self.start + i, self.slots[: self.start + i + 1])
 
 
+class _Plain:
+    """Keys or values of a layer by slot, [kv_heads, head_dim] each."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        self._flat = blocks.flatten(0, 1)
+
+    def put(self, slots: Tensor, x: Tensor) -> None:
+        self._flat.index_copy_(0, slots, x)
+
+    def take(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        del dtype  # theirs
+        return self._flat[slots]
+
+
+class _Scaled:
+    """The same in fewer bits. Seen as bytes: indexing is not there for every kind of number."""
+
+    def __init__(self, blocks: Tensor, scales: Tensor, numbers: Numbers) -> None:
+        self._flat, self._scales, self._numbers = blocks.flatten(0, 1).view(torch.uint8), scales, numbers
+
+    def put(self, slots: Tensor, x: Tensor) -> None:
+        kept, scales = quantize(x, self._numbers)
+        self._flat.index_copy_(0, slots, kept.view(torch.uint8))
+        self._scales[self._place(slots)] = scales
+
+    def take(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        kept = self._flat[slots].view(self._numbers.dtype)
+        return dequantize(kept, self._scales[self._place(slots)], dtype)
+
+    def _place(self, slots: Tensor) -> tuple[Tensor, slice, Tensor]:
+        size = self._scales.shape[-1]
+        return slots // size, slice(None), slots % size
+
+
 class TorchAttention:
     """Cache as flat slots; per sequence one gather and one scaled_dot_product_attention.
 
@@ -42,9 +77,20 @@ class TorchAttention:
     graphs = False
 
     def __init__(
-        self, spec: ModelSpec, block_size: int, max_len: int, device: torch.device, *, uniform: bool = False
+        self,
+        spec: ModelSpec,
+        block_size: int,
+        max_len: int,
+        device: torch.device,
+        *,
+        uniform: bool = False,
+        numbers: Numbers | None = None,
     ) -> None:
-        """``uniform``: each row by itself, as if it were decoded; slow."""
+        """``uniform``: each row by itself, as if it were decoded; slow.
+
+        ``numbers``: keys and values in fewer bits.
+        """
+        self._numbers = numbers
         self.spec, self.block_size, self.device, self._uniform = spec, block_size, device, uniform
         self._angles = {
             rope: tuple(table.to(device) for table in tables(rope, spec.head_dim, max_len))
@@ -59,8 +105,14 @@ class TorchAttention:
         return (self.block_size, self.spec.num_kv_heads, self.spec.head_dim)
 
     def use(self, cache: KVCache) -> None:
-        self._keys = [keys.flatten(0, 1) for keys in cache.keys]
-        self._values = [values.flatten(0, 1) for values in cache.values]
+        numbers = self._numbers
+        self._keys: Sequence[_Plain | _Scaled] = [_Plain(keys) for keys in cache.keys]
+        self._values: Sequence[_Plain | _Scaled] = [_Plain(values) for values in cache.values]
+        if numbers:
+            self._keys = [_Scaled(*pair, numbers) for pair in zip(cache.keys, cache.key_scales, strict=True)]
+            self._values = [
+                _Scaled(*pair, numbers) for pair in zip(cache.values, cache.value_scales, strict=True)
+            ]
 
     def begin(self, batch: Batch) -> None:
         self._slots = batch.slots
@@ -84,8 +136,8 @@ class TorchAttention:
             cos, sin = self._step_angles[rope]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         keys, values = self._keys[layer], self._values[layer]
-        keys.index_copy_(0, self._slots, k)
-        values.index_copy_(0, self._slots, v)
+        keys.put(self._slots, k)
+        values.put(self._slots, v)
         out = torch.empty_like(q)
         window = spec.windows[layer]
         for span in self._spans:
@@ -94,7 +146,8 @@ class TorchAttention:
             slots = span.slots[oldest:]
             attend = self._bent if self._is_bent else self._one_row if span.count == 1 else self._many_rows
             queries = q[rows].clone() if self._uniform else q[rows]  # at an allocation's alignment
-            out[rows] = attend(queries, keys[slots], values[slots], span.start - oldest, window)
+            k, v = keys.take(slots, q.dtype), values.take(slots, q.dtype)
+            out[rows] = attend(queries, k, v, span.start - oldest, window)
         return out.view(len(qkv), -1)
 
     def _one_row(self, q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None) -> Tensor:

@@ -82,6 +82,7 @@ inline void tile_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
   TILE_STORE(3, dots + 3, 256);
   if (how.bent()) bend(s, r0, n, start, groups, how, dots);
   soften(s, r0, n, start, end, groups, how.factor(), dots, p, fade);
+  if (how.packed) weigh(s, n, groups, p);
   float* acc = s.acc.data() + size_t(r0) * dim16;
   fade_rows(acc, n, dim16, fade);
   const bf16* values[TILE_GROUPS];

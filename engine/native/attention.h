@@ -1,7 +1,7 @@
 // Paged attention: work items of a step, each tile by tile, and the joining of what was cut apart.
 #pragma once
 #include "amx.h"
-#include "kv_layout.h"
+#include "kv_bytes.h"
 
 namespace {
 
@@ -9,7 +9,8 @@ struct Item { int32_t row, count, position, table, begin, end, part; };         
 struct Merge { int32_t row, part, parts; };
 
 template <class T> struct Call {
-  const T *qkv, *keys, *values;
+  const T *qkv, *keys, *values;                                                // not these keys and values if packed
+  Packed packed;
   T* out;
   const int32_t* tables;
   float* scratch;                                                              // [parts][heads][dim16 + 2]
@@ -24,6 +25,29 @@ template <class T> inline bool use_amx(const Call<T>& c) {
   return std::is_same_v<T, bf16> && c.s.dim % 32 == 0 && c.s.dim <= 256 && amx_allowed();
 }
 #endif
+
+// The tile at `start`, unpacked into rows' own memory; groups beyond `end` repeat the last.
+template <class T>
+Tile<T> unpack_tile(const Call<T>& c, const int32_t* table, int head, int start, int end, Rows<T>& rows) {
+  const Shape& s = c.s;
+  const size_t size = s.group_size();
+  rows.keys.resize(TILE_GROUPS * size), rows.values.resize(TILE_GROUPS * size);
+  Tile<T> tile;
+  size_t at = s.at(table, head, start);
+  for (int g = 0; g < TILE_GROUPS; g++) {
+    tile.keys[g] = rows.keys.data() + g * size, tile.values[g] = rows.values.data() + g * size;
+    const int token = start + g * LANES, after = token + LANES;
+    if (token >= end) continue;
+    const size_t next = s.at(table, head, std::min(after, end - 1)), scales = Packed::scale_at(s, table, head, token);
+    auto unpack = c.packed.kind == INT8 ? unpack_group<T, INT8> : unpack_group<T, FP8>;
+    unpack(rows.keys.data() + g * size, rows.values.data() + g * size, c.packed.keys + at, c.packed.values + at,
+           c.packed.keys + next, c.packed.values + next, s.dim16());
+    std::memcpy(rows.key_scales + g * LANES, c.packed.key_scales + scales, LANES * sizeof(float));
+    std::memcpy(rows.value_scales + g * LANES, c.packed.value_scales + scales, LANES * sizeof(float));
+    at = next;
+  }
+  return tile;
+}
 
 template <class T> void run_item(const Call<T>& c, const Item& it, int head, Rows<T>& rows) {
   const Shape& s = c.s;
@@ -56,6 +80,7 @@ template <class T> void run_item(const Call<T>& c, const Item& it, int head, Row
   int start = std::max<int>(it.begin, rows.first[0] / TILE * TILE);
   for (Tile<T> tile = tile_at(start), next; start < end; start += TILE, tile = next) {
     next = start + TILE < end ? tile_at(start + TILE) : tile;
+    if (c.packed.kind) tile = next = unpack_tile(c, table, head, start, end, rows);
     int r = 0;
 #if defined(GM_AMX)
     if constexpr (std::is_same_v<T, bf16>)

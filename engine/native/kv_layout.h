@@ -3,6 +3,7 @@
 // Per (block, KV head), in groups of 16 tokens; D16 is head_dim rounded up to 16, padding is zero:
 //   bf16  K [D16/2][16 tokens][2 dims]    V [8 token pairs][D16][2 tokens]     (what a bf16 dot product eats)
 //   fp32  K [D16][16 tokens]              V [16 tokens][D16]
+// In a byte each: kv_bytes.h.
 #pragma once
 #include "vectors.h"
 

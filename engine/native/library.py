@@ -19,8 +19,8 @@ _p, _i, _q, _f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "gm_rms_norm": (_i, _p, _p, _p, _p, _q, _i, _f, _i),
     "gm_silu_mul": (_i, _p, _p, _q, _i, _i),
-    "gm_rope_store": (_i, _p, _p, _p, _p, _p, _p, _p, _p, _p, _f, _q, _i, _i, _i, _i, _i),
-    "gm_attend": (_i, _p, _p, _p, _p, _p, _i, _p, _i, _p, _i, _p, _i, _f, _f, _p, _i, _i, _i, _i, _i, _i),
+    "gm_rope_store": (_i, _p, _p, _p, _p, _p, _p, _p, _p, _p, _f, _q, *(_i,) * 6, _p, _p),
+    "gm_attend": (_i, *(_p,) * 5, _i, _p, _i, _p, _i, _p, _i, _f, _f, _p, *(_i,) * 7, _p, _p),
 }
 
 

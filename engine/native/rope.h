@@ -1,6 +1,6 @@
 // Rotary embedding, with a norm before it where the model has one; keys and values go into the cache.
 #pragma once
-#include "kv_layout.h"
+#include "kv_bytes.h"
 
 namespace {
 
@@ -24,10 +24,27 @@ inline void norm_rotate(float* y, const T* x, const T* weight, float eps, const 
   if (dim % 2) y[dim - 1] = widen(x[dim - 1]) * scale * (weight ? widen(weight[dim - 1]) : 1.f);
 }
 
+// One token's key, ready in y, and its value. Bytes come from numbers of type T, as those would have been stored.
+template <class T>
+inline void pack_token(const Packed& to, float* y, const T* v, const Shape& s, size_t at, size_t scale_at, int lane) {
+  const int dim16 = s.dim16();
+  alignas(64) uint8_t codes[1024];
+  for (int i = 0; i < dim16; i += LANES) {
+    T t[LANES];
+    store(t, load(y + i));
+    store(y + i, load(t));
+  }
+  to.key_scales[scale_at] = pack_row(to.kind, codes, y, dim16);
+  for (int d = 0; d < dim16; d++) to.keys[at + d * LANES + lane] = codes[d];
+  for_lanes<T>(s.dim, [&](int i, int k) { store(y + i, get(v + i, k)); });
+  to.value_scales[scale_at] = pack_row(to.kind, codes, y, dim16);
+  std::memcpy(to.values + at + size_t(lane) * dim16, codes, dim16);
+}
+
 template <class T>
 void rope_store_rows(T* qkv, T* keys, T* values, const int64_t* slots, const int64_t* positions, const float* cos,
                      const float* sin, const T* q_norm, const T* k_norm, float eps, int64_t rows, const Shape& s,
-                     int threads) {
+                     const Packed& packed, int threads) {
   const int half = s.dim / 2;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows > 3)
   for (int64_t r = 0; r < rows; r++) {
@@ -46,6 +63,10 @@ void rope_store_rows(T* qkv, T* keys, T* values, const int64_t* slots, const int
       const size_t at = s.at(&block, h, token);
       norm_rotate(y, k, k_norm, eps, c, n, s.dim);
       std::fill(y + s.dim, y + s.dim16(), 0.f);                                // the padding dimensions
+      if (packed.kind) {
+        pack_token<T>(packed, y, v, s, at, Packed::scale_at(s, &block, h, token), token % LANES);
+        continue;
+      }
       write_key(keys + at, y, s, token % LANES);
       if constexpr (std::is_same_v<T, float>) {
         std::memcpy(y, v, s.dim * sizeof(float));

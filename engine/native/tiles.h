@@ -11,6 +11,8 @@ template <class T> struct Rows {
   std::vector<float> acc, m, l;                                                // [rows][dim16], [rows], [rows][16]
   std::vector<int> first, limit;                                               // keys seen: first <= position < limit
   std::vector<float> slope;                                                    // ALiBi's, where a model has it
+  std::vector<T> keys, values;                                                 // a tile, unpacked from bytes
+  float key_scales[TILE], value_scales[TILE];
   void reset(int rows, int dim16) {
     const size_t padded = (rows + 15) / 16 * 16;                               // whole tiles are read and written
     q.assign(padded * dim16, T(0));
@@ -27,11 +29,12 @@ template <class T> struct Rows {
 struct Scoring {
   float scale, cap;                                                            // cap 0: none
   const float* slopes;                                                         // per head, or null
-  bool bent() const { return cap > 0 || slopes; }
+  bool packed;                                                                 // keys and values have scales
+  bool bent() const { return cap > 0 || slopes || packed; }
   float factor() const { return bent() ? 1.f : scale * LOG2E; }                // what is left to soften()
 };
 
-// Scores that are more than scaled: capped, then biased by how far back a key is. In one place for all sizes, out of
+// Scores that are more than scaled: by their keys, then capped, then biased by how far back a key is. In one place for all sizes, out of
 // the way of the others; products are rounded (vectors.h) so that a row's bits do not depend on n.
 template <class T>
 __attribute__((noinline)) void bend(const Rows<T>& s, int r0, int n, int start, int groups, const Scoring& how,
@@ -40,6 +43,7 @@ __attribute__((noinline)) void bend(const Rows<T>& s, int r0, int n, int start, 
   for (int r = 0; r < n; r++)
     for (int g = 0; g < groups; g++) {
       vf score = dots[r * TILE_GROUPS + g] * how.scale;
+      if (how.packed) score *= load(s.key_scales + g * LANES);
       if (how.cap > 0) score = tanhv(score / how.cap) * how.cap;
       if (how.slopes) {
         rounded(score);
@@ -48,6 +52,16 @@ __attribute__((noinline)) void bend(const Rows<T>& s, int r0, int n, int start, 
         score -= bias;
       }
       dots[r * TILE_GROUPS + g] = score * LOG2E;
+    }
+}
+
+// Weights p [n][TILE] take in the scales of the values. What is hidden weighs 0, whatever its scale may be.
+template <class T> __attribute__((noinline)) void weigh(const Rows<T>& s, int n, int groups, T* p) {
+  for (int r = 0; r < n; r++)
+    for (int g = 0; g < groups; g++) {
+      T* at = p + r * TILE + g * LANES;
+      const vf weight = load(at), scaled = weight * load(s.value_scales + g * LANES);
+      store(at, weight > 0.f ? scaled : vf{});
     }
 }
 
@@ -112,6 +126,7 @@ inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& til
   alignas(64) T p[R * TILE];
   float fade[R];
   soften(s, r0, R, start, end, groups, how.factor(), dots[0], p, fade);
+  if (how.packed) weigh(s, R, groups, p);
   float* acc = s.acc.data() + size_t(r0) * dim16;
   fade_rows(acc, R, dim16, fade);
   int d = 0;

@@ -12,6 +12,7 @@ from gristmill.engine.attention.native_backend import SPLIT_TOKENS, NativeAttent
 from gristmill.engine.attention.torch_backend import TorchAttention
 from gristmill.engine.batch import pack
 from gristmill.engine.kv_cache import KVCache
+from gristmill.engine.kv_numbers import FP8, INT8, Numbers, dequantize, quantize
 from gristmill.engine.layers.elementwise import TorchElementwise
 from gristmill.engine.layers.linear import linear
 from gristmill.engine.layers.rope import tables
@@ -59,19 +60,30 @@ def spec_of(
     )
 
 
-def backend(kind: str, spec: ModelSpec, dtype: torch.dtype, block: int, blocks: int) -> Attention:
+def backend(
+    kind: str, spec: ModelSpec, dtype: torch.dtype, block: int, blocks: int, numbers: Numbers | None = None
+) -> Attention:
     if kind == "torch":
-        made: Attention = TorchAttention(spec, block, MAX_LEN, CPU)
+        made: Attention = TorchAttention(spec, block, MAX_LEN, CPU, numbers=numbers)
     else:
-        made = NativeAttention(spec, block, MAX_LEN, library(dtype), uniform=kind == "cpu-uniform")
-    cache = KVCache.allocate(1, blocks, made.block_shape(), dtype, CPU)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(float("nan"))  # what an earlier, broken sequence may have left behind
+        uniform = kind == "cpu-uniform"
+        made = NativeAttention(spec, block, MAX_LEN, library(dtype), uniform=uniform, numbers=numbers)
+    kept, scales = (numbers.dtype, (spec.num_kv_heads, block)) if numbers else (dtype, ())
+    cache = KVCache.allocate(1, blocks, made.block_shape(), kept, CPU, scales)
+    for tensor in cache.tensors:
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))  # what an earlier, broken sequence may have left behind
     made.use(cache)
     return made
 
 
-def textbook(qkv: Tensor, first: int, spec: ModelSpec, norms: tuple[Tensor, Tensor] | None) -> Tensor:
+def textbook(
+    qkv: Tensor,
+    first: int,
+    spec: ModelSpec,
+    norms: tuple[Tensor, Tensor] | None,
+    numbers: Numbers | None = None,
+) -> Tensor:
     """Output rows ``first``.. of one sequence from all its qkv rows, in float64, one softmax per row."""
     n = len(qkv)
     heads = qkv.double().view(n, -1, spec.head_dim)
@@ -86,6 +98,8 @@ def textbook(qkv: Tensor, first: int, spec: ModelSpec, norms: tuple[Tensor, Tens
         q, k = (
             torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1))
         )
+    if numbers:
+        k, v = (dequantize(*quantize(x, numbers), torch.float64) for x in (k, v))
     k, v = (x.repeat_interleave(spec.group, 1) for x in (k, v))
     slopes = torch.tensor(spec.alibi or [0.0] * spec.num_heads, dtype=torch.float64)[:, None]
     out = torch.zeros(n - first, spec.num_heads, spec.head_dim, dtype=torch.float64)
@@ -108,21 +122,29 @@ def assert_equal_to_textbook(
     block: int = 16,
     seed: int = 0,
     chunk: int = 90,
+    numbers: Numbers | None = None,
+    knows: bool = True,
+    tolerance: dict[str, float] | None = None,
 ) -> None:
-    """Feed random qkv rows of several sequences in random chunks, check the rows of every step."""
+    """Feed random qkv rows of several sequences in random chunks, check the rows of every step.
+
+    ``knows``: the textbook keeps keys and values as ``numbers``, too.
+    """
     draw = random.Random(seed)
     torch.manual_seed(seed)
     needed = [-(-n // block) for n in lengths]
     free = list(range(sum(needed)))
     draw.shuffle(free)
-    made = backend(kind, spec, dtype, block, len(free))
+    made = backend(kind, spec, dtype, block, len(free), numbers)
     width = spec.q_size + 2 * spec.kv_size
     rows = [torch.randn(n, width).to(dtype) for n in lengths]
     fed = [Fed([0] * n, [free.pop() for _ in range(count)]) for n, count in zip(lengths, needed, strict=True)]
     norms = (torch.rand(spec.head_dim).to(dtype) + 0.5, torch.rand(spec.head_dim).to(dtype) + 0.5)
     q_norm, k_norm = norms if spec.qk_norm else (None, None)
     # bf16: keys, probabilities and results are each rounded to 8 bits, 2^-9 relative.
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-5}
+    if tolerance is None:
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-5}
+    expecting = numbers if knows else None
     while left := [i for i, seq in enumerate(fed) if seq.computed < len(seq.tokens)]:
         chosen = draw.sample(left, draw.randint(1, len(left)))
         counts = [draw.choice((1, 1, min(chunk, len(fed[i].tokens) - fed[i].computed))) for i in chosen]
@@ -134,7 +156,9 @@ def assert_equal_to_textbook(
         out = made.attend(0, qkv.clone(), q_norm, k_norm)
         for i, n, part in zip(chosen, counts, out.split(counts), strict=True):
             first, fed[i].computed = fed[i].computed, fed[i].computed + n
-            expected = textbook(rows[i][: fed[i].computed], first, spec, norms if spec.qk_norm else None)
+            expected = textbook(
+                rows[i][: fed[i].computed], first, spec, norms if spec.qk_norm else None, expecting
+            )
             torch.testing.assert_close(part.double(), expected, **tolerance)
 
 
@@ -173,6 +197,28 @@ def test_scores_are_capped_and_biased_in_prefill_in_decode_and_in_pieces(
     spec = spec_of(6, 2, 32, window, **BENT[bend])
     lengths = [17, 70, SPLIT_TOKENS + 3]
     assert_equal_to_textbook(kind, spec, dtype, lengths, chunk=SPLIT_TOKENS - 1, seed=len(bend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["torch", "cpu", "cpu-uniform"])
+@pytest.mark.parametrize("numbers", [INT8, FP8], ids=["int8", "fp8"])
+def test_keys_and_values_in_fewer_bits_are_rounded_and_nothing_else(
+    numbers: Numbers, kind: str, dtype: torch.dtype
+) -> None:
+    """Without rotation the textbook rounds the same numbers, so that outputs are equal, not just near."""
+    bent: dict[str, Any] = {"softcap": 20.0, "alibi": (0.3, 0.0, 0.05, 0.01, 1.0, 0.2)}
+    for spec in (spec_of(6, 2, 64, ropes=(None,)), spec_of(6, 3, 20, 100, ropes=(None,), **bent)):
+        assert_equal_to_textbook(kind, spec, dtype, [1, 17, 70, 515], chunk=511, numbers=numbers, block=32)
+
+
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
+@pytest.mark.parametrize(("numbers", "tolerance"), [(INT8, 0.03), (FP8, 0.15)], ids=["int8", "fp8"])
+def test_fewer_bits_stay_near_what_they_were(numbers: Numbers, tolerance: float, kind: str) -> None:
+    spec = spec_of(9, 3, 64, qk_norm=True)
+    near = {"rtol": 0.0, "atol": tolerance}
+    assert_equal_to_textbook(
+        kind, spec, torch.float32, [1, 17, 100], numbers=numbers, knows=False, tolerance=near
+    )
 
 
 @pytest.mark.parametrize("kind", ["torch", "cpu"])
