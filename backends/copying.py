@@ -96,7 +96,8 @@ def copy(
     with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="copy") as pool:
         done = _kept(source, target, wanted, recorded, report, pool, trust=trust)
         missing = [each for each in wanted if each.name not in done]
-        origin = manifest.about if manifest else {"source": {"from": source.where}}
+        here = isinstance(source, Folder)  # whose path means nothing elsewhere
+        origin = manifest.about if manifest else {} if here else {"source": {"from": source.where}}
         whole = Manifest(done, {**origin, **(about or {})})
         if missing:
             _require_room(target, missing)

@@ -165,11 +165,27 @@ def snapshots(cache: Path | None = None) -> Iterator[tuple[str, str, Path]]:
     cache = cache or _cache()
     for repo in sorted(cache.glob("models--*--*")) if cache else ():
         name = repo.name.removeprefix("models--").replace("--", "/", 1)
-        for ref in sorted(each for each in (repo / "refs").rglob("*") if each.is_file()):
+        for ref in sorted(each for each in (repo / "refs").rglob("[!.]*") if each.is_file()):
             revision = ref.relative_to(repo / "refs").as_posix()
             path = cached(name, revision, cache) if is_hub_id(name) else None
             if path is not None:
                 yield name, revision, path
+
+
+def snapshot(name: str, commit: str, cache: Path | None = None) -> Path | None:
+    """Where a commit of a model is kept, or would be. None: nobody knows where the cache is."""
+    repo = _folder(name, cache)
+    return repo / "snapshots" / commit if repo is not None and COMMIT.fullmatch(commit) else None
+
+
+def point_to(path: Path, revision: str) -> None:
+    """Let a branch or tag mean the commit whose snapshot lies at ``path``. Raises InvalidRequest."""
+    check_revision(revision)
+    ref = path.parents[1] / "refs" / revision
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    aside = ref.with_name(f".{ref.name}.{os.getpid()}")
+    aside.write_text(path.name)
+    aside.rename(ref)
 
 
 def _folder(name: str, cache: Path | None) -> Path | None:

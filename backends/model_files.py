@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from ..schemas.errors import ModelInvalid, ModelNotFound
 MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
+INDEX = "model.safetensors.index.json"
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
 
 
@@ -36,7 +38,7 @@ def check(path: Path) -> None:
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files that make up the model, in name order. Raises ModelInvalid if there are none,
     or if the index names one that is missing or outside the directory."""
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
@@ -49,12 +51,13 @@ def weight_files(path: Path) -> list[Path]:
                 raise ModelInvalid(f"{path / shard}: missing, one of {len(shards)} weight files")
         return [path / shard for shard in shards]
     single = path / "model.safetensors"
-    files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
+    if not single.is_file():
+        parts = sorted(each.name for each in path.glob("*.safetensors"))
         others = sorted(each.name for pattern in OTHER_WEIGHTS for each in path.glob(pattern))
         hint = f" (found {others[0]}: only safetensors is read, pickles never)" if others else ""
+        hint = f" (found {parts[0]} and no {INDEX}, which says what lies where)" if parts else hint
         raise ModelInvalid(f"{single}: missing{hint}")
-    return files
+    return [single]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,22 +77,34 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _check_safetensors(path: Path) -> None:
     """The header promises where the data ends: a download that stopped half-way ends before."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise ModelInvalid(f"{path}: not a safetensors file ({size:,} bytes)")
-        encoded = file.read(length)
+
+        def span(start: int, count: int) -> bytes:
+            file.seek(start)
+            return file.read(count)
+
+        header(path, path.stat().st_size, span)
+
+
+def header(what: object, size: int, span: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """The header of a safetensors file of ``size`` bytes, of which ``span(start, count)`` reads some.
+
+    Raises ModelInvalid, naming it ``what``, unless the file ends where its header says.
+    """
+    prefix = span(0, 8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise ModelInvalid(f"{what}: not a safetensors file ({size:,} bytes)")
     try:
-        header: dict[str, Any] = json.loads(encoded)
+        found: dict[str, Any] = json.loads(span(8, length))
         end = max(
-            (int(each["data_offsets"][1]) for name, each in header.items() if name != "__metadata__"),
+            (int(each["data_offsets"][1]) for name, each in found.items() if name != "__metadata__"),
             default=0,
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as exc:
-        raise ModelInvalid(f"{path}: the safetensors header is damaged") from exc
+        raise ModelInvalid(f"{what}: the safetensors header is damaged") from exc
     if size != 8 + length + end:
         raise ModelInvalid(
-            f"{path}: {size:,} bytes and its header promises {8 + length + end:,}; fetch it again"
+            f"{what}: {size:,} bytes and its header promises {8 + length + end:,}; fetch it again"
         )
+    return found

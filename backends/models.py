@@ -26,6 +26,7 @@ __all__ = [
     "Reporter",
     "ensure",
     "list_models",
+    "locate",
     "models_dir",
     "pull",
     "resolve",
@@ -84,7 +85,12 @@ def resolve(
 
     Raises ModelNotFound with the command that fetches it, ModelInvalid naming the bad file, InvalidRequest.
     """
-    path = _here(name, revision, _settings(home, settings))
+    settings = _settings(home, settings)
+    path = locate(name, revision, settings)
+    if is_s3(name) and fetched.cached(name, models_dir(settings.home)) is None:
+        raise ModelNotFound(f"{name} is not whole on this machine; run: gristmill models pull {name}")
+    if name in BUNDLED:
+        bundled.check(path)
     verify(path)
     return path
 
@@ -110,24 +116,18 @@ def verify(path: Path, *, deep: bool = False) -> None:
     model_files.check(path)
 
 
-def _here(name: str, revision: str | None, settings: Settings) -> Path:
-    """Where the model lies. Raises ModelNotFound, InvalidRequest, ModelInvalid for one that is half there."""
+def locate(name: str, revision: str | None, settings: Settings) -> Path:
+    """Where a model lies on this machine, whole or not. Raises ModelNotFound, InvalidRequest."""
     option = f" --revision {revision}" if revision else ""
     fetch = f"run: gristmill models pull {name}{option}"
-    if is_s3(name):
-        _refuse_revision(name, revision)
-        path = fetched.cached(name, models_dir(settings.home))
-        if path is None:
-            raise ModelNotFound(f"{name} is not on this machine; {fetch}")
-        return path
-    if (local := _local(name)) is not None:
+    if not is_s3(name) and (local := _local(name)) is not None:
         return local
-    if name in BUNDLED:
+    if is_s3(name) or name in BUNDLED:
         _refuse_revision(name, revision)
-        path = models_dir(settings.home) / name
+        root = models_dir(settings.home)
+        path = fetched.directory(name, root) if is_s3(name) else root / name
         if not path.is_dir():
             raise ModelNotFound(f"{name} is not on this machine; {fetch}")
-        bundled.check(path)
         return path
     _check_hub_id(name, revision)
     path = hub.cached(name, revision, settings.hub_cache)

@@ -148,10 +148,15 @@ class Folder:
 
     def checksum(self, name: str) -> str | None:
         """See Place. Read, or (in the Hub's cache) what the Hub calls the file's contents."""
-        path = self.path / name
         with _file_errors(self.path):
+            return self.named_checksum(name) or sha256_of(self.path / name)
+
+    def named_checksum(self, name: str) -> str | None:
+        """In the Hub's cache large files are links to what is named by its SHA-256."""
+        with _file_errors(self.path):
+            path = self.path / name
             blob = path.readlink().name if path.is_symlink() else ""
-            return blob if _SHA256.fullmatch(blob) else sha256_of(path)
+            return blob if _SHA256.fullmatch(blob) else None
 
     def put(self, name: str, body: bytes) -> None:
         """See Place."""
