@@ -242,8 +242,7 @@ class Runner:
 
     def _made_ours(self, fallback: Fallback, settings: EngineSettings) -> Fallback:
         """Tried, then with our linears. Raises ModelInvalid if our attention is not all that it needs."""
-        with fallback.foreign():
-            try_out(fallback, self._attention, self.block_size)
+        try_out(fallback, self._attention, self._use_cache, exact=self._numbers is None)
         fallback.rebuild(quantizing(settings.quantize, None, linear, unpack=False), head=linear)
         return fallback
 

@@ -63,7 +63,7 @@ class Fallback:
         self._model = _load(transformers, family, directory, config, dtype).to(device)
         self._body = _body(config, self._model)
         self._called: set[nn.Module] = set()
-        with torch.inference_mode(), self.foreign():
+        with torch.inference_mode(), self._foreign():
             self._layers, hidden_size = self._survey(min(positions, settings.max_total_tokens or positions))
             self._head = _head_alone(self._model, self._body)
             vocab_size = self.logits(torch.zeros(1, hidden_size, dtype=dtype, device=device)).shape[-1]
@@ -97,7 +97,7 @@ class Fallback:
     def theirs(self, tokens: list[int], implementation: str = EAGER) -> Tensor:
         """Logits [tokens, vocab] of one sequence, all of it done by transformers."""
         ids = torch.tensor([tokens], device=self.device)
-        with self._attending(implementation):
+        with self._attending(implementation), self._foreign():
             found: Any = self._model(input_ids=ids, use_cache=False)
         return cast("Tensor", found.logits)[0]
 
@@ -152,7 +152,7 @@ class Fallback:
         return survey.layers, hidden.shape[-1]
 
     @contextmanager
-    def foreign(self) -> Generator[None]:
+    def _foreign(self) -> Generator[None]:
         """Within, whatever their code raises is a ModelInvalid: it may fail in any way."""
         try:
             yield

@@ -7,7 +7,7 @@ that are counted by row: whatever packing and chunking would break shows here, n
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..attention.backend import Attention
 from ..batch import pack
-from ..kv_cache import KVCache
 from .fallback import Fallback
 
 STEPS = (((0, 11),), ((0, 9), (1, 10)), ((0, 4), (1, 6)), ((1, 1),))
@@ -37,6 +36,10 @@ class _Prompt:
     adapter: str | None = None
     logits: list[Tensor] = field(default_factory=list[Tensor])
 
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
@@ -45,20 +48,16 @@ class _Chunk:
     guesses: tuple[int, ...] = ()
 
 
-def try_out(decoder: Fallback, attention: Attention, block_size: int) -> None:
-    """Raise ModelInvalid if the two differ. Leaves ``attention`` with a cache of its own, to be replaced."""
-    prompts = _prompts(decoder, block_size)
-    blocks = 1 + max(block for prompt in prompts for block in prompt.block_table)
-    cache = KVCache.allocate(
-        decoder.spec.num_layers, blocks, attention.block_shape(), decoder.dtype, decoder.device
-    )
-    attention.use(cache)
+def try_out(decoder: Fallback, attention: Attention, cache: Callable[[int], None], *, exact: bool) -> None:
+    """Raise ModelInvalid if the two differ. ``cache`` makes blocks; ``exact``: in the engine's dtype."""
+    prompts = _prompts(decoder, attention.block_size)
+    cache(1 + max(block for prompt in prompts for block in prompt.block_table))
     for steps in STEPS:
         work = [_Chunk(prompts[which], count) for which, count in steps]
-        _feed(decoder, attention, work, block_size)
+        _feed(decoder, attention, work)
     theirs = [decoder.theirs(prompt.tokens) for prompt in prompts]
     worst = max(_apart(torch.cat(prompt.logits), said) for prompt, said in zip(prompts, theirs, strict=True))
-    allowed = TOLERANCE[decoder.dtype]
+    allowed = TOLERANCE[decoder.dtype if exact else torch.bfloat16]
     if worst > allowed and decoder.has_sdpa:
         also = [decoder.theirs(prompt.tokens, "sdpa") for prompt in prompts]
         own = max(_apart(b, a) for a, b in zip(theirs, also, strict=True))
@@ -73,10 +72,10 @@ def try_out(decoder: Fallback, attention: Attention, block_size: int) -> None:
         )
 
 
-def _feed(decoder: Fallback, attention: Attention, work: Sequence[_Chunk], block_size: int) -> None:
+def _feed(decoder: Fallback, attention: Attention, work: Sequence[_Chunk]) -> None:
     """One step; every row's logits join their prompt's."""
     rows = sum(chunk.count for chunk in work)
-    hidden = decoder.forward(pack(work, block_size, decoder.device, range(rows)), attention)
+    hidden = decoder.forward(pack(work, attention.block_size, decoder.device, range(rows)), attention)
     logits = torch.split(decoder.logits(hidden[-rows:]), [chunk.count for chunk in work])
     for chunk, said in zip(work, logits, strict=True):
         chunk.seq.logits.append(said)

@@ -184,9 +184,9 @@ def run(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
     return said
 
 
-@pytest.mark.parametrize("quantize", ["eetq", "int8"])
-def test_linears_are_quantized_on_load(arcee: Path, quantize: str) -> None:
-    exact, packed = runner(arcee), runner(arcee, quantize=quantize)
+@pytest.mark.parametrize("knobs", [{"quantize": "eetq"}, {"quantize": "int8"}, {"kv_cache_dtype": "int8"}])
+def test_weights_and_cache_may_be_quantized_on_load(arcee: Path, knobs: dict[str, Any]) -> None:
+    exact, packed = runner(arcee), runner(arcee, **knobs)
     a, b = (generate(each, prompts()[1:2], 1)[0].rows[0] for each in (exact, packed))
     assert 0.001 < (a - b).abs().max() / a.std() < 0.3
 
