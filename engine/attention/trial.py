@@ -26,6 +26,10 @@ class _Fed:
     block_table: Any  # of numpy's integers
     adapter: str | None = None
 
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
