@@ -16,7 +16,7 @@ from .kernel import kernel
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@kernel(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"], do_not_specialize_on_alignment=["positions", "slots"])
 def rope_store(
     qkv,
     keys,
