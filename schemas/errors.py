@@ -172,6 +172,8 @@ class PromptTooLong(BadInput):
             )
         super().__init__(text)
         self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit
+        fits_alone = knob != "max_input_tokens" and max_tokens is not None and prompt_tokens < limit
+        self.param = asked_by if fits_alone else "prompt"
 
 
 class ModelNotFound(BadInput):
@@ -196,6 +198,7 @@ class AdapterNotFound(BadInput):
     """The worker that serves the model has no LoRA adapter of that name."""
 
     code = "adapter_not_found"
+    param = "adapter_id"
 
 
 class AdapterInvalid(BadInput):

@@ -55,7 +55,7 @@ class SamplingParams(Record):
     best first. All of them count as usage. None: ``n``.
     """
 
-    repetition_penalty: Annotated[Float, Field(gt=0.0, le=100.0)] = 1.0
+    repetition_penalty: Annotated[Float, Field(ge=0.01, le=100.0)] = 1.0
     """Above 1: tokens of prompt and output become less likely."""
     frequency_penalty: _Penalty = 0.0
     """For each time a token is in the output."""

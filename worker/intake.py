@@ -8,7 +8,7 @@ from ..engine.guided.checker import GrammarChecker
 from ..engine.guided.tool_calls import grammar_of_calls
 from ..engine.messages import Grammar, Request
 from ..engine.tokenizer import Tokenizer
-from ..schemas.errors import InvalidRequest, PromptTooLong
+from ..schemas.errors import InvalidRequest, InvalidSchema, PromptTooLong
 from ..schemas.job import Job
 from .completion import Completion
 from .generation import Generation
@@ -84,9 +84,13 @@ def grammar_of(job: Job) -> Grammar | None:
 
 def check_grammar(job: Job, checker: GrammarChecker, max_tokens: int) -> None:
     """Raises InvalidSchema for a grammar that is wrong, too big, or whose texts do not fit ``max_tokens``."""
-    grammar = grammar_of(job)
-    if grammar is not None:
-        checker.check(grammar, max_tokens)
+    try:
+        grammar = grammar_of(job)
+        if grammar is not None:
+            checker.check(grammar, max_tokens)
+    except InvalidSchema as exc:
+        param = "grammar" if job.tools is None else "tools"
+        raise InvalidSchema(exc.message, param=exc.param or param) from exc
 
 
 def group_of(job: Job) -> str:
