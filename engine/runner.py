@@ -130,6 +130,8 @@ class Runner:
                 self.spec: ModelSpec = from_hf(config)
                 self.shard: Shard = shard(self.spec, ranks.rank, ranks.size)
                 model = weights_of(directory, config, self.spec)
+                if isinstance(model, ModelWeights):
+                    model.read_ahead(ranks.rank, ranks.size)
                 if ranks.size > 1:
                     assert isinstance(model, ModelWeights), f"{type(model).__name__} cannot be cut"
                     model = NarrowWeights(model, self.shard)

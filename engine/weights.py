@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..schemas.errors import ModelInvalid
+from .loading import Loading
 from .models.layout import joints, layer_prefix, moe_joints
 from .models.spec import ModelSpec
 
@@ -123,6 +124,7 @@ class Checkpoint:
                     )
         else:
             raise ModelInvalid(f"{directory} holds neither {single.name} nor {index.name}")
+        self.loading = Loading([directory / name for name in self._files])
         bare = base and not any(name.startswith(base) for name in self._where)
         self._stored = {base + name if bare and name not in HEADS else name: name for name in self._where}
 
@@ -181,6 +183,7 @@ class Checkpoint:
         except SafetensorError as exc:
             raise ModelInvalid(f"{self.directory}: tensor {name!r} cannot be read: {exc}") from exc
         whole = found[0] if len(found) == 1 else torch.cat(found, dim)
+        self.loading.add(whole.nbytes)
         return whole.to(device=device, dtype=dtype, copy=True).contiguous()
 
     def stored(self, name: str, device: torch.device) -> Tensor:
@@ -190,9 +193,11 @@ class Checkpoint:
     def _mapped(self, name: str) -> Tensor:
         try:
             file, stored_name = self._place(name)
-            return file.get_tensor(stored_name)
+            found: Tensor = file.get_tensor(stored_name)
         except SafetensorError as exc:
             raise ModelInvalid(f"{self.directory}: tensor {name!r} cannot be read: {exc}") from exc
+        self.loading.add(found.nbytes)
+        return found
 
     def _place(self, name: str) -> tuple[Any, str]:
         """The open file that holds a tensor, and what it is called there."""

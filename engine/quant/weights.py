@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kv_cache import available_bytes
 from ..layers.linear import Linear
 from ..models.config import Config
 from ..models.spec import ModelSpec
@@ -44,6 +45,11 @@ class ModelWeights:
         if self.method is not None:
             self._find_sites(config, self.method, expected)
         self._names = self._checkpoint.verify_stored(expected, tied=spec.tied_embeddings)
+
+    def read_ahead(self, part: int, parts: int) -> None:
+        """Have the files read beside what else is done; ``part`` of ``parts``: one of several processes."""
+        # Half: on a CPU there will be a private copy of every weight besides.
+        self._checkpoint.loading.read_ahead(available_bytes() // 2, part=part, parts=parts)
 
     def _find_sites(self, config: Config, method: Method, expected: dict[str, Stored]) -> None:
         """Replace, in ``expected``, the weights that are quantized by what is stored for them."""
