@@ -62,6 +62,11 @@ NEO: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {**BASE, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+KIN: dict[str, tuple[str, dict[str, Any]]] = {
+    kind: (kind, BASE) for kind in ("llama", "mistral", "qwen2", "qwen3")
+}
+"""Llama and its closest; tests/parity/test_families.py has their variants."""
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dynamic": (
         "llama",
