@@ -20,6 +20,7 @@ from typing import NoReturn
 from ..schemas.errors import BadInput, GristmillError
 from . import pipe
 from .engine import Engine
+from .log_line import LogLine
 from .memory import OUT_OF_MEMORY, is_out_of_memory
 from .messages import Abort, Add, Failed, Output, Ready, Report, Step, Stop, Taken
 from .native import build
@@ -41,7 +42,9 @@ def main() -> None:
     """Load, say Ready, serve until Stop. Exit status 0, or that of the error tree after a Failed."""
     # Service managers send it to all processes of a service; the consumer then drains, and needs us for it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(format="engine[%(process)d] %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogLine())
+    logging.basicConfig(handlers=[handler])
     logging.getLogger(build.__name__).setLevel(logging.INFO)  # a first start compiles: not in silence
     sock = socket.socket(fileno=int(sys.argv[1]))
     settings = EngineSettings.model_validate_json(sys.stdin.buffer.read())

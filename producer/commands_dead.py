@@ -54,13 +54,17 @@ def _which(command: Any) -> Any:
 @_where
 def list_command(model: str | None, queue: str | None, as_json: bool, **urls: str | None) -> None:
     """What is there, the newest first."""
+    found = False
     with client_of(urls) as client:
         for letter in client.dead.list(model=model, queue=queue):
+            found = True
             if as_json:
                 put_json(_fields(letter))
             else:
                 reason = letter.reason[:REASON_CHARS] + ("…" if len(letter.reason) > REASON_CHARS else "")
                 put(f"{letter.job_id or letter.id}  {core.local_time(letter.at)}  {letter.tenant}  {reason}")
+    if not found:
+        say("no dead letters" + (" in these queues" if model or queue else ""))
 
 
 @dead.command()

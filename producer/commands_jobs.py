@@ -113,23 +113,54 @@ def submit(
     return 0
 
 
-@click.command()
+FOLLOW_HELP = """Show a job's text from the beginning, then as it is made.
+
+\b
+Examples:
+  gristmill follow job_0190…
+  gristmill follow job_0190… --json                    # a piece a line, each with its id
+  gristmill follow job_0190… --from 1790000000000-12   # what comes after that piece
+"""
+STATUS_HELP = """Where a job stands.
+
+\b
+Examples:
+  gristmill status job_0190…
+  gristmill status run_17….12 --json        # line 12 of a bulk run
+"""
+RESULT_HELP = """Print a job's text, or its whole result as JSON. Of a job that was stopped: what it has.
+
+\b
+Examples:
+  gristmill result job_0190… --wait --timeout-s 60
+  gristmill result job_0190… --json > result.json
+"""
+CANCEL_HELP = """Stop jobs. What they generated so far stays in their results.
+
+\b
+Examples:
+  gristmill cancel job_0190…
+  gristmill cancel job_0190… job_0191… --json
+"""
+
+
+@click.command(help=FOLLOW_HELP)
 @click.argument("job_id", metavar="JOB")
 @click.option("--from", "last_id", metavar="ID", help="Continue after this entry id (shown by --json).")
 @connection
 @common
 def follow(job_id: str, last_id: str | None, as_json: bool, **urls: str | None) -> int:
-    """Show a job's text from the beginning, then as it is made."""
+    """Streamed text again, or from the middle."""
     with client_of(urls) as client:
         return _show_stream(client.get(job_id), last_id, as_json)
 
 
-@click.command()
+@click.command(help=STATUS_HELP)
 @click.argument("job_id", metavar="JOB")
 @connection
 @common
 def status(job_id: str, as_json: bool, **urls: str | None) -> int:
-    """Where a job stands."""
+    """Its state, a line a field."""
     with client_of(urls) as client:
         found = client.get(job_id).status()
         if found.state is JobState.QUEUED and client.queue_is_paused(found):
@@ -142,14 +173,14 @@ def status(job_id: str, as_json: bool, **urls: str | None) -> int:
     return 0
 
 
-@click.command()
+@click.command(help=RESULT_HELP)
 @click.argument("job_id", metavar="JOB")
 @click.option("--wait", is_flag=True, help="Wait for the end; otherwise a job that runs is exit code 75.")
 @click.option("--timeout-s", type=click.FloatRange(0), help="With --wait: how long.")
 @connection
 @common
 def result(job_id: str, wait: bool, timeout_s: float | None, as_json: bool, **urls: str | None) -> int:
-    """Print a job's text, or its whole result as JSON. Of a job that was stopped: what it has."""
+    """What a job ended in."""
     with client_of(urls) as client:
         job = client.get(job_id)
         if not wait:
@@ -159,12 +190,12 @@ def result(job_id: str, wait: bool, timeout_s: float | None, as_json: bool, **ur
         return _show_result(job, as_json, timeout_s)
 
 
-@click.command()
+@click.command(help=CANCEL_HELP)
 @click.argument("job_ids", metavar="JOB…", nargs=-1, required=True)
 @connection
 @common
 def cancel(job_ids: tuple[str, ...], as_json: bool, **urls: str | None) -> int:
-    """Stop jobs. What they generated so far stays in their results."""
+    """Ask for their end."""
     with client_of(urls) as client:
         for job_id in job_ids:
             state = client.get(job_id).cancel()

@@ -105,7 +105,7 @@ def _cpu() -> Check:
         pass
     features = [flag for flag in CPU_FLAGS if flag in flags]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = f"{name}, {cores} cores, {' '.join(features) or 'no vector extensions known'}"
+    text = f"{name}, {cores} core{'s' * (cores != 1)}, {' '.join(features) or 'no vector extensions known'}"
     return Check("cpu", "ok", text, data={"name": name, "cores": cores, "features": features})
 
 

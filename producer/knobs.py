@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+FLAG = "flag"
+"""A knob that can only be turned on; ``bool`` is one with a ``--no-`` form."""
 
 QUANTIZE = (
     *("nf4", "fp4", "int8", "eetq", "fp8", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4"),
@@ -42,6 +44,9 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "speculate": (click.IntRange(0), "Guessed tokens a step may check for a sequence; 0: none."),
     "memory-fraction": (click.FloatRange(0, 1, min_open=True), "CUDA: part of the card's memory to use."),
     "lora-adapters": (str, "LoRA adapters that requests may name: NAME=DIR,NAME=DIR."),
+    "lora-dir": (click.Path(), "Requests may name every adapter directory in it, too."),
+    "lora-memory-mib": (click.IntRange(1), "What loaded adapters may take together."),
+    "deterministic": (FLAG, "CPU: a request's numbers are the same bits whatever else runs; slower."),
     "num-threads": (click.IntRange(1), "CPU threads of the engine."),
     "max-stop-sequences": (click.IntRange(1), "Stop strings of one request."),
     "max-top-n-tokens": (click.IntRange(0), "Likely tokens told with each token."),
@@ -53,7 +58,9 @@ KNOBS: dict[str, tuple[Any, str]] = {
 def engine_knobs(command: F) -> F:
     """The options above; they arrive as keyword arguments."""
     for name, (kind, text) in reversed(KNOBS.items()):
-        if kind is bool:
+        if kind == FLAG:
+            command = click.option(f"--{name}", is_flag=True, default=None, help=text)(command)
+        elif kind is bool:
             command = click.option(f"--{name}/--no-{name}", default=None, help=text)(command)
         else:
             command = click.option(f"--{name}", type=kind, help=text)(command)
@@ -66,6 +73,7 @@ def worker_flags(given: Mapping[str, Any]) -> list[str]:
     for name in KNOBS:
         value = given.get(name.replace("-", "_"))
         if isinstance(value, bool):
+            assert value or KNOBS[name][0] != FLAG
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
             flags += [f"--{name}", str(value)]

@@ -2,6 +2,8 @@
 
 import click
 import pytest
+from gristmill.producer.commands_run import run
+from gristmill.producer.commands_up import up
 from gristmill.producer.knobs import KNOBS, worker_flags
 from gristmill.worker.cli import cli
 
@@ -22,6 +24,15 @@ def test_run_and_up_offer_the_choices_of_the_worker(name: str) -> None:
     theirs = WORKER[f"--{name}"].type
     assert isinstance(theirs, click.Choice)
     assert list(KNOBS[name][0].choices) == list(theirs.choices)
+
+
+def test_adapters_and_deterministic_mode_are_handed_on() -> None:
+    given = {"lora_dir": "/a", "lora_memory_mib": 64, "deterministic": True, "prefix_cache": False}
+    flags = ["--lora-dir", "/a", "--lora-memory-mib", "64", "--deterministic"]
+    assert sorted(worker_flags(given)) == sorted([*flags, "--no-prefix-cache"])
+    for command in (run, up):
+        parsed = command.make_parser(click.Context(command)).parse_args([*flags, "x"])[0]
+        assert worker_flags(parsed) == flags
 
 
 def test_weights_can_be_quantized_from_the_command_line_of_run_and_up() -> None:

@@ -9,6 +9,7 @@ import sys
 import pytest
 from celery.worker.consumer import consumer
 from gristmill.backends import logs
+from gristmill.engine.log_line import LogLine
 
 SECRET = "a prompt nobody else may read"
 
@@ -56,3 +57,13 @@ def test_a_traceback_tells_where_and_not_what_was_read(formatter: logging.Format
     assert "test_worker_logs.py" in line
     assert "ValueError" in line
     assert SECRET not in line
+
+
+def test_an_event_of_the_engine_process_has_its_fields_and_a_traceback_behind_them() -> None:
+    """engine.shrunk came without a number."""
+    record = logging.LogRecord("gristmill.engine.engine", 30, "x.py", 1, "engine.shrunk", (), None)
+    record.__dict__.update(step_tokens=256, code=None)
+    line = LogLine().format(record)
+    assert line == f"engine[{record.process}] WARNING gristmill.engine.engine: engine.shrunk step_tokens=256"
+    record.exc_info = (ValueError, ValueError("why"), None)
+    assert LogLine().format(record).startswith(line + "\n")

@@ -1,0 +1,23 @@
+"""Help begins with examples, and they are ones the command takes."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from click import Command
+from gristmill.producer import commands_jobs as jobs
+
+
+@pytest.mark.parametrize(
+    "command", [jobs.submit, jobs.follow, jobs.status, jobs.result, jobs.cancel], ids=lambda each: each.name
+)
+def test_the_examples_of_a_command_are_ones_it_takes(command: Command) -> None:
+    lines = [line.strip() for line in (command.help or "").split("Examples:")[1].splitlines() if line.strip()]
+    assert lines
+    for line in lines:
+        words = shlex.split(
+            line.partition(" > ")[0].partition("| ")[2] or line.partition(" > ")[0], comments=True
+        )
+        assert words[:2] == ["gristmill", command.name]
+        assert command.make_context("gristmill", words[2:], resilient_parsing=True).params
