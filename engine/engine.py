@@ -410,8 +410,12 @@ class Engine:
         output = self._recorder.append(seq, begins)
         if output.finish:
             return [output]
+        try:
+            self._queue(seq)
+        except BadInput as exc:  # there is no such adapter, or it has gone meanwhile
+            self._end(seq)
+            return [Output.failed(seq.id, exc.code, exc.message)]
         self._guide.forget(seq)
-        self._queue(seq)
         seq.said -= len(begins)  # they come out with the first sampled one: a step has one output each
         return []
 

@@ -378,6 +378,17 @@ def test_others_go_on_while_a_grammar_is_compiled(model: Path) -> None:
     assert run(engine, [])["guided"].finish == "stop"
 
 
+def test_an_adapter_that_is_not_there_ends_its_own_request_once_the_grammar_is_ready(engine: Engine) -> None:
+    """Looked up behind the grammar, it ended the engine's step, and with it everybody."""
+    lost = [ask(f"lost{number}", KINDS["mail"], 40, adapter="nobody") for number in range(2)]
+    free = ask("free", None, 20, ignore_eos=True)
+    said = run(engine, [free, *lost])
+    assert len(said["free"].tokens) == 20
+    assert {said[request.id].finish for request in lost} == {"error"}
+    assert "there is no adapter 'nobody' here" in str(said["lost0"].error)
+    engine.check()
+
+
 def test_what_hostile_grammars_ask_for_is_bounded(engine: Engine) -> None:
     """Each ends within its tokens, and whoever runs beside them says what it says alone."""
     kinds = ("refs", "repeats", "ambiguity: e")
