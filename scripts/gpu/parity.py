@@ -296,6 +296,10 @@ PLAIN: dict[str, Any] = {"prefix_cache": False, "speculate": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "no prefix cache, no guesses": PLAIN,
+    "not ahead, launched anew": {"overlap": False, "cuda_graphs": False},
+    "not ahead, replayed": {"overlap": False, "cuda_graphs": True, "speculate": 0},
+    "ahead, launched anew": {"overlap": True, "cuda_graphs": False, "speculate": 0},
+    "ahead, replayed": {"overlap": True, "cuda_graphs": True, "speculate": 0},
     "small steps, preempted": {
         "max_batch_prefill_tokens": 16,
         "max_num_seqs": 8,

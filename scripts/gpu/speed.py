@@ -24,6 +24,8 @@ from .shapes import Asked, RandomWeights, Roofline, Shape, Sizes, fixed, mixed, 
 
 WARM_STEPS = 8
 PROFILED_STEPS = 20
+PHASE_TOKENS = 160
+"""Of each row while steps are looked at: enough for all of these, and until the last prompt is in."""
 PHASES = (
     ("attention", re.compile(r"attend|attention|flash|paged|fmha|split_kv|merge|rope", re.IGNORECASE)),
     (
@@ -109,7 +111,14 @@ def qwen3(context: Context) -> list[Row]:
 
 
 def qwen25(context: Context) -> list[Row]:
-    return bench(context, "Qwen2.5-0.5B", [nano(context)])
+    """And what running ahead and graphs are good for, where a step is shortest."""
+    rows = bench(context, "Qwen2.5-0.5B", [nano(context)])
+    for knobs in ({"overlap": False}, {"cuda_graphs": False}, {"overlap": False, "cuda_graphs": False}):
+        free_memory(context)
+        shape = shape_of("Qwen2.5-0.5B", tiny=context.tiny)
+        engine = started(context, shape, [nano(context)], **knobs)
+        rows.append(phases(context, engine, shape, nano(context), ", ".join(f"no {name}" for name in knobs)))
+    return rows
 
 
 def fixed_lengths(context: Context) -> list[Workload]:
@@ -128,71 +137,75 @@ def nano(context: Context) -> Workload:
 
 
 def bench(context: Context, name: str, workloads: list[Workload], quantize: str | None = None) -> list[Row]:
-    """Each workload through one engine, then where the time of a decode step goes."""
+    """Where the time of a decode step goes, then each workload through the same engine."""
     shape = shape_of(name, tiny=context.tiny)
+    engine = started(context, shape, workloads, quantize=quantize)
+    step = phases(context, engine, shape, workloads[0], quantize or engine.info.dtype)
+    each_s = 0.9 * context.left_s / len(workloads)
+    rows = [
+        throughput(context, engine, shape, load, quantize, time.monotonic() + each_s) for load in workloads
+    ]
+    return [*rows, step]
+
+
+def started(context: Context, shape: Shape, workloads: list[Workload], **knobs: Any) -> Engine:
+    """An engine for these, with random weights."""
     longest = max(one.tokens_in + one.tokens_out for load in workloads for one in load.asked)
-    most = max(len(load.asked) for load in workloads)
     with tempfile.TemporaryDirectory() as directory:
         settings = EngineSettings(
             model=str(shape.write(Path(directory))),
             device=context.device,
             dtype="bfloat16" if context.cuda else "float32",
-            quantize=quantize,
-            max_num_seqs=most,
-            max_total_tokens=longest + 16,
+            max_num_seqs=max(len(load.asked) for load in workloads),
+            max_total_tokens=max(longest, 128 + PHASE_TOKENS) + 16,
             **({} if context.cuda else {"max_batch_total_tokens": 4096}),
+            **knobs,
         )
-        engine = Engine(settings, RandomWeights)
-    vocab = engine.info.vocab_size
-    drive(context, engine, add(engine, fixed(min(4, most), 8, 8), vocab, "warm"), until=float("inf"))
-    each_s = 0.9 * context.left_s / (len(workloads) + 0.3)
-    rows = [
-        throughput(context, engine, shape, load, quantize, time.monotonic() + each_s) for load in workloads
-    ]
-    rows += phases(context, engine, shape, workloads[0], quantize)
-    return rows
+        return Engine(settings, RandomWeights)
 
 
 def throughput(
     context: Context, engine: Engine, shape: Shape, load: Workload, quantize: str | None, until: float
 ) -> Row:
-    """All requests at once until the last token, or until time is up: then what was done so far counts."""
+    """All at once, as many as the cache holds, until the last token or until time is up: then what was done
+    so far counts."""
     if context.cuda:
         torch.cuda.reset_peak_memory_stats()
-    ids = add(engine, load.asked, engine.info.vocab_size, load.name)
-    started = time.monotonic()
-    tokens, steps, done = drive(context, engine, ids, until)
-    seconds = time.monotonic() - started
+    room = engine.info.num_blocks * engine.info.block_size
+    longest = max(one.tokens_in + one.tokens_out for one in load.asked)
+    asked = load.asked[: max(1, room // (longest + engine.info.block_size))]
+    made = dict.fromkeys(add(engine, asked, engine.info.vocab_size, load.name), 0)
+    began = time.monotonic()
+    steps, done = drive(context, engine, made, until)
+    seconds = time.monotonic() - began
     row: Row = {
         "model": shape.name,
         "weights": quantize or engine.info.dtype,
         "in/out": load.name,
-        "requests": len(load.asked),
-        "tok/s": tokens / seconds,
+        "requests": len(asked),
+        "tok/s": sum(made.values()) / seconds,
         "of roofline": None,
         "seconds": seconds,
         "steps": steps,
         "whole": done,
         "GiB": torch.cuda.max_memory_allocated() / 2**30 if context.cuda else None,
     }
-    if done and context.facts:
-        sizes = Sizes.of(shape.config)
-        room = engine.info.num_blocks * engine.info.block_size
-        together = min(len(load.asked), room // max(one.tokens_in + one.tokens_out for one in load.asked))
+    if context.facts:
         fp8 = quantize == "fp8"
         flops = context.facts.get("fp8_flops" if fp8 else "flops", context.facts["flops"])
         roofline = Roofline(context.facts["bytes_s"], flops, 1.0 if fp8 else 2.0)
-        row["of roofline"] = roofline.seconds(sizes, load.asked, max(1, together)) / seconds
+        fed = [Asked(one.tokens_in, out) for one, out in zip(asked, made.values(), strict=True) if out]
+        row["of roofline"] = roofline.seconds(Sizes.of(shape.config), fed, len(fed)) / seconds
     return row
 
 
-def add(engine: Engine, asked: Sequence[Asked], vocab: int, name: str) -> set[str]:
+def add(engine: Engine, asked: Sequence[Asked], vocab: int, name: str) -> list[str]:
     """Requests of random tokens, no two alike; greedy, since a random model's likeliest token is as good."""
     rng = random.Random(name)
-    ids: set[str] = set()
+    ids = [f"{name}-{i}" for i in range(len(asked))]
     for i, one in enumerate(asked):
         request = Request(
-            id=f"{name}-{i}",
+            id=ids[i],
             prompt_ids=[rng.randrange(vocab) for _ in range(one.tokens_in)],
             max_tokens=one.tokens_out,
             temperature=0.0,
@@ -200,30 +213,29 @@ def add(engine: Engine, asked: Sequence[Asked], vocab: int, name: str) -> set[st
             arrival=float(i),
         )
         engine.add(request)
-        ids.add(request.id)
     return ids
 
 
-def drive(context: Context, engine: Engine, ids: set[str], until: float) -> tuple[int, int, bool]:
-    """Step until these have ended or time is up: tokens out, steps, and whether all of them ended."""
-    tokens = steps = 0
-    left = set(ids)
+def drive(context: Context, engine: Engine, made: dict[str, int], until: float) -> tuple[int, bool]:
+    """Step until these have ended or time is up, counting their tokens: steps, and whether all ended."""
+    steps = 0
+    left = set(made)
     while left and time.monotonic() < until:
         steps += 1
         for output in engine.step():
             assert output.error is None, f"{output.id}: {output.error}"
-            tokens += len(output.token_ids)
+            made[output.id] += len(output.token_ids)
             if output.finish:
                 left.discard(output.id)
     for name in left:
         engine.abort(name)
     wait(context)
-    return tokens, steps, not left
+    return steps, not left
 
 
-def phases(context: Context, engine: Engine, shape: Shape, load: Workload, quantize: str | None) -> list[Row]:
+def phases(context: Context, engine: Engine, shape: Shape, load: Workload, how: str) -> Row:
     """Steps in which everybody decodes: the share of kernels by kind, and what the device waited."""
-    asked = [Asked(min(one.tokens_in, 128), one.tokens_out) for one in load.asked]
+    asked = [Asked(min(one.tokens_in, 128), PHASE_TOKENS) for one in load.asked]
     ids = add(engine, asked, engine.info.vocab_size, "phases")
     count = 4 if context.tiny else PROFILED_STEPS
     for _ in range(2000):  # until all prompts are in
@@ -233,32 +245,60 @@ def phases(context: Context, engine: Engine, shape: Shape, load: Workload, quant
     for _ in range(0 if context.tiny else WARM_STEPS):
         engine.step()
     wait(context)
-    started = time.perf_counter()
+    began = time.perf_counter()
     for _ in range(count):
         engine.step()
     wait(context)
-    plain_s = (time.perf_counter() - started) / count
+    step_s = (time.perf_counter() - began) / count
+    host_s = host_seconds(engine, count)
     activities = [ProfilerActivity.CUDA] if context.cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as profiled:
         for _ in range(count):
             engine.step()
         wait(context)
+    rows, graphs = engine.stats.running, engine._runner.graphs
     for name in ids:
         engine.abort(name)
     by_kind = kernel_seconds(profiled, cuda=context.cuda)
     busy_s = sum(by_kind.values()) / count
     total = sum(by_kind.values()) or 1.0
-    return [
-        {
-            "decode step of": shape.name,
-            "weights": quantize or engine.info.dtype,
-            "rows": len(asked),
-            "ms": 1e3 * plain_s,
-            "kernels, ms": 1e3 * busy_s,
-            "device idle, ms": 1e3 * max(0.0, plain_s - busy_s) if context.cuda else None,
-            "share": {kind: seconds / total for kind, seconds in by_kind.items()},
-        }
-    ]
+    return {
+        "decode step of": shape.name,
+        "how": how,
+        "rows": rows,
+        "ms": 1e3 * step_s,
+        "kernels, ms": 1e3 * busy_s,
+        "device idle, ms": 1e3 * max(0.0, step_s - busy_s) if context.cuda else None,
+        "host, ms": {part: 1e3 * seconds for part, seconds in host_s.items()},
+        "graphs": graphs.recorded if graphs else None,
+        "share": {kind: seconds / total for kind, seconds in by_kind.items()},
+    }
+
+
+def host_seconds(engine: Engine, count: int) -> dict[str, float]:
+    """Of a step, by what the host did: plan, launch, wait for tokens, record."""
+    spent: defaultdict[str, float] = defaultdict(float)
+
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **more: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*args, **more)
+            finally:
+                spent[part] += (time.perf_counter() - began) / count
+
+        return run
+
+    parts = {"plan": "_plan", "launch": "_draw", "record": "_record"}
+    for part, name in parts.items():
+        setattr(engine, name, timed(part, getattr(engine, name)))
+    began = time.perf_counter()
+    for _ in range(count):
+        engine.step()
+    whole = (time.perf_counter() - began) / count
+    for name in parts.values():
+        delattr(engine, name)
+    return {**spent, "waiting and the rest": whole - sum(spent.values())}
 
 
 def kernel_seconds(profiled: Any, *, cuda: bool) -> dict[str, float]:
