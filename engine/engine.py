@@ -253,8 +253,9 @@ class Engine:
         """
         if flight.ahead is None:
             return False
-        guesses = self._speculation and self._scheduler.only_decodes
-        return not guesses or len(self._scheduler.running) > MOST_SEQS
+        if self._speculation is None or len(self._scheduler.running) > MOST_SEQS:
+            return True
+        return not self._scheduler.only_decodes
 
     def _launch_behind(self, flight: _Flight) -> _Flight | None:
         """The step after ``flight``. None: no memory, or nothing to do before its tokens are known."""
@@ -282,7 +283,8 @@ class Engine:
 
     def _draw(self, plan: StepPlan, before: _Flight | None = None) -> _Flight:
         """Run the model and the sampler behind what ``before`` draws; nothing is recorded yet."""
-        began, decodes = time.monotonic(), self._scheduler.only_decodes
+        began = time.monotonic()
+        decodes = self._speculation is not None and self._scheduler.only_decodes
         works = [work for work in plan.work if work.samples]
         rows = _rows(works)
         masks = self._guide.start([work.seq for work in works])
@@ -321,7 +323,7 @@ class Engine:
                 output = self._recorder.record(work.seq, token)
             if work.guesses:
                 output = self._check_guesses(work, output, [token, *islice(behind, len(work.guesses))])
-            elif not output.finish:
+            elif work.seq.computed > known and not output.finish:
                 self._scheduler.learned(work.seq, known)
             outputs.append(output)
         if flight.scores:

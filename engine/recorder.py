@@ -53,7 +53,17 @@ class Recorder:
                 "allowed_token_ids, bad_words, the grammar and min_tokens leave none; allow more",
                 _unsaid(seq),
             )
+        if seq.sampled and not seq.guided and self._goes_on(seq, token):
+            seq.tokens.append(token)
+            seq.said += 1
+            return Output(id=seq.request.id, token_ids=[token])
         return self.append(seq, [token], cached=self._cached(seq))
+
+    @staticmethod
+    def _goes_on(seq: Sequence, token: int) -> bool:
+        """Nothing special happens with this token: most of them, and ``append`` would do the same, slower."""
+        length = len(seq.tokens)
+        return length + 1 < seq.limit and token not in seq.end_ids and seq.said == length
 
     def _cached(self, seq: Sequence) -> int | None:
         """``Output.cached_tokens``, once: with the first token that was sampled."""
