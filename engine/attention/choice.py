@@ -144,6 +144,8 @@ def self_test(backend: Attention, wanted: Wanted) -> str | None:
 
     Compiles all that a model needs, too: no step afterwards waits for a compiler.
     """
+    from triton.errors import TritonError  # pyright: ignore[reportMissingTypeStubs]
+
     spec, longest = wanted.spec, min(wanted.max_len, TRIED_TOKENS)
     pieces = [(0, min(longest, 200)), (longest - 1, 1)]
     kinds = {(spec.windows[i], spec.ropes[i]): i for i in range(spec.num_layers)}
@@ -155,8 +157,8 @@ def self_test(backend: Attention, wanted: Wanted) -> str | None:
             off = max(difference(ours, theirs) for ours, theirs in both)
             if not off <= ALLOWED:
                 return f"its self-test is off by {off:g} in layer {layer}"
-    # What a compiler, a driver and a kernel's launch raise.
-    except (RuntimeError, OSError, ValueError, TypeError, subprocess.SubprocessError) as exc:
+    # What compilers, a driver and a kernel's launch raise.
+    except (TritonError, RuntimeError, OSError, ValueError, TypeError, subprocess.SubprocessError) as exc:
         return f"its self-test failed: {str(exc)[:300]}"
     return None
 

@@ -35,6 +35,13 @@ def test_every_kernel_says_what_torch_says() -> None:
     assert [outcome for outcome in outcomes if not outcome[1] <= outcome[2]] == []
 
 
+def test_a_backend_that_is_wrong_or_fails_is_found_before_it_is_used() -> None:
+    right, wrong, failing = interpreted("tried")
+    assert right is None
+    assert "off by" in wrong
+    assert "shared memory" in failing
+
+
 def test_an_engine_on_our_kernels_says_the_same_tokens(tmp_path: Path) -> None:
     """Chunked prompts beside decode, head norms, groups of three; norms and gates are the kernels', too."""
     model = write_tiny(tmp_path / "model", "qwen3", num_hidden_layers=2)

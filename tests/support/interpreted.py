@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
 from gristmill.engine.attention.backend import Attention
+from gristmill.engine.attention.choice import Wanted, self_test
 from gristmill.engine.attention.flash_backend import FlashAttention
+from gristmill.engine.attention.torch_backend import TorchAttention
+from gristmill.engine.attention.triton_backend import TritonAttention
 from gristmill.engine.engine import Engine
 from gristmill.engine.gpu import checks
 from gristmill.engine.messages import Request
 from gristmill.engine.settings import EngineSettings
 from torch import Tensor
 from triton.runtime import interpreter
+from triton.runtime.errors import OutOfResources
 
 
 def repair() -> None:
@@ -104,6 +109,20 @@ def kernels() -> list[tuple[str, float, float]]:
     return cases + [(f"flash/{case.name}", checks.equals_torch(flash, case, cpu), 2e-5) for case in FLASH]
 
 
+def tried() -> list[str | None]:
+    """What the self-test says of our kernels, of attention with another scale, and of one that fails."""
+    cpu, spec = torch.device("cpu"), checks.Case("small", ((0, 1),)).spec
+    wanted = Wanted(spec, 40, cpu, torch.float32)
+    wrong = TorchAttention(replace(spec, attention_scale=1.0), 16, 40, cpu)
+    failing = TritonAttention(spec, 16, 40, cpu)
+    failing.attend = _failing  # type: ignore[method-assign]
+    return [self_test(backend, wanted) for backend in (TritonAttention(spec, 16, 40, cpu), wrong, failing)]
+
+
+def _failing(*_: Any) -> Tensor:
+    raise OutOfResources(300_000, 232_448, "shared memory")
+
+
 def engine(model: str, prompts: str) -> list[list[list[int]]]:
     """Greedy tokens for each prompt, with our kernels and with torch's attention."""
     return [_generate(model, json.loads(prompts), attention) for attention in ("triton", "torch")]
@@ -136,4 +155,4 @@ if __name__ == "__main__":
     repair()
     torch.set_num_threads(1)
     np.seterr(over="ignore")  # infinity is what its exponential is to be
-    print(json.dumps({"kernels": kernels, "engine": engine}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps({"kernels": kernels, "tried": tried, "engine": engine}[sys.argv[1]](*sys.argv[2:])))
