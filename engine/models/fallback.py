@@ -28,14 +28,26 @@ from ..quant.method import quantization
 from ..settings import EngineSettings
 from ..weights import HARMLESS_SUFFIXES, Checkpoint
 from .config import Config
-from .fallback_attention import PAGED, SURVEYED, Answer, Asked, Paged, Survey, answered_by, register, spec_of
+from .fallback_attention import (
+    PAGED,
+    SURVEYED,
+    Answer,
+    Asked,
+    Paged,
+    RowCounts,
+    Survey,
+    answered_by,
+    register,
+    spec_of,
+)
 from .families import FAMILIES
 
 log = logging.getLogger(__name__)
 
 NOBODY = Adapted()
 EAGER = "eager"
-SURVEY_TOKENS = 8
+SURVEY_TOKENS = 13
+"""A number that nothing else in a model has."""
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Linears that choose among experts: that is not done in fewer bits."""
 
@@ -75,6 +87,7 @@ class Fallback:
             positions=positions,
             eos=config.token_ids("eos_token_id") or _token_ids(text),
         )
+        log.info("runner.fallback", extra={"model": family.__name__, "version": transformers.__version__})
 
     def forward(self, batch: Batch, attention: Attention, adapted: Adapted = NOBODY) -> Tensor:
         """Hidden states [wanted rows, hidden] of one step, for ``logits``; keys and values are cached."""
@@ -125,20 +138,21 @@ class Fallback:
 
     def _survey(self, positions: int) -> tuple[list[Asked], int]:
         """What each layer asks of attention, and the size of hidden states, found by running the model."""
-        survey = Survey(self.config, positions)
+        tokens = torch.arange(SURVEY_TOKENS, device=self.device)
+        counts = RowCounts(SURVEY_TOKENS)
+        survey = Survey(self.config, positions, counts)
 
         def mark(module: nn.Module, given: Any, made: Any) -> None:
             del given, made
             self._called.add(module)
 
-        hooks = [
-            each.register_forward_hook(mark)
-            for each in self._model.get_submodule(self._body).modules()
-            if type(each) is nn.Linear
-        ]
-        tokens = torch.arange(min(SURVEY_TOKENS, positions), device=self.device)
+        hooks: list[Any] = []
+        for each in self._model.get_submodule(self._body).modules():
+            hooks += [each.register_forward_pre_hook(counts.enter), each.register_forward_hook(counts.leave)]
+            if type(each) is nn.Linear:
+                hooks.append(each.register_forward_hook(mark))
         try:
-            with self._attending(SURVEYED):
+            with self._attending(SURVEYED), counts:
                 hidden = self._run(survey, tokens, tokens)
         finally:
             for hook in hooks:

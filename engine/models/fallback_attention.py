@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..attention.backend import Attention
 from .config import Config
@@ -144,12 +145,38 @@ def _rows(x: Tensor, dim: int) -> Tensor:
     return nnf.pad(x[0].transpose(0, 1), (0, dim - x.shape[-1]))
 
 
+class RowCounts(TorchFunctionMode):
+    """Within, notes the modules that number the rows of a step themselves (``torch.arange`` of so many).
+
+    Rows are those of many sequences: who takes their numbers for positions is wrong, perhaps only far on.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+        self._running: list[nn.Module] = []
+        self.modules: set[nn.Module] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.arange and self._rows in args:
+            self.modules.update(self._running)
+        return func(*args, **(kwargs or {}))
+
+    def enter(self, module: nn.Module, given: Any) -> None:
+        del given
+        self._running.append(module)
+
+    def leave(self, module: nn.Module, given: Any, made: Any) -> None:
+        del given, made
+        assert self._running.pop() is module, "modules do not end in the order they began in"
+
+
 class Survey:
     """Answers with zeros, and writes down what was asked. Raises ModelInvalid for what we cannot give."""
 
-    def __init__(self, config: Config, positions: int) -> None:
+    def __init__(self, config: Config, positions: int, counts: RowCounts) -> None:
         """``positions``: the longest sequence that will run; masks must be ours up to there."""
-        self._config, self._positions = config, positions
+        self._config, self._positions, self._counts = config, positions, counts
         self._tickets: dict[int, tuple[Tensor, Visible]] = {}
         self.layers: list[Asked] = []
 
@@ -169,6 +196,8 @@ class Survey:
                 raise self._refused(where, NAMED.get(name, f"attention with {name!r}"))
         if q.shape[2] != k.shape[2] or q.shape[0] != 1:
             raise self._refused(where, "attention to something else than its own tokens")
+        if module in self._counts.modules:
+            raise self._refused(where, "positions by the row of a step")
         scale = asked.get("scaling")
         self.layers.append(
             Asked(

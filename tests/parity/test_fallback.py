@@ -47,6 +47,7 @@ LLAMA4: dict[str, Any] = {
     "intermediate_size_mlp": 48,
     "attention_chunk_size": 32,
     "no_rope_layers": [1, 0],
+    "attn_temperature_tuning": False,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "apertus": BASE,
@@ -85,6 +86,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "minimax",
         {**EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
         r"'minimax' cannot be run in pieces.*\(layers of type linear_attention\)",
+    ),
+    "rows": (
+        "llama4_text",
+        {**LLAMA4, "attention_chunk_size": 128, "attn_temperature_tuning": True},
+        r"\(attention layer 1\) wants positions by the row of a step",
     ),
     "chunks": (
         "llama4_text",
