@@ -187,6 +187,8 @@ def test_the_commands_list_show_requeue_and_purge(
     assert client.get(out.strip()).status().state is JobState.QUEUED
     code, out, err = run("purge", "--all")
     assert (code, out, err) == (0, "", "0 thrown away\n")
+    assert run("list") == (0, "", "no dead letters\n")
+    assert run("list", "--model", "tiny") == (0, "", "no dead letters in these queues\n")
 
 
 def test_a_prompt_is_shown_only_to_who_asks_for_it(run: Run, buried: Job) -> None:
