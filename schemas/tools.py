@@ -204,7 +204,7 @@ def _check_schemas(functions: Sequence[Function]) -> None:
                 f"{where}: nested more than {MAX_NESTING} levels; name the inner parts in $defs", param=where
             )
         try:
-            chars += len(json.dumps(function.parameters, ensure_ascii=False, allow_nan=False).encode())
+            chars += len(json.dumps(function.parameters, allow_nan=False))
         except (TypeError, ValueError) as exc:
             raise InvalidSchema(f"{where}: not JSON: {exc}", param=where) from exc
     if chars > MAX_SCHEMA_CHARS:
