@@ -131,7 +131,7 @@ def test_every_wish_is_tried() -> None:
 
 
 @settings(
-    max_examples=40, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 @given(
     names=st.lists(st.sampled_from([*FIELDS]), max_size=5, unique=True),
