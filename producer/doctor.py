@@ -47,7 +47,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield _client()
     yield _worker()
     yield _cpu()
-    yield _compiler()
+    yield _compiler(settings.home / "kernels")
     yield _gpu()
     yield _models(settings)
     link = Link(settings)
@@ -109,7 +109,16 @@ def _cpu() -> Check:
     return Check("cpu", "ok", text, data={"name": name, "cores": cores, "features": features})
 
 
-def _compiler() -> Check:
+def _compiler(kernels: Path) -> Check:
+    failures = {path.stem: path.read_text(errors="replace").strip() for path in kernels.glob("*.failed")}
+    if failures:
+        return Check(
+            "compiler",
+            "warning",
+            "; ".join(f"{name} could not be built: {reason[:300]}" for name, reason in failures.items()),
+            "mend that or wait until the machine is less busy, and start a worker: it tries again",
+            {"failures": failures},
+        )
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if found is None:
         return Check(

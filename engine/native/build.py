@@ -6,6 +6,7 @@ a file lock and an atomic rename: one builds, the others wait and load the same 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -25,7 +26,9 @@ log = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
 COMPILERS = ("g++", "c++", "clang++")
-BUILD_TIMEOUT_S = 180.0
+BUILD_TIMEOUT_S = 270.0
+"""The larger library takes 7 s of processor time; seen: 80 s, on two cores with a load of 14. Twice this is
+below what a worker waits for its engine."""
 
 
 class BuildFailed(Exception):
@@ -50,8 +53,20 @@ def build(cache: Path, name: str = "kernels") -> Path:
         )
     with _locked(target.with_suffix(".lock")):
         if not target.exists():  # another process may have built it while we waited
-            _compile(compiler, name, sources, target)
+            _compile_on_record(compiler, name, sources, target)
     return target
+
+
+def _compile_on_record(compiler: str, name: str, sources: Mapping[str, bytes], target: Path) -> None:
+    """Compile; a failure leaves its reason in ``name``.failed for `gristmill doctor`, success removes it."""
+    record = target.with_name(f"{name}.failed")
+    try:
+        _compile(compiler, name, sources, target)
+    except BuildFailed as exc:
+        with contextlib.suppress(OSError):  # the log has it, too
+            record.write_text(f"{exc}\n")
+        raise
+    record.unlink(missing_ok=True)
 
 
 def find_compiler() -> str | None:
@@ -149,8 +164,13 @@ def _run(command: list[str]) -> None:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S, check=False
         )
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        raise BuildFailed(f"{command[0]} did not run to its end: {exc}") from exc
+    except subprocess.TimeoutExpired as exc:
+        raise BuildFailed(
+            f"{command[0]} was stopped after {BUILD_TIMEOUT_S:g} s; the machine is busy or short of memory, "
+            "torch does the work meanwhile, and the next start tries again"
+        ) from exc
+    except OSError as exc:
+        raise BuildFailed(f"{command[0]} did not run: {exc}") from exc
     if done.returncode != 0:
         raise BuildFailed(f"{command[0]} failed ({done.returncode}): {done.stderr[-2000:].strip()}")
 

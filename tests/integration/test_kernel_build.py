@@ -13,6 +13,7 @@ import torch
 from gristmill.engine.native import build as building
 from gristmill.engine.native.build import BuildFailed, build, find_compiler
 from gristmill.engine.native.library import load
+from gristmill.producer.doctor import _compiler
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
@@ -62,7 +63,21 @@ def test_a_builder_that_dies_leaves_the_lock_to_the_next(
         with pytest.raises(BuildFailed, match="no space left"):
             build(cache, SMALL)
     assert not list(cache.glob("*.so"))
+    verdict = _compiler(cache)
+    assert verdict.verdict == "warning"
+    assert "sampling could not be built" in verdict.text
+    assert "no space left" in verdict.text
     assert build(cache, SMALL).exists()
+    assert _compiler(cache).verdict == "ok"
+
+
+@needs_compiler
+def test_a_compiler_that_is_not_ready_in_time_is_stopped_and_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "BUILD_TIMEOUT_S", 0.01)
+    with pytest.raises(BuildFailed, match=r"stopped after 0.01 s; .* the next start tries again"):
+        build(tmp_path / "kernels", SMALL)
 
 
 def test_without_a_compiler_the_engine_falls_back_and_says_so(
