@@ -16,6 +16,7 @@ from ...schemas.errors import InvalidRequest, Misconfigured
 from ..attention.torch_backend import TorchAttention
 from ..batch import Batch, pack
 from ..kv_cache import KVCache
+from ..layers.across import ALONE
 from ..layers.elementwise import TorchElementwise
 from ..layers.linear import Linear, unpacked
 from ..models.assembly import Assembly, Layer, none_is
@@ -168,7 +169,7 @@ class Calibration:
         def fetch(name: str) -> Tensor:
             return tensors[name].to(self._device, torch.float32)
 
-        return Assembly(self._spec, fetch, TorchElementwise(), unpacked, linears)
+        return Assembly(self._spec, fetch, TorchElementwise(), unpacked, linears, ALONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,10 @@ class _Text:
     block_table: Sequence[int]
     computed: int = 0
     adapter: str | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gristmill.engine.layers.across import ALONE
 from gristmill.engine.layers.elementwise import TorchElementwise
 from gristmill.engine.layers.linear import unpacked
 from gristmill.engine.models.assembly import Assembly, none_is
@@ -45,7 +46,9 @@ def texts(vocab: int, count: int = 3) -> list[list[int]]:
 def told(source: Source, calibration: Calibration) -> torch.Tensor:
     """Logits after the last layer."""
     others, names = source.others(), source.spec.names
-    parts = Assembly(source.spec, lambda name: others[name].float(), TorchElementwise(), unpacked, none_is)
+    parts = Assembly(
+        source.spec, lambda name: others[name].float(), TorchElementwise(), unpacked, none_is, ALONE
+    )
     head = parts.head(parts.embedding().weight, unpacked)
     return head(parts.norm(names.base + names.norm)(torch.cat(calibration.rows)))
 
