@@ -15,27 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..schemas.errors import ModelInvalid
-from .gguf import Floats, GgufFile, Metadata
+from .gguf import Floats, GgufFile, Metadata, tensor
+from .gguf_tokenizer import tokenizer_of
 
 Progressed = Callable[[int, int], None]
-
-# tokenizer.ggml.pre -> pre-tokenizers, in tokenizer.json's own form. GGUF keeps only the name. "smollm"
-# splits each digit off before the byte-level pass; without it blanks before a digit would be cut elsewhere
-# than in training.
-BYTE_LEVEL: dict[str, Any] = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
-PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "gpt-2": BYTE_LEVEL,
-    "smollm": {
-        "type": "Sequence",
-        "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
-    },
-}
-CONTROL_TOKEN, USER_TOKEN = 3, 4
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -69,7 +52,7 @@ def convert(source: Path, target: Path, progressed: Progressed | None = None) ->
             files = {
                 "config.json": config,
                 "generation_config.json": _generation_config(metadata),
-                "tokenizer.json": _tokenizer(metadata),
+                "tokenizer.json": tokenizer_of(source, metadata),
                 "tokenizer_config.json": _tokenizer_config(metadata, tokens),
             }
         except (KeyError, IndexError) as exc:
@@ -124,50 +107,6 @@ def _generation_config(metadata: Metadata) -> dict[str, Any]:
         "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
         "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
-    }
-
-
-def _tokenizer(metadata: Metadata) -> dict[str, Any]:
-    """``tokenizer.json`` of a byte-level BPE tokenizer."""
-    kind, pre = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ModelInvalid(f"tokenizer {kind}/{pre}; known is gpt2 with one of {', '.join(PRE_TOKENIZERS)}")
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    types: list[int] = metadata["tokenizer.ggml.token_type"]
-    added = [
-        {
-            "id": index,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == CONTROL_TOKEN,
-        }
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL_TOKEN, USER_TOKEN)
-    ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZERS[pre],
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
-        },
     }
 
 
@@ -232,7 +171,7 @@ def _write_safetensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for done, (source, _, heads) in enumerate(weights, start=1):
-            values = gguf.tensor(source)
+            values = tensor(gguf, source)
             file.write(to_bf16(_unpermuted(values, heads) if heads else values).tobytes())
             if progressed is not None:
                 progressed(done, len(weights))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..schemas.errors import InvalidRequest, ModelInvalid, ModelNotFound
 from ..schemas.settings import Settings, load_settings
-from . import bundled, fetched, hub, model_files
+from . import bundled, fetched, gguf_model, hub, model_files
 from .bucket import is_s3
 from .bundled import BUNDLED
 from .copying import manifest_of
@@ -120,7 +120,7 @@ def locate(name: str, revision: str | None, settings: Settings) -> Path:
     """Where a model lies on this machine, whole or not. Raises ModelNotFound, InvalidRequest."""
     option = f" --revision {revision}" if revision else ""
     fetch = f"run: gristmill models pull {name}{option}"
-    if not is_s3(name) and (local := _local(name)) is not None:
+    if not is_s3(name) and (local := _local(name, models_dir(settings.home))) is not None:
         return local
     if is_s3(name) or name in BUNDLED:
         _refuse_revision(name, revision)
@@ -144,7 +144,7 @@ def _fetch(name: str, revision: str | None, report: Reporter, settings: Settings
     if is_s3(name):
         _refuse_revision(name, revision)
         path = fetched.pull(name, root, settings, report, refresh=refresh)
-    elif (local := _local(name)) is not None:
+    elif (local := _local(name, root)) is not None:
         path = local
     elif name in BUNDLED:
         _refuse_revision(name, revision)
@@ -192,17 +192,20 @@ def _is_path(name: str) -> bool:
     return Path(name).expanduser().is_absolute() or name.split("/", 1)[0] in (".", "..")
 
 
-def _local(name: str) -> Path | None:
+def _local(name: str, root: Path) -> Path | None:
     """The directory that ``name`` means, None if it means a bundled model or a Hub id.
 
-    Whatever looks like a path is one; a bare or ``owner/name`` name is one if such a directory is there.
+    Whatever looks like a path is one; a bare or ``owner/name`` name is one if such a directory is there. A
+    GGUF file, and a directory that holds nothing else, means the one that is made of it below ``root``.
     """
     if not name or len(name) > MAX_NAME_CHARS or not name.isprintable():
         raise InvalidRequest(f"{name[:80]!r} is not the name of a model", param="model")
     path = Path(name).expanduser()
+    if name not in BUNDLED and (file := gguf_model.gguf_in(path)) is not None:
+        return gguf_model.directory_of(file, root)
     if _is_path(name):
         if not path.is_dir():
-            raise ModelNotFound(f"{path}: no such directory")
+            raise ModelNotFound(f"{path}: no such directory, and no GGUF file")
         return path.absolute()
     return path.absolute() if name not in BUNDLED and path.is_dir() else None
 
@@ -211,7 +214,7 @@ def _check_hub_id(name: str, revision: str | None) -> None:
     if not hub.is_hub_id(name):
         raise ModelNotFound(
             f"no model {name!r}: use {', '.join(sorted(BUNDLED))}, a Hub id (owner/name), s3://bucket/prefix "
-            "or the path of a directory"
+            "or the path of a directory or a GGUF file"
         )
     if revision is not None:
         hub.check_revision(revision)

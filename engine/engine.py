@@ -23,7 +23,7 @@ from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
 from .messages import EngineInfo, Output, Request, Stats
 from .native.sampling import NativeSampling, load_sampling
-from .quant.weights import ModelWeights
+from .quant.stored import stored_weights
 from .recorder import Recorder
 from .runner import Runner, WeightsOf
 from .sampler import Sampler
@@ -52,7 +52,7 @@ class Engine:
     What it generates depends on the request alone, not on who else is in the engine.
     """
 
-    def __init__(self, settings: EngineSettings, weights_of: WeightsOf = ModelWeights) -> None:
+    def __init__(self, settings: EngineSettings, weights_of: WeightsOf = stored_weights) -> None:
         """Load the model. Raises ModelNotFound, ModelInvalid, Misconfigured."""
         started = time.monotonic()
         self._runner = runner = Runner(settings, weights_of)

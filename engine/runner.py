@@ -45,6 +45,7 @@ from .parallel.shard import Shard, shard
 from .parallel.weights import NarrowWeights
 from .quant.method import Method
 from .quant.onload import quantizing
+from .quant.stored import stored_weights
 from .quant.weights import ModelWeights
 from .settings import EngineSettings
 
@@ -103,7 +104,7 @@ class Runner:
     """
 
     def __init__(
-        self, settings: EngineSettings, weights_of: WeightsOf = ModelWeights, ranks: Ranks = ONE_RANK
+        self, settings: EngineSettings, weights_of: WeightsOf = stored_weights, ranks: Ranks = ONE_RANK
     ) -> None:
         """``weights_of`` says where weights come from: the model's files.
 
@@ -133,7 +134,10 @@ class Runner:
                 if isinstance(model, ModelWeights):
                     model.read_ahead(ranks.rank, ranks.size)
                 if ranks.size > 1:
-                    assert isinstance(model, ModelWeights), f"{type(model).__name__} cannot be cut"
+                    if not isinstance(model, ModelWeights):
+                        raise Misconfigured(
+                            "tensor_parallel_size needs a checkpoint in safetensors; a GGUF file is not cut"
+                        )
                     model = NarrowWeights(model, self.shard)
             else:
                 model = Fallback(directory, config, settings, self.dtype, self.device)

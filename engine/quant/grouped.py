@@ -85,6 +85,15 @@ class Grouped:
         rows = slice(first, end)
         return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows])
 
+    def rows(self, order: Tensor) -> Grouped:
+        """Row ``order[i]`` as row i; a copy."""
+        return replace(self, codes=self.codes[order], scales=self.scales[order], zeros=self.zeros[order])
+
+    def to(self, device: torch.device) -> Grouped:
+        """The same on the device."""
+        codes, scales, zeros = (each.to(device) for each in (self.codes, self.scales, self.zeros))
+        return replace(self, codes=codes, scales=scales, zeros=zeros)
+
     def beside(self, others: Sequence[Packed]) -> Grouped | None:
         every = [self, *(other for other in others if isinstance(other, Grouped) and self._like(other))]
         if len(every) <= len(others):

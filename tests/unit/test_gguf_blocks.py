@@ -5,8 +5,9 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from gristmill.backends.gguf import LAYOUTS, _dequantize
+from gristmill.backends.gguf import _dequantize
 from gristmill.backends.gguf_blocks import UNPACK
+from gristmill.schemas.gguf import LAYOUTS
 
 FACTORS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
 """Where float16 numbers are in a block; elsewhere they come first, a scale and perhaps a minimum."""
