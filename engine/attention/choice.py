@@ -32,6 +32,8 @@ TRIED_TOKENS = 600
 """Keys in the longest sequence of the self-test: more than one run of them."""
 ALLOWED = 0.05
 """Difference to torch's attention in the self-test, relative to numbers above 1."""
+ALLOWED_IN_A_BYTE = 0.2
+"""The same where keys and values have a byte each: one on an edge may be rounded to either side."""
 ADVANTAGE = 0.9
 """flash-attn is taken below this part of our time: in its larger blocks fewer beginnings are shared."""
 RACED, LAYERS, ROUNDS = 32, 8, 5
@@ -87,8 +89,6 @@ def _torch(wanted: Wanted, block: int) -> Attention:
 def triton_attention(wanted: Wanted, block: int) -> Attention | str:
     """Our kernels, tried once on this device, or why not."""
     spec = wanted.spec
-    if wanted.numbers:
-        return NO_NUMBERS.format(wanted.numbers.name)
     if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 2:
         return f"head_dim {spec.head_dim} is above {MAX_HEAD_DIM} or odd"
     if spec.group > MAX_GROUP:
@@ -102,7 +102,9 @@ def triton_attention(wanted: Wanted, block: int) -> Attention | str:
         return "it needs a CUDA device"
     from .triton_backend import TritonAttention
 
-    backend = TritonAttention(spec, block, wanted.max_len, wanted.device)
+    backend = TritonAttention(
+        spec, block, wanted.max_len, wanted.device, numbers=wanted.numbers, dtype=wanted.dtype
+    )
     return (None if interpreted else self_test(backend, wanted)) or backend
 
 
@@ -149,13 +151,15 @@ def self_test(backend: Attention, wanted: Wanted) -> str | None:
     spec, longest = wanted.spec, min(wanted.max_len, TRIED_TOKENS)
     pieces = [(0, min(longest, 200)), (longest - 1, 1)]
     kinds = {(spec.windows[i], spec.ropes[i]): i for i in range(spec.num_layers)}
-    reference = TorchAttention(spec, backend.block_size, wanted.max_len, wanted.device)
-    trial = Trial.draw(spec, pieces, backend.block_size, wanted.device, wanted.dtype)
+    block, numbers = backend.block_size, wanted.numbers
+    reference = _torch(wanted, block)
+    trial = Trial.draw(spec, pieces, block, wanted.device, wanted.dtype, numbers)
+    allowed = ALLOWED if numbers is None else ALLOWED_IN_A_BYTE
     try:
         for layer in kinds.values():
             both = zip(trial.run(backend, layer), trial.run(reference, layer), strict=True)
             off = max(difference(ours, theirs) for ours, theirs in both)
-            if not off <= ALLOWED:
+            if not off <= allowed:
                 return f"its self-test is off by {off:g} in layer {layer}"
     # What compilers, a driver and a kernel's launch raise.
     except (TritonError, RuntimeError, OSError, ValueError, TypeError, subprocess.SubprocessError) as exc:

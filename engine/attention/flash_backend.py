@@ -46,7 +46,7 @@ class FlashAttention:
         self, spec: ModelSpec, block_size: int, max_len: int, device: torch.device, functions: Functions
     ) -> None:
         self.spec, self.block_size, self.device, self._functions = spec, block_size, device, functions
-        self._rope_store = RopeStore(spec, max_len, device)
+        self._rope_store = RopeStore(spec, block_size, max_len, device)
         self._slopes = torch.tensor(spec.alibi, dtype=torch.float32, device=device) if spec.alibi else None
 
     def block_shape(self) -> tuple[int, ...]:

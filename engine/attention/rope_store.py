@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..gpu import attention as kernels
 from ..kv_cache import KVCache
+from ..kv_numbers import Numbers
 from ..layers.rope import tables
 from ..models.spec import ModelSpec
 
@@ -17,8 +18,15 @@ HEADS_AT_ONCE = 16
 class RopeStore:
     """Tables of angles, and the kernel over a cache whose blocks are [tokens, kv heads, head dim]."""
 
-    def __init__(self, spec: ModelSpec, max_len: int, device: torch.device) -> None:
-        self._spec = spec
+    def __init__(
+        self,
+        spec: ModelSpec,
+        block_size: int,
+        max_len: int,
+        device: torch.device,
+        numbers: Numbers | None = None,
+    ) -> None:
+        self._spec, self._block_size, self._numbers = spec, block_size, numbers
         self._angles = {
             rope: tuple(table.to(device).contiguous() for table in tables(rope, spec.head_dim, max_len))
             for rope in dict.fromkeys(spec.ropes)
@@ -29,6 +37,12 @@ class RopeStore:
 
     def use(self, cache: KVCache) -> None:
         self._cache = cache
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Of the cached keys and values; where they have none, something that is not read."""
+        if self._numbers is None:
+            return self._nothing, self._nothing
+        return self._cache.key_scales[layer], self._cache.value_scales[layer]
 
     def __call__(
         self,
@@ -56,6 +70,7 @@ class RopeStore:
             sin,
             q_norm if normed else self._nothing,
             k_norm if normed else self._nothing,
+            *self.scales(layer),
             spec.norm_eps,
             len(qkv),
             FIRST=first,
@@ -64,8 +79,11 @@ class RopeStore:
             DIM=spec.head_dim,
             WIDE=self._wide,
             BLOCK=HEADS_AT_ONCE,
+            PAGE=self._block_size,
             ROPE=rope is not None,
             NORM=normed,
+            TOP=self._numbers.top if self._numbers else 0.0,
+            WHOLE=self._numbers is not None and not self._numbers.dtype.is_floating_point,
             num_warps=4,
         )
 

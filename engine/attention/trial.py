@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..batch import Batch, pack
 from ..kv_cache import KVCache
+from ..kv_numbers import Numbers, dequantize, quantize
 from ..models.spec import ModelSpec
 from .backend import Attention
 
@@ -46,12 +47,21 @@ class Trial:
     qkv: Tensor
     keys: Tensor
     values: Tensor
+    scales: tuple[Tensor, ...]
+    """Of keys and of values, where ``numbers`` keep them."""
+    numbers: Numbers | None
     norm: Tensor | None
     """Weights of the norm of queries, and of that of keys."""
 
     @classmethod
     def draw(
-        cls, spec: ModelSpec, pieces: Pieces, block_size: int, device: torch.device, dtype: torch.dtype
+        cls,
+        spec: ModelSpec,
+        pieces: Pieces,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        numbers: Numbers | None = None,
     ) -> Trial:
         """From a fixed seed; blocks lie anywhere. In what no token was written to there is no number."""
         generator = torch.Generator().manual_seed(0)
@@ -68,18 +78,31 @@ class Trial:
         for (start, _), blocks in zip(pieces, order, strict=True):
             slots = (blocks[:, None] * block_size + np.arange(block_size)).flatten()
             cache[:, slots[start:]] = float("nan")
-        keys, values = cache.to(device, dtype).view(2, -1, block_size, *shape[2:])
+        scales: tuple[Tensor, ...] = ()
+        kept = cache.to(device, dtype)
+        if numbers:
+            kept, scale = quantize(kept, numbers)
+            first, second = scale.view(2, -1, block_size, spec.num_kv_heads).transpose(2, 3).contiguous()
+            scales = (first, second)
+        keys, values = kept.view(2, -1, block_size, *shape[2:])
         qkv = torch.randn(batch.rows, spec.q_size + 2 * spec.kv_size, generator=generator)
         norm = torch.linspace(0.5, 1.5, spec.head_dim).to(device, dtype)
         fused = spec.qk_norm == "head" and spec.norm == "rms"
-        return cls(batch, qkv.to(device, dtype), keys, values, norm if fused else None)
+        return cls(batch, qkv.to(device, dtype), keys, values, scales, numbers, norm if fused else None)
 
     def run(self, backend: Attention, layer: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """What attention says, and the keys and values that are cached then."""
         layers, keys, values = backend.spec.num_layers, self.keys.clone(), self.values.clone()
-        backend.use(KVCache((keys,) * layers, (values,) * layers, len(keys)))
+        scales = [each.clone() for each in self.scales]
+        backend.use(
+            KVCache((keys,) * layers, (values,) * layers, len(keys), *((each,) * layers for each in scales))
+        )
         backend.begin(self.batch)
-        return backend.attend(layer, self.qkv.clone(), self.norm, self.norm), keys, values
+        out = backend.attend(layer, self.qkv.clone(), self.norm, self.norm)
+        if self.numbers:
+            both = zip((keys, values), scales, strict=True)
+            keys, values = (dequantize(kept, each.transpose(1, 2), out.dtype) for kept, each in both)
+        return out, keys, values
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

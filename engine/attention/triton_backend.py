@@ -12,6 +12,7 @@ from torch import Tensor
 from ..batch import Batch, Frame, Int32, tensor
 from ..gpu import attention as kernels
 from ..kv_cache import KVCache
+from ..kv_numbers import Numbers
 from ..models.spec import ModelSpec
 from .rope_store import RopeStore, power_of_two
 
@@ -90,9 +91,13 @@ class TritonAttention:
         device: torch.device,
         *,
         split: int = SPLIT_TOKENS,
+        numbers: Numbers | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """``dtype``: of queries, where keys are kept as other ``numbers``."""
         self.spec, self.block_size, self.device, self._split = spec, block_size, device, split
-        self._rope_store = RopeStore(spec, max_len, device)
+        self._rope_store = RopeStore(spec, block_size, max_len, device, numbers)
+        self._scaled, self._dtype = numbers is not None, dtype
         self._slopes = torch.tensor(spec.alibi or (0.0,), dtype=torch.float32, device=device)
         self._columns: dict[tuple[int, int], Tensor] = {}
         self._wide = max(16, power_of_two(spec.head_dim))  # the least that a matrix unit multiplies
@@ -103,7 +108,7 @@ class TritonAttention:
     def use(self, cache: KVCache) -> None:
         self._cache = cache
         self._rope_store.use(cache)
-        self._long, self._short = tiles(self.spec, cache.keys[0].dtype)
+        self._long, self._short = tiles(self.spec, self._dtype or cache.keys[0].dtype)
         assert self._split % self._short.keys == 0, f"{self._split} is no multiple of {self._short.keys}"
 
     def begin(self, batch: Batch) -> None:
@@ -146,6 +151,7 @@ class TritonAttention:
             items.columns,
             items.contexts,
             self._slopes,
+            *self._rope_store.scales(layer),
             len(items.contexts),
             step.tables.shape[1],
             spec.scale,
@@ -161,6 +167,7 @@ class TritonAttention:
             ALIBI=bool(spec.alibi),
             BLOCK_M=tile.rows,
             BLOCK_N=tile.keys,
+            SCALED=self._scaled,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

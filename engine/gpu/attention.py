@@ -27,6 +27,8 @@ def rope_store(
     sin,
     q_weight,
     k_weight,
+    key_scales,
+    value_scales,
     eps,
     rows,
     FIRST: tl.constexpr,
@@ -35,13 +37,16 @@ def rope_store(
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     ROPE: tl.constexpr,
     NORM: tl.constexpr,
+    TOP: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Norm and rotate queries in place, keys on their way to the cache, and values as they are.
 
     Grid: heads of all rows, BLOCK at a time; of a row those from FIRST on, queries then keys. Slot -1: no
-    place in the cache. WIDE: a power of two, half a head or more.
+    place in the cache. WIDE: a power of two, half a head or more. TOP, WHOLE: kv_numbers.py; 0: as they are.
     """
     half: tl.constexpr = DIM // 2
     each: tl.constexpr = HEADS + KV_HEADS - FIRST
@@ -70,11 +75,31 @@ def rope_store(
     slot = tl.load(slots + row, mask=there, other=-1)
     kept = inside & is_key & (slot >= 0)[:, None]
     to = ((slot * KV_HEADS + (head - HEADS)) * DIM)[:, None] + d
-    tl.store(keys + to, low, mask=kept)
-    tl.store(keys + to + half, high, mask=kept)
     at += KV_HEADS * DIM
-    tl.store(values + to, tl.load(at, mask=kept, other=0.0), mask=kept)
-    tl.store(values + to + half, tl.load(at + half, mask=kept, other=0.0), mask=kept)
+    first, second = tl.load(at, mask=kept, other=0.0), tl.load(at + half, mask=kept, other=0.0)
+    if TOP > 0:
+        place = (slot // PAGE * KV_HEADS + (head - HEADS)) * PAGE + slot % PAGE
+        one = there & (head >= HEADS) & (slot >= 0)
+        low, high, scale = _in_a_byte(low, high, TOP, WHOLE)
+        tl.store(key_scales + place, scale, mask=one)
+        first, second, scale = _in_a_byte(first, second, TOP, WHOLE)
+        tl.store(value_scales + place, scale, mask=one)
+    tl.store(keys + to, low.to(keys.dtype.element_ty), mask=kept)
+    tl.store(keys + to + half, high.to(keys.dtype.element_ty), mask=kept)
+    tl.store(values + to, first.to(values.dtype.element_ty), mask=kept)
+    tl.store(values + to + half, second.to(values.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _in_a_byte(low, high, TOP: tl.constexpr, WHOLE: tl.constexpr):
+    """Both halves of heads divided by each head's scale, float32, and the scales."""
+    a, b = low.to(tl.float32), high.to(tl.float32)
+    scale = tl.maximum(tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1)), 1e-30) * (1 / TOP)
+    a = tl.minimum(tl.maximum(a / scale[:, None], -TOP), TOP)
+    b = tl.minimum(tl.maximum(b / scale[:, None], -TOP), TOP)
+    if WHOLE:  # at this size float32 has no fractions: rounded to nearest even
+        a, b = (a + 12582912.0) - 12582912.0, (b + 12582912.0) - 12582912.0
+    return a, b, scale
 
 
 @triton.jit
@@ -99,6 +124,8 @@ def attend(
     items,
     contexts,
     slopes,
+    key_scales,
+    value_scales,
     n,
     table_stride,
     scale,
@@ -114,6 +141,7 @@ def attend(
     ALIBI: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """A tile of one sequence's tokens, all query heads of a key head, against a run of its keys.
 
@@ -144,18 +172,22 @@ def attend(
     acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
     keys += kv_head * DIM
     values += kv_head * DIM
+    key_scales += kv_head * PAGE
+    value_scales += kv_head * PAGE
     # Whole tiles that every token sees need no mask; with a window there is none that can be counted on.
     begin = low // BLOCK_N * BLOCK_N
     plain = begin
     if WINDOW == 0:
         plain += tl.maximum(tl.minimum(start + 1, high) - begin, 0) // BLOCK_N * BLOCK_N
         acc, top, total = _keys(
-            acc, top, total, q, slope, start + token, keys, values, table, scale, cap,
-            begin, plain, low, high, KV_HEADS * DIM, DIM, WIDE, PAGE, 0, SOFTCAP, ALIBI, BLOCK_N, False,
+            acc, top, total, q, slope, start + token, keys, values, key_scales, value_scales, table,
+            scale, cap, begin, plain, low, high, KV_HEADS, DIM, WIDE, PAGE, 0, SOFTCAP, ALIBI, BLOCK_N,
+            SCALED, False,
         )  # fmt: skip
     acc, top, total = _keys(
-        acc, top, total, q, slope, start + token, keys, values, table, scale, cap,
-        plain, high, low, high, KV_HEADS * DIM, DIM, WIDE, PAGE, WINDOW, SOFTCAP, ALIBI, BLOCK_N, True,
+        acc, top, total, q, slope, start + token, keys, values, key_scales, value_scales, table,
+        scale, cap, plain, high, low, high, KV_HEADS, DIM, WIDE, PAGE, WINDOW, SOFTCAP, ALIBI, BLOCK_N,
+        SCALED, True,
     )  # fmt: skip
 
     acc = acc * tl.where(total > 0, 1 / tl.where(total > 0, total, 1), 0)[:, None]
@@ -197,6 +229,8 @@ def _keys(
     position,
     keys,
     values,
+    key_scales,
+    value_scales,
     table,
     scale,
     cap,
@@ -204,7 +238,7 @@ def _keys(
     end,
     low,
     high,
-    STRIDE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
     PAGE: tl.constexpr,
@@ -212,6 +246,7 @@ def _keys(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Go on with the online softmax over keys ``begin`` to ``end``; those outside low…high are not there.
@@ -223,7 +258,7 @@ def _keys(
         n = first + tl.arange(0, BLOCK_N)
         there = (n >= low) & (n < high)
         block = tl.load(table + n // PAGE, mask=there, other=0) if MASKED else tl.load(table + n // PAGE)
-        place = ((block.to(tl.int64) * PAGE + n % PAGE) * STRIDE)[:, None] + d[None, :]
+        place = ((block.to(tl.int64) * PAGE + n % PAGE) * (KV_HEADS * DIM))[:, None] + d[None, :]
         if MASKED:  # what lies there may be no number
             k = tl.load(keys + place, mask=there[:, None] & (d < DIM)[None, :], other=0.0)
             v = tl.load(values + place, mask=there[:, None] & (d < DIM)[None, :], other=0.0)
@@ -233,7 +268,12 @@ def _keys(
         else:
             k = tl.load(keys + place)
             v = tl.load(values + place)
+        if SCALED:
+            k, v = k.to(q.dtype), v.to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SCALED:
+            scaled = block.to(tl.int64) * (KV_HEADS * PAGE) + n % PAGE
+            scores *= tl.load(key_scales + scaled, mask=there, other=0.0)[None, :]
         back = position[:, None] - n[None, :]
         if SOFTCAP:
             scores = cap * (1 - 2 / (tl.exp2(scores * (2 * LOG2E * scale / cap)) + 1))  # cap * tanh
@@ -252,6 +292,8 @@ def _keys(
         weights = tl.exp2(scores - base[:, None])
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(weights, 1)
+        if SCALED:
+            weights *= tl.load(value_scales + scaled, mask=there, other=0.0)[None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         top = new
     return acc, top, total
