@@ -6,7 +6,7 @@ which helps it and which it could not know; only tokens that were asked for coun
 process, once before and once after, so that a machine that drifts is seen.
 
 With the name of a knob, that knob on and off instead, in two engine processes that take turns
-(``bench_pairs.py``): the prefix cache on W2, speculation on W3, which is copies, or on W1, deterministic mode
+(``bench_pairs.py``): the prefix cache on W2, speculation on rows that copy or on W1, deterministic mode
 on W1.
 """
 
@@ -113,7 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-static", action="store_true", help="the engine alone: no ratio")
     for name, what in COMPARISONS.items():
         flag = f"--{name.replace('_', '-')}"
-        text = f"{name.partition('_')[0]} on and off on {what.workload.upper()}"
+        text = f"{name.partition('_')[0]} on and off on {what.workload}"
         parser.add_argument(flag, dest="compare", action="store_const", const=name, help=text)
     parser.add_argument("--requests", type=int, help="so many instead of 128")
     parser.add_argument("--pairs", type=int, default=4, help="on and off; from 4 on with an interval")

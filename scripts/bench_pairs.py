@@ -16,7 +16,7 @@ from engine_passes import READY_S, Pass, engine_pass
 from gristmill.engine.process import EngineProcess
 from gristmill.engine.settings import EngineSettings
 from tokenizers import Tokenizer
-from workload import Row, w1, w2, w3
+from workload import Row, copies, w1, w2
 
 FEWEST_FOR_AN_INTERVAL = 4
 
@@ -34,7 +34,7 @@ class Comparison:
 
 COMPARISONS = {
     "prefix": Comparison({}, {"prefix_cache": False}, "w2", w2),
-    "speculation": Comparison({}, {"speculate": 0}, "w3", w3),
+    "speculation": Comparison({}, {"speculate": 0}, "copies", copies),
     "speculation_w1": Comparison({}, {"speculate": 0}, "w1", w1),
     "deterministic": Comparison({"deterministic": True}, {}, "w1", w1),
 }

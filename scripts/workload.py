@@ -1,8 +1,9 @@
 """The benchmark's workloads, of real English that is everywhere.
 
 W1: many prompts of mixed lengths at once. They are consecutive slices, never overlapping, of one stream of
-text in random order, so that no two share a prefix. W2: prompts that share a long one. W3: rows whose answer
-is a copy of what they were given. The text is Python's language reference (``pydoc_data``); it differs a
+text in random order, so that no two share a prefix. W2: prompts that share a long one. W3: one request alone.
+W4: a short one, for a process that has just started. Copies: rows whose answer is a copy of what they were
+given. The text is Python's language reference (``pydoc_data``); it differs a
 little between versions.
 """
 
@@ -20,7 +21,9 @@ INPUT_TOKENS, OUTPUT_TOKENS = 220, 160
 SHARED_TOKENS = 512
 """Of each request of W2."""
 COPIED_TOKENS = 96
-"""Of each request of W3."""
+"""Of each request of the copies."""
+SINGLE_TOKENS = 128
+"""In and out of W3."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,18 @@ def w2(tokenizer: Tokenizer, seed: int, requests: int = 128) -> list[Row]:
     ]
 
 
-def w3(tokenizer: Tokenizer, seed: int, requests: int = 128) -> list[Row]:
+def single(tokenizer: Tokenizer, seed: int) -> Row:
+    """W3: 128 tokens in, 128 out."""
+    ids = text_ids(tokenizer, SINGLE_TOKENS, random.Random(seed))
+    return Row("w3", ids[:SINGLE_TOKENS], SINGLE_TOKENS)
+
+
+def cold(tokenizer: Tokenizer, seed: int) -> Row:
+    """W4: 16 tokens in, 1 out."""
+    return Row("w4", text_ids(tokenizer, 16, random.Random(seed))[:16], 1)
+
+
+def copies(tokenizer: Tokenizer, seed: int, requests: int = 128) -> list[Row]:
     """A text twice, another one and its beginning: 88 tokens out, which copy on. The same seed gives the same
     rows."""
     rng = random.Random(seed)
@@ -64,7 +78,7 @@ def w3(tokenizer: Tokenizer, seed: int, requests: int = 128) -> list[Row]:
     rows: list[Row] = []
     for i in range(requests):
         shown, own = ([next(stream) for _ in range(COPIED_TOKENS)] for _ in range(2))
-        rows.append(Row(f"w3-{i:04d}", [*shown, *shown, *own, *own[:8]], COPIED_TOKENS - 8))
+        rows.append(Row(f"copy-{i:04d}", [*shown, *shown, *own, *own[:8]], COPIED_TOKENS - 8))
     return rows
 
 
