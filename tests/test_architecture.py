@@ -23,6 +23,7 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 READ_ENVIRONMENT: dict[str, str] = {
     "engine/guided/checker.py": "hands it on to the child",
     "engine/process.py": "hands it on to the child, and says how its threads wait",
+    "schemas/home.py": "the XDG base directory rule, without pydantic-settings",
 }
 
 # Import time is what a user of the client waits for, and torch is what the client must not need.
