@@ -1,5 +1,7 @@
 """The engine process: ``python -m gristmill.engine FD``, started by ``EngineProcess`` and by nobody else.
 
+With several ranks, ``FD PLACE LINK…``: this one is rank 0, which leads the others (``parallel``).
+
 Two threads. The reader takes commands off the socket as they come, so that a step keeps no consumer waiting,
 and ends the process at once when the consumer is gone. The main thread steps while there is work and blocks
 while there is none.
@@ -14,16 +16,22 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from typing import NoReturn
+
+import torch
 
 from ..schemas.errors import BadInput, GristmillError
 from . import pipe
 from .engine import Engine
 from .log_line import LogLine
-from .memory import OUT_OF_MEMORY, is_out_of_memory
+from .memory import OUT_OF_MEMORY, OutOfStep, is_out_of_memory
 from .messages import Abort, Add, Failed, Output, Ready, Report, Step, Stop, Taken
 from .native import build
+from .parallel.link import BLAME_S, RANK_GONE, Links
+from .parallel.ranks import ONE_RANK, Group, Ranks, meet
 from .settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -34,6 +42,9 @@ CONSUMER_GONE = 3
 """Exit status when the consumer closed its end: nothing is left to do, and nobody to tell."""
 CHECK_AFTER_IDLE_S = 0.5
 """The books are checked once the engine has been idle for so long, so that no request waits for it."""
+
+_SENDING = threading.Lock()
+"""Of reports: the last one may be another thread's."""
 
 Commands = queue.Queue[Add | Abort | Stop]
 
@@ -50,16 +61,35 @@ def main() -> None:
     settings = EngineSettings.model_validate_json(sys.stdin.buffer.read())
     commands: Commands = queue.Queue(MAX_QUEUED_COMMANDS)
     threading.Thread(target=_read, args=(sock, commands), name="reader", daemon=True).start()
+    links = Links([socket.socket(fileno=int(fd)) for fd in sys.argv[3:]], partial(_lost, sock))
     try:
-        engine = Engine(settings)
+        engine = Engine(settings, ranks=_ranks(settings, links))
         _send(sock, Ready(engine.info))
         serve(engine, sock, commands)
         os._exit(0)  # all is said: taking torch apart module by module would cost half a second
     except Exception as exc:  # the process's edge: whatever it is, the consumer is told
+        if sys.argv[3:] and not isinstance(exc, GristmillError):
+            time.sleep(BLAME_S)  # an exchange that broke: the link to whoever is gone knows more, and ends us
         failed, status = _explain(exc)
         log.error("engine.failed", extra={"code": failed.code}, exc_info=status == 1)
         _send(sock, failed)
         sys.exit(status)
+
+
+def _ranks(settings: EngineSettings, links: Links) -> Ranks:
+    size = settings.tensor_parallel_size
+    if size == 1:
+        return ONE_RANK
+    ends = meet(0, size, sys.argv[2], cuda=settings.device != "cpu" and torch.cuda.is_available())
+    return Group(0, size, ends, links.tell)
+
+
+def _lost(sock: socket.socket, rank: int, failed: Failed | None) -> NoReturn:
+    """Another rank is gone, and with it the model. The consumer hears why: from it, or from its status."""
+    log.error("engine.rank_lost", extra={"rank": rank, "code": failed.code if failed else None})
+    if failed:
+        _send(sock, failed)
+    os._exit(RANK_GONE)
 
 
 def serve(engine: Engine, sock: socket.socket, commands: Commands) -> None:
@@ -119,7 +149,8 @@ def _read(sock: socket.socket, commands: Commands) -> NoReturn:
 def _send(sock: socket.socket, message: Report) -> None:
     """Blocks while the consumer does not read: a slow consumer slows the engine instead of filling memory."""
     try:
-        sock.sendall(pipe.encode(message))
+        with _SENDING:
+            sock.sendall(pipe.encode(message))
     except OSError:
         os._exit(CONSUMER_GONE)
 
@@ -128,7 +159,8 @@ def _explain(exc: Exception) -> tuple[Failed, int]:
     """The last message, and the exit status."""
     if isinstance(exc, GristmillError):
         return Failed(exc.code, exc.message), exc.exit_code
-    code = OUT_OF_MEMORY if is_out_of_memory(exc) else "engine_failed"
+    memory = isinstance(exc, OutOfStep) or is_out_of_memory(exc)
+    code = OUT_OF_MEMORY if memory else "engine_failed"
     return Failed(code, f"{type(exc).__name__}: {exc}"), 1
 
 

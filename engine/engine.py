@@ -23,6 +23,7 @@ from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
 from .messages import EngineInfo, Output, Request, Stats
 from .native.sampling import NativeSampling, load_sampling
+from .parallel.ranks import ONE_RANK, Ranks
 from .quant.stored import stored_weights
 from .recorder import Recorder
 from .runner import Runner, WeightsOf
@@ -52,10 +53,15 @@ class Engine:
     What it generates depends on the request alone, not on who else is in the engine.
     """
 
-    def __init__(self, settings: EngineSettings, weights_of: WeightsOf = stored_weights) -> None:
-        """Load the model. Raises ModelNotFound, ModelInvalid, Misconfigured."""
+    def __init__(
+        self, settings: EngineSettings, weights_of: WeightsOf = stored_weights, ranks: Ranks = ONE_RANK
+    ) -> None:
+        """Load the model. Raises ModelNotFound, ModelInvalid, Misconfigured.
+
+        ``ranks``: of several that hold the model, this is rank 0's.
+        """
         started = time.monotonic()
-        self._runner = runner = Runner(settings, weights_of)
+        self._runner = runner = Runner(settings, weights_of, ranks)
         self._max_num_seqs = settings.max_num_seqs
         self._costs = StepCosts()
         self._scheduler = Scheduler(

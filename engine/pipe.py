@@ -1,4 +1,4 @@
-"""Frames on the socket between the engine process and its consumer.
+"""Frames on the socket between the engine process and its consumer, and between rank 0 and the other ranks.
 
 A frame is the length of what follows (4 bytes, big-endian), one byte for the type, and msgpack.
 """
@@ -12,12 +12,17 @@ from collections.abc import Iterator
 import msgspec
 
 from .messages import Abort, Add, Command, Failed, Ready, Report, Step, Stop, Taken
+from .parallel.messages import Adapt, Feed, Load, Reserve, Save, Told
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 """Far above any real message: a longer one means that the two ends have lost step."""
 RECEIVE_BYTES = 256 * 1024
 HEAD = struct.Struct(">I")
-KINDS: tuple[type[Command | Report], ...] = (Add, Abort, Stop, Ready, Taken, Step, Failed)
+Message = Command | Report | Told
+KINDS: tuple[type[Message], ...] = (
+    *(Add, Abort, Stop, Ready, Taken, Step, Failed),
+    *(Feed, Adapt, Reserve, Save, Load),
+)
 _DECODERS = tuple(msgspec.msgpack.Decoder(kind) for kind in KINDS)
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 _ENCODER = msgspec.msgpack.Encoder()
@@ -27,7 +32,7 @@ class BrokenFrame(Exception):
     """What came through the pipe is not a frame of ours."""
 
 
-def encode(message: Command | Report) -> bytes:
+def encode(message: Message) -> bytes:
     """``message`` as one frame."""
     body = _ENCODER.encode(message)
     return HEAD.pack(1 + len(body)) + bytes([_CODES[type(message)]]) + body
@@ -39,7 +44,7 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Command | Report]:
+    def feed(self, data: bytes) -> Iterator[Message]:
         """The messages that are complete with ``data``. Raises BrokenFrame."""
         self._buffer += data
         start = 0
@@ -55,14 +60,14 @@ class FrameReader:
         del self._buffer[:start]
 
 
-def read(sock: socket.socket) -> Iterator[Command | Report]:
+def read(sock: socket.socket) -> Iterator[Message]:
     """Messages until the other end closes. Blocks. Raises BrokenFrame."""
     frames = FrameReader()
     while data := sock.recv(RECEIVE_BYTES):
         yield from frames.feed(data)
 
 
-def _decode(code: int, body: bytearray) -> Command | Report:
+def _decode(code: int, body: bytearray) -> Message:
     try:
         return _DECODERS[code].decode(body)
     except (IndexError, msgspec.MsgspecError) as exc:

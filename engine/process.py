@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from ..schemas.errors import (
 )
 from . import pipe
 from .messages import Abort, Add, Command, EngineInfo, Failed, Ready, Report, Request, Step, Stop, Taken
+from .parallel.launch import Followers, told_of
+from .parallel.link import RANK_GONE
 from .settings import EngineSettings
 
 DIED = "engine_died"
@@ -55,6 +56,7 @@ class EngineProcess:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
+        self._followers = Followers(settings)
         self._sock, self._child_sock = socket.socketpair()
         self._child_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REPORT_BUFFER_BYTES)
         self._sending = threading.Lock()
@@ -78,6 +80,11 @@ class EngineProcess:
         return self._process.pid if self._process else None
 
     @property
+    def rank_pids(self) -> list[int]:
+        """Of all ranks, the engine's own process first."""
+        return [self._process.pid, *self._followers.pids] if self._process else []
+
+    @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
@@ -92,15 +99,18 @@ class EngineProcess:
         assert self._process is None, "an EngineProcess is started once"
         # -P: a file named like a module in the current directory must not take its place.
         command = [sys.executable, "-P", "-m", str(__package__), str(self._child_sock.fileno())]
+        followers = self._followers
+        environment = {**SPIN_BRIEFLY, **followers.environment, **os.environ}
         self._process = subprocess.Popen(
-            command,
+            command + followers.arguments,
             stdin=subprocess.PIPE,
             stdout=2,  # our stdout carries data
-            pass_fds=[self._child_sock.fileno()],
+            pass_fds=[self._child_sock.fileno(), *followers.descriptors],
             start_new_session=True,
-            env={**SPIN_BRIEFLY, **os.environ},
+            env=environment,
         )
         self._child_sock.close()
+        followers.start(environment)
         assert self._process.stdin
         self._process.stdin.write(self._settings.model_dump_json().encode())
         self._process.stdin.close()
@@ -166,6 +176,7 @@ class EngineProcess:
         except (EngineUnavailable, subprocess.TimeoutExpired):
             self._process.kill()
         self._process.wait()
+        self._followers.kill()
 
     def _send_stop(self, timeout_s: float) -> None:
         """Say Stop, unless the engine takes nothing: whoever is stuck in a send to it holds the lock.
@@ -237,7 +248,7 @@ class EngineProcess:
             return Failed(DIED, f"the engine (pid {self.pid}) closed its pipe and hung; it was killed")
         if self._stopping:
             return Failed(STOPPED, f"the engine (pid {self.pid}) was stopped")
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-        if status == -signal.SIGKILL:
-            how += "; the kernel does that when memory runs out: lower max_batch_total_tokens, or add memory"
-        return Failed(DIED, f"the engine (pid {self.pid}) {how}")
+        gone = self._followers.end()
+        if status == RANK_GONE and gone:
+            return Failed(DIED, f"the engine (pid {self.pid}) lost {gone}")
+        return Failed(DIED, f"the engine (pid {self.pid}) {told_of(status)}")

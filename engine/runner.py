@@ -27,7 +27,8 @@ from .kv_numbers import numbers_of
 from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
 from .layers.invariant import Make, invariant
 from .layers.linear import Linear, linear, unpacked
-from .lora.adapter import Adapter
+from .lora.adapter import Adapter, Blueprint
+from .lora.adapter import load as load_adapter
 from .lora.files import Desk, open_desk
 from .lora.rows import Adapted, adapted
 from .memory import OutOfStep, is_out_of_memory
@@ -39,7 +40,10 @@ from .models.fallback_trial import try_out
 from .models.families import from_hf
 from .models.spec import ModelSpec
 from .native.library import Library, load
+from .parallel.adapters import narrow
+from .parallel.blocks import SharedBlocks
 from .parallel.feed import told
+from .parallel.messages import Adapt
 from .parallel.ranks import ONE_RANK, Ranks
 from .parallel.shard import Shard, shard
 from .parallel.weights import NarrowWeights
@@ -152,6 +156,11 @@ class Runner:
             library = self._library(settings)
             self._attention = self._backend(settings, library)
             self.block_size = self._attention.block_size
+            if ranks.least(self.block_size) != -ranks.least(-self.block_size):
+                raise Misconfigured(
+                    "the ranks found different attention kernels to be the fastest; name one of them: "
+                    "attention=triton"
+                )
         with self._timed("weights"), torch.inference_mode():
             self._decoder = (
                 self._made_ours(model, settings)
@@ -160,7 +169,7 @@ class Runner:
             )
         with self._timed("warm_up"):
             self.num_blocks = self._warm_up(settings)  # which each rank does by itself, at the same time
-        self._leads = ranks.size > 1
+        self._leads = ranks.size > 1 and ranks.rank == 0
         self.graphs = self._new_graphs(settings, model)
         log.info("runner.ready", extra=self._summary())
 
@@ -233,7 +242,22 @@ class Runner:
 
     def adapter_desk(self, settings: EngineSettings) -> Desk:
         """Where sequences wait for adapters to this model."""
-        return open_desk(settings, self.spec, self.dtype, self.device, self._linear(unpacked))
+
+        def loaded(blueprint: Blueprint) -> Adapter:
+            adapter = self.adapter(blueprint)
+            if self._leads:
+                kept = [each.digest for each in desk.loaded.values()]
+                self.ranks.tell(Adapt(str(blueprint.directory), adapter.digest, kept))
+            return adapter
+
+        desk = open_desk(settings, self.spec, self.dtype, loaded)
+        return desk
+
+    def adapter(self, blueprint: Blueprint) -> Adapter:
+        """Read an adapter, or this rank's part of it. Raises AdapterInvalid."""
+        return load_adapter(
+            blueprint, self.dtype, self.device, self._linear(unpacked), partial(narrow, self.shard)
+        )
 
     def _assembled(self, weights: Weights, settings: EngineSettings, library: Library | None) -> Decoder:
         fetch = partial(weights.fetch, dtype=self.dtype, device=self.device)
@@ -342,6 +366,7 @@ class Runner:
         size = self._block_bytes()
         per_sequence = -(-self.max_model_len // self.block_size)
         useful = settings.max_num_seqs * per_sequence
+        self._all_block_bytes = self.ranks.total(size)
         if settings.max_batch_total_tokens:
             blocks = min(useful, settings.max_batch_total_tokens // self.block_size)
         else:
@@ -391,16 +416,24 @@ class Runner:
             torch.cuda.empty_cache()
 
     def host_blocks(self, gib: float) -> tuple[HostBlocks, int] | None:
-        """A place for so many bytes of blocks, and how many those are. None: not even one."""
-        count = int(gib * 1024**3) // self._block_bytes()
-        if not count:
-            return None
+        """A place for so many bytes of blocks, on all ranks, and how many those are. None: not even one."""
+        count = int(gib * 1024**3) // self._all_block_bytes
+        return (self.reserve(count), count) if count else None
+
+    def reserve(self, count: int) -> HostBlocks:
+        """A place for so many blocks. Raises Misconfigured."""
         try:
-            return HostBlocks(self._cache, count), count
+            return (
+                SharedBlocks(self._cache, count, self.ranks.tell)
+                if self._leads
+                else HostBlocks(self._cache, count)
+            )
         except Exception as exc:
             if not is_out_of_memory(exc):
                 raise
-            raise Misconfigured(f"no memory for swap_gib={gib:g}; lower it, or add memory: {exc}") from exc
+            raise Misconfigured(
+                f"no memory for {count} swapped blocks; lower swap_gib, or add memory: {exc}"
+            ) from exc
 
     def _block_bytes(self) -> int:
         shape = self._attention.block_shape()

@@ -43,6 +43,7 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "cuda-graphs": (bool, "CUDA: replay the launches of a step that only decodes; default: yes."),
     "speculate": (click.IntRange(0), "Guessed tokens a step may check for a sequence; 0: none."),
     "memory-fraction": (click.FloatRange(0, 1, min_open=True), "CUDA: part of the card's memory to use."),
+    "tensor-parallel-size": (click.IntRange(1), "Devices, or CPU processes, that the model is cut for."),
     "lora-adapters": (str, "LoRA adapters that requests may name: NAME=DIR,NAME=DIR."),
     "lora-dir": (click.Path(), "Requests may name every adapter directory in it, too."),
     "lora-memory-mib": (click.IntRange(1), "What loaded adapters may take together."),

@@ -78,6 +78,13 @@ def cli() -> None:
 )
 @click.option("--speculate", type=int, help="Guessed tokens a step may check for a sequence; 0: none.")
 @click.option("--memory-fraction", type=float, help="CUDA: part of the card's memory to use.")
+@click.option(
+    "--tensor-parallel-size",
+    "--num-shard",
+    "tensor_parallel_size",
+    type=int,
+    help="Devices, or CPU processes, that the model is cut for; default 1.",
+)
 @click.option("--lora-adapters", metavar="NAME=DIR,…", help="LoRA adapters that jobs may name.")
 @click.option("--lora-dir", metavar="DIR", help="Jobs may name every adapter directory in it, too.")
 @click.option("--lora-memory-mib", type=int, help="What loaded adapters may take together; default 512.")

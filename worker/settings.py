@@ -84,6 +84,14 @@ class WorkerSettings(Settings):
             ),
         ),
     ] = 0.9
+    tensor_parallel_size: Annotated[
+        PositiveInt,
+        Field(
+            validation_alias=AliasChoices(
+                "tensor_parallel_size", "GRISTMILL_TENSOR_PARALLEL_SIZE", "TENSOR_PARALLEL_SIZE", "NUM_SHARD"
+            )
+        ),
+    ] = 1
     num_threads: PositiveInt | None = None
     lora_adapters: Annotated[dict[str, Path], NoDecode, Field(validation_alias=_tgi("lora_adapters"))] = (
         Field(default_factory=dict[str, Path])

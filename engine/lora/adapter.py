@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,10 @@ from .config import AdapterConfig, load_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+
+
+Narrow = Callable[[Joined, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A linear's A [ranks, columns] and B [rows, ranks], in the decoder's order → this rank's part of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +120,13 @@ def survey(directory: Path, spec: ModelSpec, max_rank: int) -> Blueprint:
     return Blueprint(directory, parts, spec)
 
 
-def load(blueprint: Blueprint, dtype: torch.dtype, device: torch.device, make: Make) -> Adapter:
-    """Read the weights. Raises AdapterInvalid if they are not what ``survey`` saw, or not all numbers."""
+def load(
+    blueprint: Blueprint, dtype: torch.dtype, device: torch.device, make: Make, narrow: Narrow | None = None
+) -> Adapter:
+    """Read the weights. Raises AdapterInvalid if they are not what ``survey`` saw, or not all numbers.
+
+    ``narrow``: what of them is wanted here. None: all.
+    """
     path = blueprint.directory / WEIGHTS_FILE
     loaded: dict[tuple[int, Joined], LowRank] = {}
     try:
@@ -130,6 +139,8 @@ def load(blueprint: Blueprint, dtype: torch.dtype, device: torch.device, make: M
                     raise AdapterInvalid(
                         f"{path}: {parts[0].module} or its neighbours hold values that are no numbers"
                     )
+                if narrow is not None:
+                    down, up = narrow(linear, down, up)
                 pair = (make(matrix.to(device=device, dtype=dtype), None) for matrix in (down, up))
                 loaded[layer, linear] = LowRank(*pair)
     except (SafetensorError, OSError) as exc:

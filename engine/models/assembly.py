@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..layers.across import Across
+from ..layers.across import ALONE, Across
 from ..layers.elementwise import Elementwise
 from ..layers.invariant import Make
 from ..layers.linear import Linear
@@ -88,7 +88,7 @@ class Assembly:
         ops: Elementwise,
         make: Make,
         quantized: Quantized,
-        across: Across,
+        across: Across = ALONE,
     ) -> None:
         self.spec, self._fetch, self._ops, self._make = spec, fetch, ops, make
         self._quantized, self._across = quantized, across

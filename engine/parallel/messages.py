@@ -33,4 +33,37 @@ class Feed:
     """Adapters of rows among those that are wanted."""
 
 
-Told = Feed
+@dataclass(frozen=True, slots=True)
+class Adapt:
+    """Read an adapter, and forget those that are not ``kept``."""
+
+    directory: str
+    digest: str
+    kept: list[str]
+    """Digests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Make room for so many blocks in the host's memory."""
+
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Copy a block to a slot there …"""
+
+    block: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """… and back."""
+
+    slot: int
+    block: int
+
+
+Told = Feed | Adapt | Reserve | Save | Load

@@ -67,12 +67,24 @@ class OneRank:
 ONE_RANK = OneRank()
 
 
+def meet(rank: int, size: int, place: str, *, cuda: bool) -> Any:
+    """This rank's end of a process group of ``size``; waits until all have come to the file ``place``."""
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.FileStore(place, size),  # pyright: ignore[reportPrivateImportUsage]  (documented)
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+    )
+    return dist.group.WORLD
+
+
 class Group:
     """Ranks that each have a process group's end."""
 
     def __init__(self, rank: int, size: int, ends: Any, tell: Callable[[Told], None]) -> None:
         """``ends``: a ProcessGroup of torch, or a backend of one."""
-        self.rank, self.size, self._ends, self.tell = rank, size, ends, tell
+        self.rank, self.size, self._ends, self._tell = rank, size, ends, tell
 
     def least(self, value: int) -> int:
         return self._reduced(value, dist.ReduceOp.MIN)
@@ -82,6 +94,9 @@ class Group:
 
     def across(self, shard: Shard) -> Across:
         return Parts(self._ends, shard)
+
+    def tell(self, message: Told) -> None:
+        self._tell(message)
 
     def _reduced(self, value: int, operation: Any) -> int:
         options = dist.AllreduceOptions()

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 from ...schemas.errors import Misconfigured
-from ..models.layout import Joint, MlpJoints, joints, layer_prefix, moe_joints, stored_heads
+from ..models.layout import Joined, Joint, MlpJoints, joints, layer_prefix, moe_joints, stored_heads
 from ..models.spec import ModelSpec
 
 GRAINS = (128, 64, 32, 16, 8, 4, 2, 1)
@@ -53,6 +53,8 @@ class Shard:
     size: int
     vocab: tuple[range, ...]
     """By rank, the tokens whose embedding and whose logits it has."""
+    linears: dict[Joined, Cut] = field(default_factory=dict["Joined", Cut])
+    """Each of the decoder's linears, in the decoder's order; experts' are not among them."""
     cuts: dict[str, Cut] = field(default_factory=dict[str, Cut])
     """By module, in the checkpoint's names. What is not here every rank has whole."""
     pieces: dict[str, Piece] = field(default_factory=dict[str, Piece])
@@ -101,6 +103,7 @@ def shard(spec: ModelSpec, rank: int, size: int) -> Shard:
         found = replace(found, spec=replace(narrow, moe=moe))
     for name in (f"{spec.names.base}{spec.names.embedding}", spec.names.head):
         found.cuts[name] = Cut("rows", (vocab[rank],))
+    found.linears.update(_linears(spec, queries, keys, inner))
     for layer in range(spec.num_layers):
         _cut_layer(found, layer, queries, keys)
     return found
@@ -145,6 +148,20 @@ def _width(total: int, rank: int, size: int, what: str) -> range:
             f"tensor_parallel_size is {size}, and the model's {what} {total} wide; lower it to {total}"
         )
     return cut(total, size, grain)[rank]
+
+
+def _linears(spec: ModelSpec, queries: range, keys: range, inner: range) -> dict[Joined, Cut]:
+    dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
+    behind = (heads, heads + kv_heads)  # keys behind queries, values behind keys
+    qkv = (queries, *(range(first + keys.start, first + keys.stop) for first in behind))
+    halves = (0, spec.intermediate_size) if spec.gated else (0,)
+    gate_up = tuple(range(first + inner.start, first + inner.stop) for first in halves)
+    return {
+        "qkv": Cut("rows", tuple(_scaled(each, dim) for each in qkv)),
+        "output": Cut("columns", (_scaled(queries, dim),)),
+        "gate_up": Cut("rows", gate_up),
+        "down": Cut("columns", (inner,)),
+    }
 
 
 def _cut_layer(found: Shard, layer: int, queries: range, keys: range) -> None:

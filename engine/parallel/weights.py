@@ -52,7 +52,7 @@ class NarrowWeights:
         packed, cut = self._weights.packed(module, device), self._shard.cuts.get(module)
         if cut is None:
             return packed
-        part = _rows(packed, cut) if cut.side == "rows" else _columns(packed, cut.runs[0])
+        part = rows(packed, cut) if cut.side == "rows" else columns(packed, cut.runs[0])
         if part is None:
             runs = ", ".join(f"{run.start} to {run.stop}" for run in cut.runs)
             raise Misconfigured(
@@ -63,27 +63,27 @@ class NarrowWeights:
         return part
 
 
-def _rows(packed: Packed, cut: Cut) -> Packed | None:
+def rows(packed: Packed, cut: Cut) -> Packed | None:
     """Copies, so that the rest of the memory is given back."""
     first, *others = [packed.part(run.start, run.stop) for run in cut.runs]
     return first.beside(others) or (None if others else first)
 
 
-def _columns(packed: Packed, run: range) -> Packed | None:
+def columns(packed: Packed, run: range) -> Packed | None:
     """Columns of a weight, whose groups or blocks the borders must not cut. None: they do."""
-    columns = slice(run.start, run.stop)
+    wanted = slice(run.start, run.stop)
     if isinstance(packed, Int8):
-        return replace(packed, codes=packed.codes[:, columns].contiguous())
+        return replace(packed, codes=packed.codes[:, wanted].contiguous())
     if isinstance(packed, Fp8):
         scales = _scales(packed.scales, packed.block, run)
-        return None if scales is None else Fp8(packed.codes[:, columns].contiguous(), scales, packed.block)
+        return None if scales is None else Fp8(packed.codes[:, wanted].contiguous(), scales, packed.block)
     if isinstance(packed, Codebook):
         block = packed.shape[1] // packed.scales.shape[1]
         scales, codes = _scales(packed.scales, block, run), _pairs(packed.codes, run)
         return None if scales is None or codes is None else replace(packed, codes=codes, scales=scales)
     if isinstance(packed, Grouped) and packed.order is None:
         scales, zeros = (_scales(each, packed.group, run) for each in (packed.scales, packed.zeros))
-        codes = _pairs(packed.codes, run) if packed.bits <= 4 else packed.codes[:, columns].contiguous()
+        codes = _pairs(packed.codes, run) if packed.bits <= 4 else packed.codes[:, wanted].contiguous()
         if scales is None or zeros is None or codes is None:
             return None
         return replace(packed, codes=codes, scales=scales, zeros=zeros)
