@@ -37,7 +37,8 @@ def cli() -> None:
 @click.option(
     "--quantize",
     type=click.Choice(get_args(Quantize)),
-    help="Weights in fewer bits, made on load; quantized checkpoints need no word.",
+    help="Weights in fewer bits. Made on load: nf4, fp4, int8, eetq, fp8 (bitsandbytes: eetq). awq, gptq and "
+    "compressed-tensors only name what a checkpoint is stored as, and need not be said.",
 )
 @click.option("--attention", type=click.Choice(["auto", "cpu", "torch", "triton", "flash"]))
 @click.option("--max-num-seqs", type=int, help="Sequences that run together.")
