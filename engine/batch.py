@@ -172,8 +172,8 @@ class Coming:
 
     ids: Tensor
     """[n] int64; negative: not a token, and nobody will care what comes of it."""
-    seqs: Sequence[Feedable]
-    """One for each."""
+    seqs: Sequence[Feedable | None]
+    """One for each; None: it is fed another one, which the host knows."""
 
     def put(self, tokens: Tensor, work: Sequence[Piece]) -> None:
         """Write each id where it is fed. tokens: those of ``work``, on the device."""

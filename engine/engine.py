@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from .batch import Coming
 from .block_pool import BlockPool
 from .cadence import Cadence
 from .checks import check_request
-from .device_sampler import DeviceSampler, Ids
+from .device_sampler import UNSETTLED, DeviceSampler, Ids
 from .guided.guide import Guide
 from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
@@ -225,6 +225,8 @@ class Engine:
         if self._may_go_ahead(flight):
             self._flight = self._launch_behind(flight)
         tokens = flight.tokens()
+        if UNSETTLED in tokens:
+            self._settle(flight, tokens)
         if self._speculation and flight.decodes and self._flight is None:
             self._speculation.times.add(flight.plan.tokens, time.monotonic() - flight.began)
         self._step_tokens = flight.plan.tokens
@@ -315,9 +317,13 @@ class Engine:
         """Give everybody who is still here what was drawn. Who has ended since the launch gets nothing more:
         that was noticed a step late."""
         here = {work.seq.id for work in flight.plan.work if self._seqs.get(work.seq.id) is work.seq}
+        here -= {seq.id for seq in flight.void}
         outputs: list[Output] = []
         behind = iter(tokens[len(flight.works) :])
         for row, (work, token) in enumerate(zip(flight.works, tokens, strict=False)):
+            if work.seq in flight.void:
+                outputs.append(Output(id=work.seq.id, token_ids=[]))
+                continue
             work.seq.coming -= 1
             if work.seq.id not in here:
                 outputs.append(Output(id=work.seq.id, token_ids=[]))
@@ -337,6 +343,23 @@ class Engine:
         if flight.scorer:
             outputs = flight.scorer.tell(outputs)
         return [output for output in outputs if output.id in here]
+
+    def _settle(self, flight: _Flight, tokens: list[int | None]) -> None:
+        """Draw what the device could not decide, and take back what it computed upon its guess.
+
+        From now on the host draws for these sequences: the next token may be as open.
+        """
+        behind = self._flight
+        for row, work in enumerate(flight.works):
+            seq = work.seq
+            if tokens[row] != UNSETTLED or self._seqs.get(seq.id) is not seq:
+                continue
+            tokens[row] = self._sampler.sample(flight.logits[row : row + 1], [seq])[0]
+            seq.plain = False
+            if behind and any(following.seq is seq for following in behind.works):
+                seq.computed -= 1
+                seq.coming -= 1
+                behind.void.add(seq)
 
     def _check_guesses(self, work: Work, output: Output, drawn: list[int | None]) -> Output:
         assert self._speculation is not None
@@ -458,6 +481,8 @@ class _Flight:
     began: float
     decodes: bool
     """Everybody had one token to go, and nobody waited."""
+    void: set[Sequence] = field(default_factory=set[Sequence])
+    """They were fed a token that turned out to be another: what was drawn for them says nothing."""
 
     @property
     def ahead(self) -> Ids | None:
@@ -467,9 +492,9 @@ class _Flight:
     @property
     def coming(self) -> Coming | None:
         """The same, for those who are fed them."""
-        return (
-            Coming(self.drawn.ids, [work.seq for work in self.works]) if isinstance(self.drawn, Ids) else None
-        )
+        if not isinstance(self.drawn, Ids):
+            return None
+        return Coming(self.drawn.ids, [None if w.seq in self.void else w.seq for w in self.works])
 
     def tokens(self) -> list[int | None]:
         """Waits for the step, and for none behind it."""

@@ -177,7 +177,7 @@ class _Best:
 
     @classmethod
     def of(cls, logits: Tensor, knobs: _Knobs, width: int) -> _Best:
-        values, ids = _best(logits, width)
+        values, ids = best_few(logits, width)
         whole = width == logits.shape[1]
         scaled = values.double() / knobs.temperature
         keep, known = _filter(scaled, logits, knobs, whole=whole)
@@ -273,7 +273,7 @@ def _greedy(logits: Tensor) -> list[int | None]:
     return [token if ok else None for token, ok in zip(_ints(best), _ints(finite), strict=True)]
 
 
-def _best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def best_few(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The ``width`` largest of each row and their ids, largest first, ties the lowest id first.
 
     Which of several equal values makes it across the edge is not defined unless ``width`` is the vocabulary.

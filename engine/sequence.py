@@ -65,16 +65,15 @@ class Sequence:
     rank: tuple[int, float, int] = field(init=False)
     """Smaller is served first, and preempted last."""
     plain: bool = field(init=False)
-    """Its logits and its noise alone decide its tokens, once it has ``min_tokens``, and nobody asks for more
-    than the tokens: the device draws them by itself."""
+    """Its logits, its noise and filters decide its tokens, once it has ``min_tokens``, and nobody asks for
+    more than the tokens: the device draws them by itself."""
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.request.output_ids]
         self.said = len(self.tokens)
         self.rank = (self.request.priority, self.request.arrival, self.number)
         wants = self.request
-        asks_more = wants.processors or wants.grammar or wants.logprobs is not None
-        self.plain = not asks_more and (wants.greedy or not wants.filtered)
+        self.plain = not (wants.processors or wants.grammar or wants.logprobs is not None)
 
     @property
     def id(self) -> str:
