@@ -21,8 +21,10 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "dtype": (click.Choice(["auto", "bfloat16", "float16", "float32"]), "Numbers it computes with."),
     "quantize": (
         click.Choice(QUANTIZE),
-        "Weights in fewer bits. Made on load: nf4, fp4, int8, eetq, fp8 (bitsandbytes: eetq). awq, gptq and "
-        "compressed-tensors only name what a checkpoint is stored as, and need not be said.",
+        (
+            "Weights in fewer bits. Made on load: nf4, fp4, int8, eetq, fp8 (bitsandbytes: eetq). awq, gptq and "
+            "compressed-tensors only name what a checkpoint is stored as, and need not be said."
+        ),
     ),
     "attention": (click.Choice(["auto", "cpu", "torch", "triton", "flash"]), "Attention kernel."),
     "max-num-seqs": (click.IntRange(1), "Sequences that run together."),
