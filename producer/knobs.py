@@ -22,8 +22,8 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "quantize": (
         click.Choice(QUANTIZE),
         (
-            "Weights in fewer bits. Made on load: nf4, fp4, int8, eetq, fp8 (bitsandbytes: eetq). awq, gptq and "
-            "compressed-tensors only name what a checkpoint is stored as, and need not be said."
+            "Weights in fewer bits. Made on load: nf4, fp4, int8, eetq, fp8 (bitsandbytes: eetq). awq, gptq "
+            "and compressed-tensors only name what a checkpoint is stored as, and need not be said."
         ),
     ),
     "attention": (click.Choice(["auto", "cpu", "torch", "triton", "flash"]), "Attention kernel."),
