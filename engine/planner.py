@@ -23,6 +23,8 @@ class _Waiting:
     """What the planner knows of one sequence."""
 
     trail: Trail[bytes]
+    preference: _Key
+    """Among those who share as much. As it was when it came: it may get a token while it waits, or end."""
     overtaken: int = 0
     """So many later ones were admitted before it."""
 
@@ -40,6 +42,9 @@ class _Class:
     """Who begins with the blocks of this name; the one to take first is the first."""
     last: Trail[bytes] = ()
     """The trail of the sequence that was admitted last."""
+
+    def preference(self, seq: Sequence) -> _Key:
+        return self.known[seq].preference
 
 
 class Planner:
@@ -62,10 +67,10 @@ class Planner:
         """It waits. Names in ``trail`` stand for beginnings that others may have too, the longest first."""
         room = self._classes[seq.request.priority]
         insort(room.by_rank, seq, key=_rank)
-        room.known[seq] = _Waiting((*trail, EVERYBODY))
+        room.known[seq] = _Waiting((*trail, EVERYBODY), _preference(seq))
         self._count(room, seq, room.overtakes if seq.preempted else 0)
         for name in room.known[seq].trail:
-            insort(room.takers.setdefault(name, []), seq, key=_preference)
+            insort(room.takers.setdefault(name, []), seq, key=room.preference)
 
     def remove(self, seq: Sequence) -> None:
         """It does not wait any more, and did not get in."""
@@ -96,15 +101,16 @@ class Planner:
 
     def _take_out(self, seq: Sequence) -> _Waiting:
         room = self._classes[seq.request.priority]
-        waiting = room.known.pop(seq)
+        waiting = room.known[seq]
         del room.by_rank[bisect_left(room.by_rank, seq.rank, key=_rank)]
         if waiting.overtaken >= room.overtakes:
             room.overdue.remove(seq)
         for name in waiting.trail:
             takers = room.takers[name]
-            del takers[bisect_left(takers, _preference(seq), key=_preference)]
+            del takers[bisect_left(takers, waiting.preference, key=room.preference)]
             if not takers:
                 del room.takers[name]
+        del room.known[seq]
         return waiting
 
     def check(self, waiting: list[Sequence]) -> None:
@@ -125,6 +131,6 @@ def _rank(seq: Sequence) -> tuple[int, float, int]:
 
 
 def _preference(seq: Sequence) -> _Key:
-    """Among those who share as much. Constant while a sequence waits."""
+    """In the batch class who has most to write comes first, elsewhere who ranks first."""
     rest = seq.limit - seq.length if seq.request.priority == BATCH else 0
     return -rest, seq.rank

@@ -41,6 +41,9 @@ class PrefixCache:
         self._block: dict[bytes, int] = {}
         self._name: dict[int, bytes] = {}
         self._wanted: Counter[bytes] = Counter()
+        self._wants: dict[Sequence, int] = {}
+        """So many blocks were counted for each that waits: a token that is coming may turn out to be the end,
+        and then ``_usable`` says less."""
         self.queries = 0
         """Tokens of sequences that started …"""
         self.hits = 0
@@ -51,13 +54,14 @@ class PrefixCache:
     def want(self, seq: Sequence) -> None:
         """``seq`` begins to wait. Its first blocks are rated last, and so handed out last among equals."""
         self._name_blocks(seq)
-        for name in reversed(seq.hashes[: self._usable(seq)]):
+        self._wants[seq] = self._usable(seq)
+        for name in reversed(seq.hashes[: self._wants[seq]]):
             self._wanted[name] += 1
             self._rate(name)
 
     def unwant(self, seq: Sequence) -> None:
         """It waits no longer."""
-        for name in reversed(seq.hashes[: self._usable(seq)]):
+        for name in reversed(seq.hashes[: self._wants.pop(seq)]):
             self._wanted[name] -= 1
             if not self._wanted[name]:
                 del self._wanted[name]
@@ -153,7 +157,9 @@ class PrefixCache:
         assert len(self._block) == len(self._name), "two blocks have one name, or two names one block"
         assert all(self._block[name] == block for block, name in self._name.items())
         assert not self.swap.names() & self._block.keys(), "in the cache and swapped out"
-        assert self._wanted == Counter(name for seq in waiting for name in seq.hashes[: self._usable(seq)]), (
+        assert self._wants.keys() == set(waiting), "who waits, and who wants blocks"
+        counted = (name for seq, count in self._wants.items() for name in seq.hashes[:count])
+        assert self._wanted == Counter(counted), (
             "somebody's wants are not on record, or somebody's who is gone"
         )
         assert self.swap.names() <= self._wanted.keys(), "swapped out for nobody"

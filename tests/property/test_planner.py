@@ -150,3 +150,25 @@ def test_a_preempted_sequence_is_next_whatever_else_would_fit_better() -> None:
     back.preempted = True
     planner.add(back, [b"y"])
     assert planner.next() is back
+
+
+def test_a_preempted_sequence_may_end_while_it_waits() -> None:
+    """Its last token was still coming when it lost its blocks, and that was an end token: another one of the
+    batch was struck from the list in its place, and never started."""
+    it = Scheduler(BlockPool(16), block_size=4, step_tokens=16, max_num_seqs=2)
+    first, second, third = (make(number, [number + 1] * 4) for number in (0, 1, 2))
+    third.limit = second.limit - 1  # ranked right behind what is left of the second
+    for seq in (first, second, third):
+        it.add(seq)
+    plan = it.plan()
+    assert [work.seq for work in plan.work] == [first, second]
+    it.advance(plan)
+    first.coming = second.coming = 1
+    assert it.shrink()  # to one sequence
+    second.coming = 0
+    it.remove(second)
+    first.tokens.append(9)
+    first.coming = 0
+    it.check()
+    it.remove(first)
+    assert [work.seq for work in it.plan().work] == [third]
