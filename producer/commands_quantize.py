@@ -55,6 +55,7 @@ LINE_EVERY_S = 10.0
 CODES: dict[str, type[GristmillError]] = {
     c.code: c for c in (InvalidRequest, Misconfigured, ModelInvalid, ModelNotFound, Unsupported)
 }
+AWQ_ONLY = ("group_size", "calibration", "calibration_tokens", "clip")
 Update = Callable[[str, int, int], None]
 
 
@@ -81,6 +82,7 @@ def quantize(
     """Resolve the model, then let the other program work."""
     from ..backends.models import resolve
 
+    _refuse_idle_flags(calibration=calibration, **options)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise Misconfigured(f"quantizing needs {', '.join(missing)}; run: pip install 'gristmill[worker]'")
@@ -99,6 +101,15 @@ def quantize(
         say(f"group size {summary['group_size']}")
     say(f"{before / 2**20:,.0f} MiB → {after / 2**20:,.0f} MiB in {took}")
     put(summary["path"])
+
+
+def _refuse_idle_flags(method: str, **options: Any) -> None:
+    """Raises Misconfigured for a flag that this method would pass over in silence."""
+    idle = [f"--{name.replace('_', '-')}" for name in AWQ_ONLY if options[name] is not None]
+    if idle and method != "awq":
+        raise Misconfigured(
+            f"--method {method} does not use {', '.join(idle)}; leave that out, or use --method awq"
+        )
 
 
 def _run(settings: dict[str, Any], update: Update) -> dict[str, Any]:

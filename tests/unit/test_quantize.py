@@ -106,3 +106,10 @@ def test_the_command_prints_the_directory_or_one_line_of_why_not(tmp_path: Path)
     refused = CliRunner().invoke(cli, args, obj={})
     assert isinstance(refused.exception, Misconfigured)
     assert "exists, and nothing is overwritten" in refused.exception.message
+
+
+def test_a_flag_that_the_method_does_not_use_is_refused() -> None:
+    args = ["quantize", "smollm2-135m", "out", "--method", "int8", "--group-size", "32", "--no-clip"]
+    refused = CliRunner().invoke(cli, args, obj={})
+    assert isinstance(refused.exception, Misconfigured)
+    assert "--method int8 does not use --group-size, --clip; leave" in refused.exception.message
