@@ -131,6 +131,8 @@ def locate(name: str, revision: str | None, settings: Settings) -> Path:
         return path
     _check_hub_id(name, revision)
     path = hub.cached(name, revision, settings.hub_cache)
+    if path is None and name.endswith(".gguf"):
+        raise ModelNotFound(f"{name}: no such file")
     if path is None:
         raise ModelNotFound(f"{name} is neither a directory nor in the Hub cache; {fetch}")
     return path
@@ -174,8 +176,8 @@ def _offline(name: str, revision: str | None, settings: Settings) -> Path:
     try:
         return resolve(name, revision, settings=settings)
     except (ModelNotFound, ModelInvalid) as exc:
-        if not is_s3(name) and _is_path(name):
-            raise
+        if _is_path(name) or not (is_s3(name) or name in BUNDLED or hub.is_hub_id(name)):
+            raise  # nothing that could be fetched elsewhere
         option = f" --revision {revision}" if revision else ""
         raise ModelNotFound(
             f"{name} is not on this machine, or not whole, and GRISTMILL_OFFLINE (or HF_HUB_OFFLINE) is set. "

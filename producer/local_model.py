@@ -10,12 +10,13 @@ from .transfer import show_transfer
 def choose(wanted: str | None, settings: Settings, revision: str | None = None) -> str:
     """The model asked for, or the only one in the cache; checked to be here and whole.
 
-    One of a bucket is fetched first. Raises ModelNotFound, ModelInvalid, DownloadFailed.
+    One of a bucket is fetched first. Raises ModelNotFound (offline, with what to run where), ModelInvalid,
+    DownloadFailed.
     """
     from ..backends import models
     from ..backends.bucket import is_s3
 
-    if wanted is not None and is_s3(wanted):
+    if wanted is not None and (is_s3(wanted) or settings.offline):
         with show_transfer() as report:
             models.ensure(wanted, revision, report, settings)
         return wanted

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from gristmill.backends import bundled, hub, models
+from gristmill.producer.local_model import choose
 from gristmill.schemas.errors import (
     DownloadFailed,
     GristmillError,
@@ -22,6 +23,7 @@ from gristmill.schemas.errors import (
     ModelInvalid,
     ModelNotFound,
 )
+from gristmill.schemas.settings import load_settings
 
 # What transformers' own GGUF loader and the gguf package make of the same file, in bf16: half the
 # sha256 of each raw tensor.
@@ -209,6 +211,7 @@ def test_an_incomplete_local_directory_says_what_is_missing(model: Path, damage:
         ("smolm2", ModelNotFound, "use smollm2-135m, a Hub id"),
         ("someone/something", ModelNotFound, "run: gristmill models pull someone/something"),
         ("/no/such/place", ModelNotFound, "no such directory"),
+        ("models/small.gguf", ModelNotFound, "models/small.gguf: no such file"),
         ("../elsewhere", ModelNotFound, "no such directory"),
         ("a/../../etc", ModelNotFound, "no model"),
         ("models--a/b", ModelNotFound, "no model"),
@@ -223,6 +226,19 @@ def test_a_name_that_leads_nowhere_says_what_to_do(
 ) -> None:
     with pytest.raises(error, match=says):
         models.resolve(name, home=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("someone/something", "gristmill models mirror someone/something DIR"),
+        ("smolm2", "use smollm2-135m, a Hub id"),
+    ],
+)
+def test_offline_run_and_up_say_what_to_run_where(tmp_path: Path, name: str, says: str) -> None:
+    settings = load_settings(home=tmp_path, offline=True, hub_cache=tmp_path / "hub")
+    with pytest.raises(ModelNotFound, match=says):
+        choose(name, settings)
 
 
 @pytest.mark.parametrize("revision", ["../../main", "a//b", "", "-x", "a b", "v1/../.."])
