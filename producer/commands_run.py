@@ -146,7 +146,7 @@ def _execute(
         put_json(summary)
     _say_summary(summary, progress)
     if failure is not None:
-        say("what is finished is written; run the same command again to continue")
+        say("what is finished is written; once this is mended, the same command continues:")
         raise failure
     if not complete:
         left = progress.rows - progress.ended
