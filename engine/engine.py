@@ -193,10 +193,10 @@ class Engine:
         for seq, begins in self._guide.ready(patiently=not (self._scheduler.has_work or outputs)):
             outputs += self._begin(seq, begins)
         outputs += self._attend_to_adapters()
-        if self._scheduler.has_work:
+        if self._scheduler.has_work or self._flight:  # what is coming is also for who left for the desk
             outputs += self._run()
         else:
-            self._step_tokens, self._flight = 0, None
+            self._step_tokens = 0
             self._desk.wait(ADAPTER_POLL_S)
         self._step_s = time.monotonic() - started
         if self._step_tokens:

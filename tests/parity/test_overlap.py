@@ -19,6 +19,8 @@ from gristmill.engine.sampler import Sampler
 from gristmill.engine.sequence import Row, Sequence
 from gristmill.engine.settings import EngineSettings
 
+from ..support.adapters import ATTENTION, write_adapter
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -145,6 +147,33 @@ def test_who_is_taken_back_gets_nothing_more_even_if_the_name_comes_again(model:
         first += outputs
     said = {name: [t for one in first if one.id == name for t in one.token_ids] for name in ("a", "b")}
     assert said == {name: tokens for name, (tokens, _) in expected.items()}
+
+
+def test_who_gives_up_an_adapter_with_a_token_coming_gets_that_token(model: Path, tmp_path: Path) -> None:
+    """A more urgent request empties the scheduler. The step that was on its way was forgotten, its token was
+    waited for in vain, and the engine died of an empty plan."""
+    for seed, name in enumerate(("a", "b")):
+        write_adapter(tmp_path / name, model, seed=seed, targets=ATTENTION, rank=160)
+
+    def asked(name: str, priority: int) -> Request:
+        return Request(
+            id=name, prompt_ids=[40, 2, 3], max_tokens=9, temperature=0.0, adapter=name, priority=priority,
+            ignore_eos=True,
+        )  # fmt: skip
+
+    said: dict[bool, dict[str, list[int]]] = {}
+    for overlap in (False, True):
+        engine = start(model, overlap=overlap, dtype="float32", lora_dir=tmp_path, lora_memory_mib=1)
+        said[overlap] = {"a": [], "b": []}
+        engine.add(asked("a", 2))
+        while engine.has_work:
+            for output in engine.step():
+                said[overlap][output.id] += output.token_ids
+            engine.check()
+            if len(said[overlap]["a"]) == 3 and not said[overlap]["b"] and "b" not in engine._seqs:
+                engine.add(asked("b", 0))
+        assert engine.stats.adapter_loads == 3, "nobody had to give way: the test shows nothing"
+    assert said[True] == said[False]
 
 
 def test_a_row_that_is_no_number_ends_alone(model: Path) -> None:
