@@ -124,9 +124,10 @@ def mirror(source: str, target: str, revision: str | None, as_json: bool) -> Non
 @revision
 @common
 def verify(names: tuple[str, ...], revision: str | None, as_json: bool) -> int:
-    """Say by file what is missing, truncated or different; without NAMES in all of the cache.
+    """Say by file what is missing, truncated or different.
 
-    Reads every byte that has a recorded checksum, the headers of safetensors files, and the index.
+    Without names, in all models of the cache. Reads every byte that has a recorded checksum, the headers
+    of safetensors files, and the index.
     """
     settings, worst = load_settings(), 0
     for name, place in _places(names, revision, settings):

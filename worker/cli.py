@@ -26,7 +26,7 @@ def cli() -> None:
 
 
 @cli.command(help="Serve one model until told to stop.\n\n" + EXAMPLES)
-@click.option("--model", help="Hub id, directory, s3://bucket/prefix, or smollm2-135m.")
+@click.option("--model", help="Hub id, directory, GGUF file, s3://bucket/prefix, or smollm2-135m.")
 @click.option("--revision", help="Hub revision.")
 @click.option("--served-model-name", help="Name that jobs use; default: the model as given.")
 @click.option("--broker", "broker_url", help="redis(s)://…, unix://…, embedded:DIR.")
