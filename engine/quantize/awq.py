@@ -144,9 +144,9 @@ def _groups(spec: ModelSpec, index: int) -> list[Group]:
     if spec.parallel and names.mlp_norm is None:  # one norm feeds both
         readers += _names(prefix, linears["gate_up"])
     elif names.mlp_norm is not None:
-        groups.append(Group(_names(prefix, linears["gate_up"]), _norm_fold(spec, prefix + names.mlp_norm)))
+        groups.append(Group(_names(prefix, linears["gate_up"]), norm_fold(spec, prefix + names.mlp_norm)))
     if names.attention_norm is not None:
-        groups.append(Group(readers, _norm_fold(spec, prefix + names.attention_norm)))
+        groups.append(Group(readers, norm_fold(spec, prefix + names.attention_norm)))
     if spec.qkv_clip is None:  # cutting values off is not linear
         fold = _rows_fold(prefix, linears["qkv"], _value_rows(spec, linears["qkv"]), _one_of_each(spec))
         groups.append(Group(_names(prefix, linears["output"]), fold, _shared(spec)))
@@ -160,13 +160,13 @@ def _names(prefix: str, joint: Joint) -> tuple[str, ...]:
     return tuple(f"{prefix}{module.name}.weight" for module in joint.modules)
 
 
-def _norm_fold(spec: ModelSpec, norm: str) -> Fold:
+def norm_fold(spec: ModelSpec, norm: str) -> Fold:
     plus = 1 if spec.norm_plus_one else 0
 
     def fold(tensors: Tensors, scales: Tensor) -> Tensor:
         weight = tensors[f"{norm}.weight"]
         before = weight.to(scales) + plus
-        changed = (before / scales - plus).to(weight.dtype)
+        changed = (before / scales - plus).to(weight)  # which may be on another device
         after = changed.to(scales) + plus
         # What the stored numbers' rounding made of the scales is what columns are multiplied by.
         whole = (before != 0) & (after != 0)

@@ -16,7 +16,7 @@ from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.quant.awq import Awq
 from gristmill.engine.quant.grouped import Grouped
 from gristmill.engine.quant.method import Site
-from gristmill.engine.quantize.awq import rounded, scale_layer
+from gristmill.engine.quantize.awq import norm_fold, rounded, scale_layer
 from gristmill.engine.quantize.calibration import Calibration, Seen, sequences
 from gristmill.engine.quantize.layouts import AwqGemm, Rounded
 from gristmill.engine.quantize.run import Source, quantize
@@ -25,6 +25,7 @@ from gristmill.engine.reference import Reference
 from gristmill.engine.tokenizer import Tokenizer
 from gristmill.schemas.errors import InvalidRequest, Misconfigured
 from safetensors.torch import load_file, save_file
+from torch._subclasses import FakeTensorMode
 
 from ..support.model_types import VARIANTS, VOCAB, their_model
 from ..support.quantized import PROMPT, SHAPE, spoken
@@ -75,6 +76,16 @@ def test_a_scaled_model_says_what_it_said(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(told(source, scaled), before, rtol=1e-3, atol=2e-3)
         reference = torch.cat([theirs(torch.tensor([ids])).logits[0] for ids in fed])
         torch.testing.assert_close(before, reference.float(), rtol=1e-3, atol=2e-3)
+
+
+def test_a_norm_is_scaled_where_it_is_by_scales_from_a_card(tmp_path: Path) -> None:
+    """`gristmill quantize --method awq` ended in an error on every machine with a card."""
+    write_tiny(tmp_path, "qwen2", **SHAPE)
+    spec = Source(tmp_path).spec
+    with FakeTensorMode():  # knows where each tensor is, and computes nothing
+        tensors = {"norm.weight": torch.ones(64, dtype=torch.bfloat16)}
+        assert norm_fold(spec, "norm")(tensors, torch.ones(64, device="cuda")).device.type == "cuda"
+        assert tensors["norm.weight"].device.type == "cpu"
 
 
 def test_a_checkpoint_holds_what_was_chosen_in_autoawqs_layout(tmp_path: Path) -> None:
