@@ -51,7 +51,7 @@ def parse(body: bytes, where: str) -> Manifest:
             name: Recorded(int(each["size"]), str(each["sha256"]), each.get("tag"))
             for name, each in content.pop("files").items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise ModelInvalid(f"{where}: not a list of a model's files; copy the model again") from exc
     for name, each in files.items():
         if not is_plain(name) or each.size < 0 or len(each.sha256) != HASH:
@@ -61,7 +61,7 @@ def parse(body: bytes, where: str) -> Manifest:
 
 def is_plain(name: str) -> bool:
     """A name that stays in its directory, and is not hidden."""
-    return name.isprintable() and Path(name).name == name and not name.startswith(".")
+    return name != "" and name.isprintable() and Path(name).name == name and not name.startswith(".")
 
 
 def sha256_of(path: Path) -> str:

@@ -103,7 +103,7 @@ def header(what: object, size: int, span: Callable[[int, int], bytes]) -> dict[s
             (int(each["data_offsets"][1]) for name, each in found.items() if name != "__metadata__"),
             default=0,
         )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as exc:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise ModelInvalid(f"{what}: the safetensors header is damaged") from exc
     if size != 8 + length + end:
         raise ModelInvalid(

@@ -146,6 +146,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def upload(s3: S3Server, model: Path, prefix: str = "models/tiny") -> str:
     for file in model.iterdir():
         s3.client.upload_file(str(file), s3.bucket, f"{prefix}/{file.name}")
+    s3.client.put_object(Bucket=s3.bucket, Key=f"{prefix}/")  # as a console's "create folder" makes it
     return f"s3://{s3.bucket}/{prefix}"
 
 
