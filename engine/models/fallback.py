@@ -128,6 +128,7 @@ class Fallback:
                     done[child] = _Made(child, head if name in ROUTERS else make)
                 if child in done:
                     setattr(parent, name, done[child])
+        self._called.clear()  # or their weights would stay in memory beside what was made of them
         output = self._model.get_output_embeddings()
         if type(output) is nn.Linear:
             made = _Made(output, head)

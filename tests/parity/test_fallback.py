@@ -5,15 +5,20 @@ And those that cannot be run so are refused at start, by name, instead of saying
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gristmill.engine.engine import Engine
+from gristmill.engine.layers.linear import linear
 from gristmill.engine.messages import Request
+from gristmill.engine.models.config import Config
+from gristmill.engine.models.fallback import Fallback
 from gristmill.engine.settings import EngineSettings
 from gristmill.schemas.errors import Misconfigured, ModelInvalid
 from safetensors.torch import load_file, save_file
@@ -195,6 +200,17 @@ def test_weights_and_cache_may_be_quantized_on_load(arcee: Path, knobs: dict[str
     exact, packed = runner(arcee), runner(arcee, **knobs)
     a, b = (generate(each, prompts()[1:2], 1)[0].rows[0] for each in (exact, packed))
     assert 0.001 < (a - b).abs().max() / a.std() < 0.3
+
+
+def test_weights_that_were_made_smaller_are_not_kept_beside(arcee: Path) -> None:
+    """Quantized on load, a model took more memory than it does plain."""
+    settings = EngineSettings(model=str(arcee))
+    decoder = Fallback(arcee, Config.load(arcee), settings, torch.float32, torch.device("cpu"))
+    linears = [weakref.ref(each) for each in decoder._model.modules() if type(each) is torch.nn.Linear]
+    decoder.rebuild(linear, head=linear)
+    gc.collect()
+    assert linears
+    assert not any(each() for each in linears)
 
 
 def test_a_checkpoint_with_other_tensors_than_the_model_has_is_refused_by_name(
