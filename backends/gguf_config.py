@@ -42,6 +42,8 @@ def config_of(gguf: GgufFile) -> Values:
     fields = _Fields(gguf.path, metadata, architecture)
     if fields.get("expert_count"):
         raise ModelInvalid(f"{gguf.path}: experts in GGUF files ({architecture}) are not supported")
+    if fields["block_count"] > len(gguf.tensors):  # before lists of that length are made
+        raise ModelInvalid(f"{gguf.path}: {fields['block_count']:,} layers in {len(gguf.tensors):,} tensors")
     tokens = metadata.get("tokenizer.ggml.tokens") or ()
     ids = {
         f"{name}_token_id": metadata[key]

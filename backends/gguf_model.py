@@ -75,15 +75,22 @@ def _write(gguf: Path, target: Path) -> None:
     from .gguf_tokenizer import tokenizer_config_of, tokenizer_of
 
     with GgufFile(gguf) as file:
-        _json(target / "config.json", config_of(file))
         own = {each.name for each in _beside(gguf)}
         try:
+            _json(target / "config.json", config_of(file))
             if "tokenizer.json" not in own:
                 _json(target / "tokenizer.json", tokenizer_of(gguf, file.metadata))
             if "tokenizer_config.json" not in own and "tokenizer.ggml.tokens" in file.metadata:
                 _json(target / "tokenizer_config.json", tokenizer_config_of(file.metadata))
         except (KeyError, IndexError) as exc:
             raise ModelInvalid(f"{gguf}: metadata lacks {exc}") from exc
+        except (
+            ArithmeticError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as exc:  # a list for a number, no heads
+            raise ModelInvalid(f"{gguf}: metadata are not those of a model that is known ({exc})") from exc
     for each in _beside(gguf):
         shutil.copyfile(each, target / each.name)
     (target / FILE).symlink_to(gguf)

@@ -116,9 +116,9 @@ class GgufFile:
             name = self._string()
             self.metadata[name] = self._value(self._scalar("I"))
         infos = [self._tensor_info() for _ in range(tensor_count)]
-        alignment = int(self.metadata.get("general.alignment", 32))
-        if alignment <= 0:
-            raise ModelInvalid(f"{self.path}: alignment {alignment}")
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise ModelInvalid(f"{self.path}: alignment {str(alignment)[:80]}")
         start = -(-self._position // alignment) * alignment
         for info in infos:
             placed = TensorInfo(info.name, info.shape, info.layout, start + info.offset)

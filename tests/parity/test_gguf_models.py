@@ -170,6 +170,31 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path: Path) -> None:
     assert gguf_model.gguf_in(tmp_path / "nothing") is None
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("general.alignment", "wide", "alignment wide"),
+        ("llama.attention.head_count", 0, "not those of a model"),
+        ("llama.attention.head_count", [4, 4], "not those of a model"),
+        ("llama.block_count", 2**31, "2,147,483,648 layers in 0 tensors"),
+    ],
+)
+def test_metadata_that_make_no_sense_are_refused(field: str, value: Any, words: str, tmp_path: Path) -> None:
+    sizes = {"embedding_length": 64, "feed_forward_length": 96, "context_length": 128, "block_count": 0}
+    fields = {f"llama.{name}": size for name, size in sizes.items()}
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for name, number in (fields | {"llama.attention.head_count": 4, field: value}).items():
+        if isinstance(number, int):
+            writer.add_uint32(name, number)
+        else:
+            (writer.add_string if isinstance(number, str) else writer.add_array)(name, number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelInvalid, match=words):
+        resolve(str(tmp_path / "model.gguf"), home=tmp_path / "home")
+
+
 def test_a_tokenizer_beside_the_file_goes_before_what_it_holds(tmp_path: Path) -> None:
     from gristmill.engine.models.tiny import write_tiny
 
