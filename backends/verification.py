@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from ..schemas.errors import ModelInvalid
 from . import model_files
 from .copying import FILES_AT_ONCE, manifest_of
+from .gguf_model import FILE as GGUF
 from .manifest import MANIFEST, Manifest, Recorded, is_plain
 from .model_files import INDEX
 from .places import Folder, Found, Place
@@ -128,7 +129,7 @@ def _structure(place: Place, there: Mapping[str, Found], bad: set[str]) -> list[
             tensors[name] = set(header) - {"__metadata__"}
     if INDEX in there:
         problems += _index(place, there, tensors, bad | {problem.file for problem in problems})
-    elif "model.safetensors" not in there and "model.safetensors" not in bad and INDEX not in bad:
+    elif not {"model.safetensors", GGUF, INDEX} & (there.keys() | bad):
         problems.append(Problem("model.safetensors", "missing", f"there is no {INDEX} either"))
     return problems
 

@@ -12,6 +12,9 @@ import pytest
 import torch
 from gristmill.backends import gguf_model
 from gristmill.backends.models import resolve
+from gristmill.backends.places import Folder
+from gristmill.backends.progress import silent
+from gristmill.backends.verification import examine
 from gristmill.engine.quant.gguf_blocks import FORMATS, grouped
 from gristmill.engine.tokenizer import Tokenizer
 from gristmill.schemas.errors import ModelInvalid
@@ -205,3 +208,4 @@ def test_a_tokenizer_beside_the_file_goes_before_what_it_holds(tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_bytes((beside / "tokenizer.json").read_bytes())
     found = Tokenizer(resolve(str(tmp_path / "model.gguf"), home=tmp_path / "home"))
     assert found.encode("ab") == [97, 98]
+    assert not examine(Folder(own), silent).problems
