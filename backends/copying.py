@@ -23,7 +23,7 @@ ROOM_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A file to copy. ``sha256``: as the source's manifest says; None: it has none."""
+    """A file to copy. ``sha256``: as the source's manifest, or the Hub's cache, says; None: nobody does."""
 
     name: str
     found: Found
@@ -63,7 +63,8 @@ def wanted_of(place: Place) -> tuple[list[Wanted], Manifest | None]:
     if not there:
         raise ModelNotFound(f"{place.where}: there is no model; check the name")
     if manifest is None:
-        wanted = [Wanted(name, found, None) for name, found in there.items()]
+        named = place.named_checksum if isinstance(place, Folder) else None
+        wanted = [Wanted(name, found, named(name) if named else None) for name, found in there.items()]
     else:
         for name, recorded in manifest.files.items():
             held = there[name].size if name in there else None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gristmill.backends import bucket, copying, hub, models
 from gristmill.backends import places as places_module
-from gristmill.backends.manifest import MANIFEST
+from gristmill.backends.manifest import MANIFEST, sha256_of
 from gristmill.backends.mirror import Mirrored, mirror
 from gristmill.backends.places import Folder
 from gristmill.backends.progress import silent
@@ -119,6 +119,23 @@ def test_a_name_of_its_own_puts_a_model_back_into_the_cache(
     assert contents(path) == contents(snapshot)
     with pytest.raises(ModelInvalid, match="smollm2-135m is the name of a bundled model and this is no copy"):
         copied(tmp_path / "copy", "smollm2-135m", elsewhere)
+
+
+def test_a_file_that_rotted_in_the_hubs_cache_is_not_copied_as_good(model: Path, tmp_path: Path) -> None:
+    snapshot = hub.snapshot("someone/something", COMMIT, tmp_path / "hub")
+    assert snapshot is not None
+    snapshot.parent.mkdir(parents=True)
+    model.rename(snapshot)
+    hub.point_to(snapshot, "main")
+    blob = tmp_path / "hub" / sha256_of(snapshot / SHARD)
+    (snapshot / SHARD).rename(blob)
+    (snapshot / SHARD).symlink_to(blob)
+    flip(blob)
+    settings = Settings(home=tmp_path / "home", hub_cache=tmp_path / "hub", offline=True)
+    with pytest.raises(ModelInvalid, match=f"{SHARD}: .* bytes with SHA-256"):
+        copied("someone/something", tmp_path / "copy", settings)
+    with pytest.raises(ModelInvalid, match="not finished"):
+        models.verify(tmp_path / "copy")
 
 
 def test_a_copy_needs_room_and_two_places(
