@@ -42,13 +42,18 @@ def mirror(source: str, target: str, revision: str | None, report: Reporter, set
     else:
         own = _own_place(target, {**(_origin(place)), **about}, settings)
         if own is not None:
+            _refuse_same(place.where, str(own), source, target)
             return _put_back(place, own, target, report, settings)
         there = Folder(Path(target).expanduser().absolute())
-    if there.where == place.where:
-        raise InvalidRequest(f"{source} and {target} are the same place; name another one to copy to")
+    _refuse_same(place.where, there.where, source, target)
     with _alone(there.where, report, settings):
         done = copy(place, there, report, about=about)
     return _summary(there.where, done)
+
+
+def _refuse_same(place: str, there: str, source: str, target: str) -> None:
+    if place == there:
+        raise InvalidRequest(f"{source} and {target} are the same place; name another one to copy to")
 
 
 def _source(

@@ -112,6 +112,8 @@ def test_a_name_of_its_own_puts_a_model_back_into_the_cache(
     model.rename(snapshot)
     hub.point_to(snapshot, "main")
     copied("someone/something", tmp_path / "copy", settings)
+    with pytest.raises(InvalidRequest, match="the same place"):
+        copied("someone/something", "someone/something", settings)
     elsewhere = settings.model_copy(update={"hub_cache": tmp_path / "another-hub", "offline": True})
     copied(tmp_path / "copy", "someone/something", elsewhere)
     path = models.resolve("someone/something", settings=elsewhere)
