@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from dataclasses import asdict
@@ -26,6 +27,7 @@ OUT_OF_MEMORY = "out_of_memory"
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, _interrupted)
     logging.basicConfig(format="quantize[%(process)d] %(levelname)s %(name)s: %(message)s")
     try:
         settings = QuantizeSettings.model_validate_json(sys.stdin.buffer.read())
@@ -38,6 +40,13 @@ def main() -> int:
         return _failed(exc)
     _say(summary=asdict(summary))
     return 0
+
+
+def _interrupted(number: int, frame: object) -> None:
+    """A terminal sends it, and the command passes it on: the second must not end what takes files away."""
+    del number, frame
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _failed(exc: Exception) -> int:

@@ -17,6 +17,7 @@ from ..models.config import Config
 from ..models.families import from_hf
 from ..models.layout import joints, layer_prefix
 from ..models.spec import ModelSpec
+from ..quant.gguf import FILE as GGUF
 from ..quant.method import quantization
 from ..tokenizer import Tokenizer
 from ..weights import Checkpoint, expected_tensors
@@ -88,6 +89,10 @@ class Source:
         self.config = Config.load(directory)
         self.spec: ModelSpec = from_hf(self.config)
         _refuse(self.config, self.spec)
+        if (directory / GGUF).is_file():
+            raise ModelInvalid(
+                f"{(directory / GGUF).resolve()}: a GGUF file; quantize the safetensors checkpoint it is of"
+            )
         self._checkpoint = Checkpoint(directory, self.spec.names.base)
         self._expected = expected_tensors(self.spec)
         self._checkpoint.verify(self._expected, tied=self.spec.tied_embeddings)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]  (PathLike is bare there)
 from torch import Tensor
 
@@ -58,7 +59,10 @@ class CheckpointWriter:
 
     def _flush(self) -> None:
         if self._waiting:
-            save_file(self._waiting, self._path(self._files), metadata={"format": "pt"})
+            try:
+                save_file(self._waiting, self._path(self._files), metadata={"format": "pt"})
+            except SafetensorError as exc:  # how it says that the disk is full
+                raise OSError(f"weights cannot be written: {exc}") from exc
             self._path(self._files).chmod(0o644)  # the library makes it for the owner only
             _sync(self._path(self._files))
             self._waiting, self._bytes, self._files = {}, 0, self._files + 1
@@ -71,18 +75,30 @@ class CheckpointWriter:
 def new_directory(out: Path) -> Generator[Path]:
     """A directory beside ``out`` that takes its name when all went well, and is removed otherwise.
 
-    Raises Misconfigured if ``out`` exists: nothing is overwritten.
+    Raises Misconfigured if ``out`` exists: nothing is overwritten; and where there is no room, or no right.
     """
     refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    with _file_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+        try:
+            yield scratch
+            scratch.chmod(0o755)
+            refuse_existing(out)
+            scratch.rename(out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _file_errors(out: Path) -> Generator[None]:
     try:
-        yield scratch
-        scratch.chmod(0o755)
-        refuse_existing(out)
-        scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        yield
+    except OSError as exc:
+        raise Misconfigured(
+            f"{exc.filename or out}: {exc.strerror or exc}; make room, give this user the right, or name "
+            "another directory"
+        ) from exc
 
 
 def refuse_existing(out: Path) -> None:

@@ -67,6 +67,12 @@ def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(tmp_path: Path) 
     out = quantized(plain, tmp_path / "out")
     with pytest.raises(ModelInvalid, match="quantized as compressed-tensors already"):
         quantized(out, tmp_path / "again")
+    with pytest.raises(Misconfigured, match=r"config\.json: .*; make room, give this user the right"):
+        quantized(plain, plain / "config.json" / "out")
+    (plain / "model.gguf").touch()
+    with pytest.raises(ModelInvalid, match=r"model\.gguf: a GGUF file; quantize the safetensors checkpoint"):
+        quantized(plain, tmp_path / "again")
+    (plain / "model.gguf").unlink()
     reconfigure(plain, num_hidden_layers=3)
     with pytest.raises(ModelInvalid, match=r"lacks 'model\.layers\.2\."):
         quantized(plain, tmp_path / "again")
