@@ -389,7 +389,7 @@ class Engine:
         for seq in turn.ready:
             self._scheduler.add(seq)
         for seq, _ in turn.failed:
-            del self._seqs[seq.id]
+            self._forget(seq)
         return [Output.failed(seq.id, error.code, error.message) for seq, error in turn.failed]
 
     def _swap_space(self, settings: EngineSettings) -> SwapSpace | None:
@@ -451,14 +451,18 @@ class Engine:
         return []
 
     def _end(self, seq: Sequence, *, spoiled: bool = False) -> None:
-        del self._seqs[seq.id]
-        self._sampler.processing.forget(seq.id)
-        if self._speculation:
-            self._speculation.forget(seq)
+        self._forget(seq)
         if self._guide.forget(seq):
             return
         if seq.adapter is None or not self._desk.remove(seq):
             self._scheduler.remove(seq, spoiled=spoiled)
+
+    def _forget(self, seq: Sequence) -> None:
+        """Strike it from the engine's own books, not from those of whoever holds it."""
+        del self._seqs[seq.id]
+        self._sampler.processing.forget(seq.id)
+        if self._speculation:
+            self._speculation.forget(seq)
 
     def _end_ids(self, request: Request) -> frozenset[int]:
         model = () if request.ignore_eos else self._runner.eos_token_ids

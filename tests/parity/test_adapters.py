@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gristmill.engine.engine import Engine
-from gristmill.engine.messages import Request
+from gristmill.engine.messages import Processors, Request
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.settings import EngineSettings
 
@@ -186,6 +186,25 @@ def test_adapters_evicted_and_loaded_again_equal_peft(tmp_path: Path, llama: Jud
     assert small.stats.adapter_loads > len(names), "nothing was loaded twice: the test shows nothing"
     for request in todo:
         llama.assert_greedy(request, said[request.id])
+
+
+def test_who_ran_and_then_lost_its_adapter_leaves_nothing_behind(tmp_path: Path, llama: Judge) -> None:
+    """It had to give way, and the files had changed when it was to go on: an idle engine's books were wrong,
+    which ended it."""
+    for seed, name in enumerate(("first", "urgent")):
+        write_adapter(tmp_path / name, llama.model, seed=seed, targets=ATTENTION, rank=160)
+    small = engine(llama, lora_dir=tmp_path, lora_memory_mib=1, attention="torch")
+    asked = replace(requests(9, 1)[0], processors=Processors(repetition_penalty=1.1))
+    small.add(replace(asked, id="first", adapter="first", priority=2))
+    while not any(output.token_ids for output in small.step()):
+        pass
+    small.add(replace(asked, id="urgent", adapter="urgent", priority=0))
+    write_adapter(tmp_path / "first", llama.model, seed=9, targets=ATTENTION, rank=160)
+    ended: dict[str, str | None] = {}
+    while small.has_work:
+        ended |= {output.id: output.finish for output in small.step() if output.finish}
+    assert ended == {"urgent": "length", "first": "error"}
+    small.check()
 
 
 def test_keys_and_values_of_one_adapter_are_not_found_by_another(llama: Judge) -> None:
