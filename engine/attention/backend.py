@@ -21,7 +21,8 @@ class Attention(Protocol):
     follow from ``frame.rows`` and ``frame.longest``. So a forward pass over ``frame.step(tokens)`` can be
     captured, and replayed after each ``frame.fill(batch)``. Scratch is allocated as activations are, while
     capturing in the graph's pool; run such a pass once before, so that kernels are compiled. What ``attend``
-    says of a row is the same in a frame of any size and outside of one, to the last bit.
+    says of a row is the same in a frame of any size and outside of one: to the last bit, but for flash-attn,
+    which cuts keys as the whole batch suggests.
     """
 
     name: str
