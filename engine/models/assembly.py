@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -265,8 +266,11 @@ def _unnormed(x: Tensor, residual: Tensor | None = None) -> Tensor:
 
 
 def _columns(order: Sequence[int]) -> Rowwise:
-    wanted = torch.tensor(order)
-    return lambda x: x.index_select(1, wanted.to(x.device))
+    @cache
+    def wanted(device: torch.device) -> Tensor:  # copied once: a copy in every step would wait for the device
+        return torch.tensor(order, device=device)
+
+    return lambda x: x.index_select(1, wanted(x.device))
 
 
 def _scaled(factor: float) -> Rowwise:
