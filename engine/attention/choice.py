@@ -111,10 +111,10 @@ def triton_attention(wanted: Wanted, block: int) -> Attention | str:
 def flash_attention(wanted: Wanted, block: int) -> Attention | str:
     """flash-attn 2, tried once on this device, or why not."""
     spec = wanted.spec
-    if wanted.device.type != "cuda":
-        return "it needs a CUDA device"
     if wanted.numbers:
         return NO_NUMBERS.format(wanted.numbers.name)
+    if wanted.device.type != "cuda":
+        return "it needs a CUDA device"
     if wanted.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, not in {str(wanted.dtype).removeprefix('torch.')}"
     if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 8:

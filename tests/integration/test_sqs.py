@@ -243,7 +243,7 @@ def test_a_claim_is_renewed_while_its_request_is_being_read(
 ) -> None:
     """A store that took longer than a lease had the message given to another worker, and another."""
     bench = Bench(
-        moto_sqs, moto_sqs.settings(valkey, tmp_path, visibility_timeout_s=2, lease_renew_every_s=0.5)
+        moto_sqs, moto_sqs.settings(valkey, tmp_path, visibility_timeout_s=4, lease_renew_every_s=0.5)
     )
     job = make_job(metadata={"note": "x" * 70_000})
     broker.publish(bench.app, bench.normal, job.to_json(), job.id)
@@ -253,7 +253,7 @@ def test_a_claim_is_renewed_while_its_request_is_being_read(
     os.mkfifo(path)  # reading it lasts until somebody writes
     box = bench.inbox()
     wait_until(lambda: box.turn() or len(box.claims) == 1, 10, "it is claimed")
-    other, ends = bench.inbox(), time.monotonic() + 4
+    other, ends = bench.inbox(), time.monotonic() + 8
 
     def both_turn() -> bool:
         box.claims.renew(), other.turn()

@@ -81,7 +81,7 @@ def test_neighbours_cache_hits_and_swapping_change_no_token(
 
 def test_attention_that_cannot_keep_them_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(Misconfigured, match=r"does not keep keys and values as int8.* attention=auto"):
-        Runner(settings(write_tiny(tmp_path), attention="triton", kv_cache_dtype="int8"))
+        Runner(settings(write_tiny(tmp_path), attention="flash", kv_cache_dtype="int8"))
 
 
 def test_a_byte_and_a_scale_each_are_what_the_cache_takes(
