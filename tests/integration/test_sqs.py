@@ -258,7 +258,7 @@ def test_a_claim_is_renewed_while_its_request_is_being_read(
     def both_turn() -> bool:
         with suppress(
             BrokerUnavailable
-        ):  # no answer within a second: the next turn is in time, as a worker's is
+        ):  # a slow answer: the next turn is in time
             box.claims.renew(), other.turn()
         return time.monotonic() > ends
 
