@@ -256,9 +256,7 @@ def test_a_claim_is_renewed_while_its_request_is_being_read(
     other, ends = bench.inbox(), time.monotonic() + 8
 
     def both_turn() -> bool:
-        with suppress(
-            BrokerUnavailable
-        ):  # a slow answer: the next turn is in time
+        with suppress(BrokerUnavailable):  # a slow answer: the next turn is in time
             box.claims.renew(), other.turn()
         return time.monotonic() > ends
 
