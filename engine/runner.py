@@ -47,7 +47,6 @@ from .parallel.messages import Adapt
 from .parallel.ranks import ONE_RANK, Ranks
 from .parallel.shard import Shard, shard
 from .parallel.weights import NarrowWeights
-from .quant.method import Method
 from .quant.onload import quantizing
 from .quant.stored import stored_weights
 from .quant.weights import ModelWeights
@@ -85,7 +84,9 @@ class Weights(Protocol):
     """What the decoder is made of; ``ModelWeights`` has it from files."""
 
     @property
-    def method(self) -> Method | None: ...
+    def stored_as(self) -> str | None:
+        """The quantization that they are stored in. None: plain numbers."""
+        ...
 
     def fetch(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor: ...
 
@@ -263,8 +264,7 @@ class Runner:
         fetch = partial(weights.fetch, dtype=self.dtype, device=self.device)
         packed = partial(weights.layer, dtype=self.dtype, device=self.device)
         make, ops = self._linear(linear), self._elementwise(library)
-        stored = weights.method.name if weights.method else None
-        inner = quantizing(settings.quantize, stored, make, unpack=self.deterministic)
+        inner = quantizing(settings.quantize, weights.stored_as, make, unpack=self.deterministic)
         # Deterministic mode knows dense layers only: weights are unpacked on load then.
         packed = none_is if self.deterministic else packed
         across = self.ranks.across(self.shard)

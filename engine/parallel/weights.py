@@ -24,7 +24,7 @@ class NarrowWeights:
 
     def __init__(self, weights: ModelWeights, shard: Shard) -> None:
         self._weights, self._shard = weights, shard
-        self.method = weights.method
+        self.stored_as = weights.stored_as
 
     def fetch(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor of the narrow model, by its Hugging Face name; a quantized weight is unpacked."""

@@ -6,7 +6,7 @@ weights when it converts them is undone here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,11 +18,10 @@ from ..layers.linear import Linear
 from ..models.config import Config
 from ..models.layout import layer_prefix
 from ..models.spec import ModelSpec
-from ..weights import Stored, expected_tensors
+from ..weights import expected_tensors
 from .gguf_blocks import FORMATS, grouped
 from .grouped import Grouped
-from .method import Site
-from .packed import Packed, side_by_side
+from .packed import side_by_side
 
 FILE = "model.gguf"
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -32,23 +31,10 @@ UNREAD = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.w
 """Frequencies: config.json has what they were made of."""
 
 
-class GgufMethod:
-    """What settings are told of such a checkpoint."""
-
-    name = "gguf"
-    marks: tuple[str, ...] = ()
-
-    def tensors(self, site: Site) -> Mapping[str, Stored]:
-        raise NotImplementedError(f"{site.module}: GGUF files are read by GgufWeights")
-
-    def read(self, site: Site, found: Mapping[str, Tensor]) -> Packed:
-        raise NotImplementedError(f"{site.module}: GGUF files are read by GgufWeights")
-
-
 class GgufWeights:
     """The file beside a config.json made from it; names and shapes are checked before anything is read."""
 
-    method = GgufMethod()
+    stored_as = "gguf"
 
     def __init__(self, directory: Path, config: Config, spec: ModelSpec) -> None:
         """Raises ModelInvalid."""

@@ -46,6 +46,11 @@ class ModelWeights:
             self._find_sites(config, self.method, expected)
         self._names = self._checkpoint.verify_stored(expected, tied=spec.tied_embeddings)
 
+    @property
+    def stored_as(self) -> str | None:
+        """The quantization that they are stored in. None: plain numbers."""
+        return self.method.name if self.method else None
+
     def read_ahead(self, part: int, parts: int) -> None:
         """Have the files read beside what else is done; ``part`` of ``parts``: one of several processes."""
         # Half: on a CPU there will be a private copy of every weight besides.

@@ -106,7 +106,7 @@ def shape_of(name: str, *, tiny: bool) -> Shape:
 class RandomWeights:
     """Stands in for a checkpoint: any tensor is drawn when it is asked for, where it is wanted."""
 
-    method = None
+    stored_as = None
 
     def __init__(self, _directory: Path, _config: Config, spec: ModelSpec) -> None:
         self._shapes = expected_tensors(spec)
