@@ -11,14 +11,16 @@ import re
 import secrets
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from ..schemas.errors import InvalidRequest, Misconfigured, StoreUnavailable
 from ..schemas.settings import Settings
 from .aws_errors import botocore_errors, code_and_status
+from .object_writer import FileWriter, ObjectWriter, PartsWriter
 from .s3 import s3_client
 
 # Each part starts with a letter or a digit: no "..", no hidden file, no absolute path, no empty part.
@@ -27,6 +29,30 @@ MAX_NAME_CHARS = 512
 
 CONFLICT_TRIES = 5
 _PROBE = "gristmill-check"
+_ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}")
+_ASIDE_NAME_CHARS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object: how large it is, and since when it is there, in unix seconds by the store's clock."""
+
+    name: str
+    size: int
+    modified_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOver:
+    """What an unfinished write of an object takes up. Its writer died, or is still at it."""
+
+    name: str
+    """The object's; in a directory no more than its first hundred characters."""
+    size: int
+    begun_at: float
+    """Unix seconds by the store's clock."""
+    mark: str
+    """Which of several."""
 
 
 class ResultStore(Protocol):
@@ -50,8 +76,20 @@ class ResultStore(Protocol):
         """The object's body; None: there is none."""
         ...
 
+    def read(self, name: str, start: int, count: int) -> bytes | None:
+        """``count`` bytes of an object from ``start`` on, fewer at its end; None: there is none."""
+        ...
+
     def exists(self, name: str) -> bool:
         """Whether there is such an object."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None: there is none."""
+        ...
+
+    def writer(self, name: str, total_bytes: int) -> ObjectWriter:
+        """Make a new object of pieces, ``total_bytes`` in all. Other unfinished writes of that name end."""
         ...
 
     def remove(self, name: str) -> None:
@@ -59,7 +97,19 @@ class ResultStore(Protocol):
         ...
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Names that start with ``prefix``, in no promised order."""
+        """Names that start with ``prefix``, in no promised order; its folders are checked as names are."""
+        ...
+
+    def stored(self, prefix: str = "") -> Iterator[Stored]:
+        """As ``list``, with what is known of each."""
+        ...
+
+    def left_overs(self, prefix: str = "") -> Iterator[LeftOver]:
+        """Unfinished writes of objects whose names start with ``prefix``."""
+        ...
+
+    def sweep(self, left_over: LeftOver) -> None:
+        """End an unfinished write. It may be over already."""
         ...
 
     def check(self, *, write: bool = True) -> None:
@@ -115,7 +165,7 @@ class FileStore:
         path = self._path(name)
         with _file_errors(self.root):
             self._make_parents(path.parent)
-            aside = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}"
+            aside = _aside(path)
             try:
                 with aside.open("xb") as file:
                     file.write(body)
@@ -135,14 +185,39 @@ class FileStore:
                 self._require_root()
                 return None
 
+    def read(self, name: str, start: int, count: int) -> bytes | None:
+        """See ResultStore."""
+        path = self._path(name)
+        with _file_errors(self.root):
+            try:
+                with path.open("rb") as file:
+                    return os.pread(file.fileno(), count, start)
+            except FileNotFoundError:
+                self._require_root()
+                return None
+
     def exists(self, name: str) -> bool:
+        """See ResultStore."""
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
         """See ResultStore."""
         path = self._path(name)
         with _file_errors(self.root):
             if path.is_file():
-                return True
+                return path.stat().st_size
             self._require_root()
-            return False
+            return None
+
+    def writer(self, name: str, total_bytes: int) -> ObjectWriter:  # noqa: ARG002 - what S3 has limits for
+        """See ResultStore. Durable as ``put_new`` makes it."""
+        path = self._path(name)
+        with _file_errors(self.root):
+            self._make_parents(path.parent)
+        for left_over in self.left_overs(name):
+            if left_over.name == name:
+                self.sweep(left_over)
+        return FileWriter(_aside(path), path, _link, lambda: _file_errors(self.root))
 
     def remove(self, name: str) -> None:
         """See ResultStore. Not made durable: who finds the object again takes it away again."""
@@ -152,14 +227,42 @@ class FileStore:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See ResultStore."""
+        for at, file in self._walk(prefix):
+            name = (at / file).as_posix()
+            if not file.startswith(".") and name.startswith(prefix):
+                yield name
+
+    def stored(self, prefix: str = "") -> Iterator[Stored]:
+        """See ResultStore."""
+        for name in self.list(prefix):
+            with _file_errors(self.root), suppress(FileNotFoundError):  # gone meanwhile
+                found = (self.root / name).stat()
+                yield Stored(name, found.st_size, found.st_mtime)
+
+    def left_overs(self, prefix: str = "") -> Iterator[LeftOver]:
+        """See ResultStore."""
+        for at, file in self._walk(prefix):
+            aside = _ASIDE.fullmatch(file)
+            name = (at / aside["name"]).as_posix() if aside else ""
+            if aside and name.startswith(prefix):
+                with _file_errors(self.root), suppress(FileNotFoundError):
+                    found = (self.root / at / file).stat()
+                    yield LeftOver(name, found.st_size, found.st_mtime, (at / file).as_posix())
+
+    def sweep(self, left_over: LeftOver) -> None:
+        """See ResultStore."""
+        with _file_errors(self.root):
+            (self.root / left_over.mark).unlink(missing_ok=True)
+
+    def _walk(self, prefix: str) -> Iterator[tuple[Path, str]]:
+        """Folder and name of each file that may be wanted."""
+        start = prefix.rpartition("/")[0]
+        top = self._path(start) if start else self.root
         with _file_errors(self.root):
             self._require_root()
-            for folder, folders, files in os.walk(self.root):
+            for folder, folders, files in os.walk(top):
                 at = Path(folder).relative_to(self.root)
-                for file in files:
-                    name = (at / file).as_posix()
-                    if not file.startswith(".") and name.startswith(prefix):
-                        yield name
+                yield from ((at, file) for file in files)
                 folders[:] = [f for f in folders if _may_hold(prefix, (at / f).as_posix() + "/")]
 
     def check(self, *, write: bool = True) -> None:
@@ -189,6 +292,11 @@ class FileStore:
         self._make_parents(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync_folder(folder.parent)
+
+
+def _aside(path: Path) -> Path:
+    """Where the file is written that will be ``path``."""
+    return path.parent / f".{path.name[:_ASIDE_NAME_CHARS]}.{secrets.token_hex(8)}"
 
 
 def _link(aside: Path, path: Path) -> bool:
@@ -268,19 +376,49 @@ class S3Store:
             except self._client.exceptions.NoSuchKey:
                 return None
 
+    def read(self, name: str, start: int, count: int) -> bytes | None:
+        """See ResultStore."""
+        key, span = self._key(name), f"bytes={start}-{start + count - 1}"
+        with self._errors():
+            try:
+                return self._client.get_object(Bucket=self.bucket, Key=key, Range=span)["Body"].read()
+            except self._client.exceptions.NoSuchKey:
+                return None
+            except self._client.exceptions.ClientError as exc:
+                if code_and_status(exc)[1] != 416:  # nothing stands there: at the end, or of an empty object
+                    raise
+                return b""
+
     def exists(self, name: str) -> bool:
+        """See ResultStore."""
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
         """See ResultStore."""
         key = self._key(name)
         with self._errors():
             try:
-                self._client.head_object(Bucket=self.bucket, Key=key)
+                return int(self._client.head_object(Bucket=self.bucket, Key=key)["ContentLength"])
             except self._client.exceptions.ClientError as exc:
                 if code_and_status(exc)[1] != 404:
                     raise
-            else:
-                return True
-        self.check()  # HEAD has no body: 404 may also mean that there is no such bucket
-        return False
+        self.check(write=False)  # HEAD has no body: 404 may also mean that there is no such bucket
+        return None
+
+    def writer(self, name: str, total_bytes: int) -> ObjectWriter:
+        """See ResultStore: a multipart upload."""
+        for left_over in self.left_overs(name):
+            if left_over.name == name:
+                self.sweep(left_over)
+        return PartsWriter(
+            self._client,
+            self.bucket,
+            self._key(name),
+            total_bytes,
+            source=self._key,
+            put=lambda body: self.put_new(name, body),
+            errors=self._errors,
+        )
 
     def remove(self, name: str) -> None:
         """See ResultStore."""
@@ -289,11 +427,37 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See ResultStore."""
+        return (found.name for found in self.stored(prefix))
+
+    def stored(self, prefix: str = "") -> Iterator[Stored]:
+        """See ResultStore."""
+        for item in self._items("list_objects_v2", "Contents", prefix):
+            yield Stored(item["Key"], int(item["Size"]), item["LastModified"].timestamp())
+
+    def left_overs(self, prefix: str = "") -> Iterator[LeftOver]:
+        """See ResultStore. What their parts take up is not known."""
+        for item in self._items("list_multipart_uploads", "Uploads", prefix):
+            yield LeftOver(item["Key"], 0, item["Initiated"].timestamp(), item["UploadId"])
+
+    def sweep(self, left_over: LeftOver) -> None:
+        """See ResultStore."""
+        key = self._key(left_over.name)
+        with self._errors():
+            try:
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=left_over.mark)
+            except self._client.exceptions.ClientError as exc:
+                if code_and_status(exc)[0] != "NoSuchUpload":
+                    raise
+
+    def _items(self, operation: str, kind: str, prefix: str) -> Iterator[dict[str, Any]]:
+        """Of all pages, with their keys as names."""
         start = f"{self.prefix}/" if self.prefix else ""
         with self._errors():
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=start + prefix):
-                yield from (item["Key"][len(start) :] for item in page.get("Contents", ()))
+            for page in self._client.get_paginator(operation).paginate(
+                Bucket=self.bucket, Prefix=start + prefix
+            ):
+                for item in page.get(kind, ()):
+                    yield {**item, "Key": item["Key"][len(start) :]}
 
     def check(self, *, write: bool = True) -> None:
         """See ResultStore. The probe object stays: a worker need not be allowed to delete."""

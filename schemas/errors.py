@@ -1,6 +1,7 @@
 """Every failure has a name, an owner and a next step.
 
 GristmillError                  internal mistake of ours                      exit 1
+├── ResultsDamaged              stored results are gone or changed: a person must look
 ├── BadInput                    the caller's fault; never retried             exit 2
 │   ├── InvalidRequest          a field is unknown or out of range
 │   │   ├── MissingParameter    a required field is not there
@@ -55,6 +56,12 @@ class GristmillError(Exception):
     def message(self) -> str:
         """What happened, with numbers, and what to do next."""
         return str(self.args[0]) if self.args else type(self).__name__
+
+
+class ResultsDamaged(GristmillError):
+    """What the result store holds is not what was accepted: lost, changed, or written by somebody else."""
+
+    code = "results_damaged"
 
 
 class BadInput(GristmillError):
