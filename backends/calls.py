@@ -76,6 +76,8 @@ class Write(NamedTuple):
     attempt: int
     seq: int
     event: str
+    owner: str | None = None
+    """Whose attempt it is: a row's segment; None: the job's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +177,10 @@ def publish(writes: Sequence[Write]) -> Call[set[str]]:
     script_keys: list[str] = []
     args: list[str | int] = []
     for (job_id, attempt), block in groupby(ordered, key=lambda w: (w.job_id, w.attempt)):
-        entries = [part for write in block for part in (write.seq, write.event)]
+        of_job = list(block)
+        entries = [part for write in of_job for part in (write.seq, write.event)]
         names.append(job_id)
-        script_keys += keys.state(job_id), keys.log(job_id)
+        script_keys += keys.state(of_job[0].owner or job_id), keys.log(job_id)
         args += attempt, len(entries) // 2, *entries
 
     def parse(reply: list[int]) -> set[str]:
@@ -265,7 +268,7 @@ def _status(job_id: str, texts: dict[str, str], tail: list[Entry]) -> JobStatus:
         finished_at=seconds("finished_at"),
         attempt=int(texts.get("attempt", 0)),
         attempts=int(texts.get("attempts", 0)),
-        tokens=end.usage.completion_tokens if end else _tokens(tail),
+        tokens=end.usage.completion_tokens if end else output_tokens(tail),
         worker=texts.get("worker"),
         cancel_requested="cancel" in texts,
         finish_reason=end.finish_reason if end else None,
@@ -275,7 +278,7 @@ def _status(job_id: str, texts: dict[str, str], tail: list[Entry]) -> JobStatus:
     )
 
 
-def _tokens(last_first: list[Entry]) -> int:
+def output_tokens(last_first: list[Entry]) -> int:
     """Tokens of output, by the last entry of each choice among the log's last ones."""
     ends: dict[int, int] = {}
     for _, event in last_first:

@@ -29,6 +29,7 @@ from ..schemas.job import Job, JobState
 from ..schemas.settings import Settings
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
 from . import calls
+from .batches import Batches
 from .calls import Call, Claim, Due, Entry, Final, Resubscribed, Write
 from .embedded import Embedded
 from .redis import connect, connect_async, redis_errors
@@ -72,6 +73,9 @@ class State:
     ) -> None:
         self._client, self._settings, self._embedded = client, settings, embedded
         self._clock = clock
+        self.batches = Batches(
+            self._run, lambda channel: Subscription(client, channel, settings.connect_timeout_s)
+        )
 
     # ---- a job's life
 
@@ -116,8 +120,8 @@ class State:
         return self._run(calls.cancelled(job_ids)) if job_ids else set()
 
     def status(self, job_id: str) -> JobStatus | None:
-        """None: nothing is known under this id (any more)."""
-        return self._run(calls.status(job_id))
+        """Of a job, or of a batch's row. None: nothing is known under this id (any more)."""
+        return self._run(calls.status(job_id)) or self.batches.row(job_id)
 
     def states(self, job_ids: Sequence[str]) -> list[JobState | None]:
         """The states of many jobs in one call, in order; a few thousand at a time. None: unknown."""

@@ -15,7 +15,8 @@ from .sampling import SamplingParams
 from .tools import PastCall, Toolbox, check_fit
 from .wire import WIRE_VERSION, Bool, Count, Float, Record
 
-JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[0-9]{1,10})?$"
+JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.([0-9]{1,10}|s[0-9]{1,10}(-[0-9a-f]{8})?))?$"
+"""Also of a batch's rows and segments: see ``batch.py``."""
 TENANT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 DEFAULT_TENANT = "default"
 DEFAULT_JOB_TTL_S = 14 * 86_400.0

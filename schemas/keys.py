@@ -18,6 +18,8 @@ CLAIM_EXPIRY = "gm:claims:expiry"  # sorted set: tag -> ms by the server's clock
 SWEEP = "gm:sweep"  # hash: when expired claims were last looked for, and until when to hold off
 
 
+BATCHES = "gm:batches"  # sorted set: batch id -> ms by the server's clock when it was opened
+BATCHES_DUE = "gm:batches:due"  # sorted set: batch id -> ms when a keeper must see what it needs
 KEEPER = "gm:keeper"  # string: who leads the keepers, until it expires; and a channel that wakes them
 
 
@@ -26,6 +28,8 @@ OWNED: dict[str, str] = {
     MODELS: "one field for each model that was ever served or announced",
     WORKERS: "one member for each worker alive; heartbeats and the keeper drop the others",
     DUE: "one member for each job that has not ended; its end removes it, at its expiry at the latest",
+    BATCHES: "one member for each batch; who lists them drops those whose record is gone",
+    BATCHES_DUE: "one member for each batch that is not final",
     CLAIMS: "one field for each claimed message; acknowledged, handed back, buried or swept",
     CLAIM_EXPIRY: "as CLAIMS",
     SWEEP: "five fields",
@@ -41,6 +45,46 @@ def log(job_id: str) -> str:
 def state(job_id: str) -> str:
     """Hash with a job's state, attempt and cancel flag."""
     return f"gm:{{{job_id}}}:state"
+
+
+def batch(batch_id: str) -> str:
+    """Hash with what is known of a batch. Its other keys live as long."""
+    return f"gm:{{{batch_id}}}:batch"
+
+
+def batch_rows(batch_id: str) -> str:
+    """Bitmap: a row's bit, by its line, is set once an accepted object has it."""
+    return f"gm:{{{batch_id}}}:rows"
+
+
+def batch_objects(batch_id: str) -> str:
+    """List of the accepted objects' records, in order."""
+    return f"gm:{{{batch_id}}}:objects"
+
+
+def batch_segments(batch_id: str) -> str:
+    """Hash: segment id -> what it is made of."""
+    return f"gm:{{{batch_id}}}:segments"
+
+
+def batch_unsent(batch_id: str) -> str:
+    """Set of segments that need a message, because they have none or it was taken back."""
+    return f"gm:{{{batch_id}}}:unsent"
+
+
+def batch_stopped(batch_id: str) -> str:
+    """Set of lines that were cancelled one by one."""
+    return f"gm:{{{batch_id}}}:stopped"
+
+
+def batch_errors(batch_id: str) -> str:
+    """List of the first problems of its input."""
+    return f"gm:{{{batch_id}}}:errors"
+
+
+def batch_events(batch_id: str) -> str:
+    """Stream of a batch's events, and the channel of the same name."""
+    return f"gm:{{{batch_id}}}:events"
 
 
 def queue(name: str) -> str:
@@ -92,3 +136,25 @@ def result_object(job_id: str) -> str:
 def request_object(job_id: str) -> str:
     """Name of a job's request in the result store, where it is too large for the broker's message."""
     return f"jobs/{result_object(job_id).removeprefix('results/')}"
+
+
+def segment_object(segment_id: str) -> str:
+    """Name of a segment's rows in the result store."""
+    return f"batches/{segment_id.partition('.')[0]}/segments/{segment_id}.jsonl"
+
+
+def rows_object(segment_id: str, attempt: int, number: int, kind: str) -> str:
+    """Name of an object of finished rows; ``kind``: output or errors. ``number`` counts within an attempt."""
+    return f"{batch_results(segment_id.partition('.')[0])}{segment_id}/{attempt}-{number}.{kind}.jsonl"
+
+
+def batch_results(batch_id: str) -> str:
+    """What the names of all objects of a batch's finished rows begin with."""
+    return f"batches/{batch_id}/results/"
+
+
+def batch_file(batch_id: str, name: str) -> str:
+    """Name of one of the files that a batch ends in: ``output.jsonl``, ``errors.jsonl``, ``manifest.json``;
+    or ``batch.json``, from which a lost record is rebuilt.
+    """
+    return f"batches/{batch_id}/{name}"

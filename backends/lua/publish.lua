@@ -1,5 +1,5 @@
 -- Write entries of many running jobs, and tell their followers: one call per engine step.
--- KEYS    state hash and log of each job: 1 2, 3 4, ...
+-- KEYS    state hash (a row's: its segment's) and log of each job: 1 2, 3 4, ...
 -- ARGV    for each job: attempt, count, then seq and event of each entry, seq rising
 -- returns the jobs (1, 2, ...) that refused
 --

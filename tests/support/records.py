@@ -7,6 +7,21 @@ import pkgutil
 from typing import Any, get_args
 
 from gristmill import schemas
+from gristmill.schemas.batch import (
+    Batch,
+    BatchOptions,
+    BatchStatus,
+    LineProblem,
+    Phase,
+    RequestCounts,
+    ResultObject,
+    RowsEnded,
+    Segment,
+    SegmentInfo,
+    StatusChanged,
+    UnknownEvent,
+    Validated,
+)
 from gristmill.schemas.batch_lines import OutputLine, Response
 from gristmill.schemas.dead import DeadLetter
 from gristmill.schemas.events import (
@@ -339,6 +354,86 @@ BATCH_LINES[OutputLine] = st.builds(
     error=maybe(OBJECT),
 )
 RECORDS |= BATCH_LINES
+
+request_counts = st.builds(RequestCounts, total=COUNT, completed=COUNT, failed=COUNT)
+line_problems = st.builds(LineProblem, code=NAME, message=TEXT, param=maybe(TEXT), line=maybe(COUNT))
+batch_options = st.builds(
+    BatchOptions,
+    on_invalid=st.sampled_from(["fail", "skip"]),
+    max_errors=st.integers(1, 10_000),
+    stop_after_failed=maybe(st.integers(1, 2**40)),
+    stop_after_share=maybe(st.floats(0, 1, exclude_min=True)),
+    input_order=st.booleans(),
+    webhook=maybe(TEXT),
+    retention_s=st.floats(0, 1e6, exclude_min=True),
+)
+BATCHES: dict[type[Record], st.SearchStrategy[Any]] = {
+    RequestCounts: request_counts,
+    LineProblem: line_problems,
+    BatchOptions: batch_options,
+    Batch: st.builds(
+        Batch,
+        id=TENANT,
+        model=NAME,
+        endpoint=TEXT,
+        tenant=TENANT,
+        input=TEXT,
+        completion_window_s=st.floats(0, 1e6, exclude_min=True),
+        metadata=st.dictionaries(TEXT, TEXT, max_size=2),
+        options=batch_options,
+        status=st.sampled_from(BatchStatus),
+        paused=st.booleans(),
+        reason=maybe(error_infos),
+        errors=st.lists(line_problems, max_size=2).map(tuple),
+        request_counts=request_counts,
+        usage=usages,
+        created_at=maybe(TIME),
+        output=maybe(NAME),
+    ),
+    Segment: st.builds(Segment, phase=st.sampled_from(Phase), id=JOB_ID),
+    SegmentInfo: st.builds(
+        SegmentInfo,
+        id=JOB_ID,
+        input=NAME,
+        rows=COUNT,
+        first=COUNT,
+        last=COUNT,
+        lines=maybe(TEXT),
+        parent=maybe(JOB_ID),
+    ),
+    ResultObject: st.builds(
+        ResultObject,
+        segment=NAME,
+        attempt=COUNT,
+        kind=st.sampled_from(["output", "errors"]),
+        name=NAME,
+        rows=COUNT,
+        bytes=COUNT,
+        sha256=NAME,
+        lines=TEXT,
+        cancelled=TEXT,
+        expired=TEXT,
+        usage=usages,
+    ),
+    StatusChanged: st.builds(
+        StatusChanged,
+        status=st.sampled_from(BatchStatus),
+        paused=st.booleans(),
+        reason=maybe(error_infos),
+        at=TIME,
+    ),
+    Validated: st.builds(Validated, segment=NAME, rows=COUNT, problems=COUNT, at=TIME),
+    RowsEnded: st.builds(
+        RowsEnded,
+        object=NAME,
+        output=st.sampled_from(["output", "errors"]),
+        rows=COUNT,
+        counts=request_counts,
+        at=TIME,
+    ),
+    UnknownEvent: st.builds(UnknownEvent, kind=NAME),
+}
+RECORDS |= BATCHES
 
 
 def public_records() -> set[type[Record]]:

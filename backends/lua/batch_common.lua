@@ -1,0 +1,78 @@
+-- Not a script: stands in front of those that deal with batches, behind clock.lua. Their first argument is the
+-- batch's id; names of keys follow from it.
+local B = ARGV[1]
+local BATCH, ROWS, OBJECTS = string.format('{batch}', B), string.format('{rows}', B), string.format('{objects}', B)
+local SEGMENTS, UNSENT, STOPPED = string.format('{segments}', B), string.format('{unsent}', B), string.format('{stopped}', B)
+local ERRORS, EVENTS = string.format('{errors}', B), string.format('{events}', B)
+local STATE, LOG, WORKER, CONTROL = '{state}', '{log}', '{worker}', '{control}'
+local BATCHES, DUE, KEEPER = '{batches}', '{due}', '{keeper}'
+local FINAL = {completed = true, failed = true, expired = true, cancelled = true}
+local ENDED = {succeeded = true, failed = true, cancelled = true, expired = true}
+
+local TIME = clock()
+local NOW = string.format('%d.%06d', TIME[1], TIME[2])
+local NOW_MS = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
+
+local function state_of(segment)
+  return string.format(STATE, segment)
+end
+
+local function log_of(line)
+  return string.format(LOG, B .. '.' .. line)
+end
+
+-- Keys live as long as the batch: call it for every key after it may have been made.
+local function keep(...)
+  local until_ms = redis.call('HGET', BATCH, 'until')
+  for _, key in ipairs({...}) do
+    redis.call('PEXPIREAT', key, until_ms)
+  end
+end
+
+local function tell(event)
+  local id = redis.call('XADD', EVENTS, '*', 'd', event)
+  redis.call('PUBLISH', EVENTS, id .. ' ' .. event)
+  keep(EVENTS)
+end
+
+local function wake_keeper()
+  redis.call('ZADD', DUE, string.format('%.0f', NOW_MS), B)
+  redis.call('PUBLISH', KEEPER, 'due ' .. B)
+end
+
+-- To the workers that may run rows of it; `id`: the batch, or a row.
+local function tell_workers(id)
+  redis.call('PUBLISH', string.format(CONTROL, redis.call('HGET', BATCH, 'model')), 'cancel ' .. id)
+end
+
+local function tell_status()
+  local is = redis.call('HMGET', BATCH, 'status', 'paused', 'reason')
+  tell(string.format('{"kind":"status","status":"%s"%s%s,"at":%s}', is[1], is[2] and ',"paused":true' or '',
+    is[3] and ',"reason":' .. is[3] or '', NOW))
+end
+
+local function become(status)
+  redis.call('HSET', BATCH, 'status', status, status .. '_at', NOW)
+  tell_status()
+end
+
+-- Whether the segment is this attempt's to write for.
+local function owns(segment, attempt)
+  local is = redis.call('HMGET', state_of(segment), 'state', 'attempt')
+  return is[1] == 'running' and is[2] == attempt
+end
+
+-- All rows have ended: the rest is the keeper's.
+local function finish_if_whole()
+  local is = redis.call('HMGET', BATCH, 'status', 'total', 'completed', 'failed', 'closing')
+  if tonumber(is[3]) + tonumber(is[4]) < tonumber(is[2]) then
+    return
+  end
+  if is[1] == 'in_progress' and not is[5] then
+    become('finalizing')
+  end
+  if is[1] ~= 'validating' then
+    wake_keeper()
+  end
+end
+
