@@ -47,6 +47,29 @@ class Piece(Protocol):
     def guesses(self) -> Sequence[int]: ...
 
 
+@dataclass(slots=True)
+class Fed:
+    """A sequence that no scheduler knows: a warm-up's, a trial's, a text's."""
+
+    tokens: Sequence[int]
+    block_table: Sequence[int]
+    computed: int = 0
+    adapter: str | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """A piece of one."""
+
+    seq: Fed
+    count: int
+    guesses: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Arrays:
     """Rows of all sequences one after another, in plan order: S sequences, T tokens. All on the host."""

@@ -20,7 +20,7 @@ from .attention.backend import Attention
 from .attention.choice import Wanted, block_tokens, gpu_attention
 from .attention.native_backend import NativeAttention, unsupported
 from .attention.torch_backend import TorchAttention
-from .batch import Arrays, Batch, Coming, Piece, gather, guess_rows, upload
+from .batch import Arrays, Batch, Coming, Fed, Feed, Piece, gather, guess_rows, upload
 from .graphs import Graphs, Record
 from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
 from .kv_numbers import numbers_of
@@ -476,32 +476,11 @@ class Runner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Dummy:
-    """A sequence of the warm-up: all its tokens are zeros."""
-
-    tokens: list[int]
-    block_table: list[int]
-    computed: int = 0
-    adapter: str | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _DummyWork:
-    seq: _Dummy
-    count: int
-    guesses: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class _WarmUp:
-    work: list[_DummyWork]
+    work: list[Feed]
 
 
-def _largest_step(budget: int, max_seqs: int, max_len: int, block_size: int) -> list[_DummyWork]:
+def _largest_step(budget: int, max_seqs: int, max_len: int, block_size: int) -> list[Feed]:
     """``budget`` tokens over as many sequences as may run: the longest prefill, and a logits row of each.
 
     All share the same blocks: what is computed does not matter, only how much.
@@ -511,7 +490,7 @@ def _largest_step(budget: int, max_seqs: int, max_len: int, block_size: int) -> 
     for i in range(len(counts)):
         more = min(left, max_len - 1)
         counts[i], left = counts[i] + more, left - more
-    return [_DummyWork(_Dummy([0] * n, list(range(-(-n // block_size)))), n) for n in counts]
+    return [Feed(Fed([0] * n, range(-(-n // block_size))), n) for n in counts]
 
 
 def _threads(settings: EngineSettings, ranks: Ranks) -> int | None:

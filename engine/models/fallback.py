@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -107,9 +107,9 @@ class Fallback:
     def has_sdpa(self) -> bool:
         return bool(self._model._supports_sdpa)
 
-    def theirs(self, tokens: list[int], implementation: str = EAGER) -> Tensor:
+    def theirs(self, tokens: Sequence[int], implementation: str = EAGER) -> Tensor:
         """Logits [tokens, vocab] of one sequence, all of it done by transformers."""
-        ids = torch.tensor([tokens], device=self.device)
+        ids = torch.tensor([list(tokens)], device=self.device)
         with self._attending(implementation), self._foreign():
             found: Any = self._model(input_ids=ids, use_cache=False)
         return cast("Tensor", found.logits)[0]

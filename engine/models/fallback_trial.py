@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..attention.backend import Attention
-from ..batch import pack
+from ..batch import Fed, Feed, pack
 from .fallback import Fallback
 
 STEPS = (((0, 11),), ((0, 9), (1, 10)), ((0, 4), (1, 6)), ((1, 1),))
@@ -28,35 +27,18 @@ amplify rounding do so for everybody."""
 AT_MOST = 0.75
 
 
-@dataclass
-class _Prompt:
-    tokens: list[int]
-    block_table: list[int]
-    computed: int = 0
-    adapter: str | None = None
-    logits: list[Tensor] = field(default_factory=list[Tensor])
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    seq: _Prompt
-    count: int
-    guesses: tuple[int, ...] = ()
-
-
 def try_out(decoder: Fallback, attention: Attention, cache: Callable[[int], None], *, exact: bool) -> None:
     """Raise ModelInvalid if the two differ. ``cache`` makes blocks; ``exact``: in the engine's dtype."""
     prompts = _prompts(decoder, attention.block_size)
     cache(1 + max(block for prompt in prompts for block in prompt.block_table))
+    ours: list[list[Tensor]] = [[] for _ in prompts]
     for steps in STEPS:
-        work = [_Chunk(prompts[which], count) for which, count in steps]
-        _feed(decoder, attention, work)
+        work = [Feed(prompts[which], count) for which, count in steps]
+        for (which, count), said in zip(steps, _feed(decoder, attention, work), strict=True):
+            ours[which].append(said)
+            prompts[which].computed += count
     theirs = [decoder.theirs(prompt.tokens) for prompt in prompts]
-    worst = max(_apart(torch.cat(prompt.logits), said) for prompt, said in zip(prompts, theirs, strict=True))
+    worst = max(_apart(torch.cat(mine), said) for mine, said in zip(ours, theirs, strict=True))
     allowed = TOLERANCE[decoder.dtype if exact else torch.bfloat16]
     if worst > allowed and decoder.has_sdpa:
         also = [decoder.theirs(prompt.tokens, "sdpa") for prompt in prompts]
@@ -72,25 +54,22 @@ def try_out(decoder: Fallback, attention: Attention, cache: Callable[[int], None
         )
 
 
-def _feed(decoder: Fallback, attention: Attention, work: Sequence[_Chunk]) -> None:
-    """One step; every row's logits join their prompt's."""
-    rows = sum(chunk.count for chunk in work)
+def _feed(decoder: Fallback, attention: Attention, work: Sequence[Feed]) -> Sequence[Tensor]:
+    """One step; the logits of every row of each piece."""
+    rows = sum(piece.count for piece in work)
     hidden = decoder.forward(pack(work, attention.block_size, decoder.device, range(rows)), attention)
-    logits = torch.split(decoder.logits(hidden[-rows:]), [chunk.count for chunk in work])
-    for chunk, said in zip(work, logits, strict=True):
-        chunk.seq.logits.append(said)
-        chunk.seq.computed += chunk.count
+    return torch.split(decoder.logits(hidden[-rows:]), [piece.count for piece in work])
 
 
-def _prompts(decoder: Fallback, block_size: int) -> list[_Prompt]:
+def _prompts(decoder: Fallback, block_size: int) -> list[Fed]:
     draw, lengths = random.Random(0), [0, 0]
     for which, count in (step for steps in STEPS for step in steps):
         lengths[which] += count
-    prompts: list[_Prompt] = []
+    prompts: list[Fed] = []
     for which, length in enumerate(lengths):
         tokens = [draw.randrange(decoder.spec.vocab_size) for _ in range(length)]
         blocks = -(-length // block_size)
-        prompts.append(_Prompt(tokens, [2 * i + which for i in range(blocks)]))
+        prompts.append(Fed(tokens, [2 * i + which for i in range(blocks)]))
     return prompts
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...schemas.errors import InvalidRequest, Misconfigured
 from ..attention.torch_backend import TorchAttention
-from ..batch import Batch, pack
+from ..batch import Batch, Fed, Feed, pack
 from ..kv_cache import KVCache
 from ..layers.across import ALONE
 from ..layers.elementwise import TorchElementwise
@@ -172,35 +172,14 @@ class Calibration:
         return Assembly(self._spec, fetch, TorchElementwise(), unpacked, linears, ALONE)
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """A sequence as ``pack`` wants it."""
-
-    tokens: Sequence[int]
-    block_table: Sequence[int]
-    computed: int = 0
-    adapter: str | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    seq: _Text
-    count: int
-    guesses: tuple[int, ...] = ()
-
-
 def _batches(texts: Sequence[Sequence[int]], device: torch.device) -> Iterator[Batch]:
-    work: list[_Whole] = []
+    work: list[Feed] = []
     fed = used = 0
     for ids in texts:
         if work and fed + len(ids) > BATCH:
             yield pack(work, BLOCK, device)
             work, fed, used = [], 0, 0
         blocks = -(-len(ids) // BLOCK)
-        work.append(_Whole(_Text(ids, range(used, used + blocks)), len(ids)))
+        work.append(Feed(Fed(ids, range(used, used + blocks)), len(ids)))
         fed, used = fed + len(ids), used + blocks
     yield pack(work, BLOCK, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gristmill.engine.attention.backend import Attention
 from gristmill.engine.attention.torch_backend import TorchAttention
-from gristmill.engine.batch import pack
+from gristmill.engine.batch import Fed, Feed, pack
 from gristmill.engine.engine import Engine
 from gristmill.engine.kv_cache import KVCache
 from gristmill.engine.messages import Request
@@ -40,27 +40,6 @@ TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 # ---- attention
-
-
-@dataclass
-class Fed:
-    """A sequence as ``pack`` reads it."""
-
-    tokens: list[int]
-    block_table: list[int]
-    computed: int = 0
-    adapter: str | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-
-@dataclass
-class Piece:
-    seq: Fed
-    count: int
-    guesses: tuple[int, ...] = field(default=())
 
 
 def attention(context: Context) -> list[Row]:
@@ -181,7 +160,7 @@ def compare(what: str, make: Make, spec: ModelSpec, dtype: torch.dtype, device: 
 
 
 def _attend(
-    backend: Attention, work: list[Piece], block: int, device: torch.device, qkv: Tensor, norms: list[Any]
+    backend: Attention, work: list[Feed], block: int, device: torch.device, qkv: Tensor, norms: list[Any]
 ) -> Tensor:
     backend.begin(pack(work, block, device))
     q_norm, k_norm = (None if norm is None else norm.to(qkv) for norm in norms)
@@ -195,14 +174,14 @@ def _sequences(lengths: Sequence[int], block: int, generator: torch.Generator) -
     return [Fed([0] * n, [free.pop() for _ in range(k)]) for n, k in zip(lengths, needed, strict=True)]
 
 
-def _mixed(seqs: list[Fed], prompts: list[int], step: int) -> list[Piece]:
+def _mixed(seqs: list[Fed], prompts: list[int], step: int) -> list[Feed]:
     """Half of each prompt, the other half beside those that decode already, then a token each."""
-    work: list[Piece] = []
+    work: list[Feed] = []
     for seq, prompt in zip(seqs, prompts, strict=True):
         half = max(1, prompt // 2)
         left = prompt - seq.computed
         count = half if step == 0 else max(1, left) if step == 1 else 1
-        work.append(Piece(seq, count))
+        work.append(Feed(seq, count))
     return work
 
 
