@@ -78,10 +78,19 @@ def parse_line(data: bytes, number: int, defaults: Mapping[str, Any] = NO_DEFAUL
 
     ``defaults``: ``max_tokens`` and other sampling fields that both forms know, for lines that give none.
     """
+    return parse_fields(fields_of(data), number, defaults)
+
+
+def fields_of(data: bytes) -> dict[str, Any]:
+    """A line's JSON object. Raises InvalidJson, InvalidRequest."""
     line = loads(data)
     if not isinstance(line, dict):
         raise InvalidRequest("the line is not a JSON object")
-    fields = cast("dict[str, Any]", line)
+    return cast("dict[str, Any]", line)
+
+
+def parse_fields(fields: dict[str, Any], number: int, defaults: Mapping[str, Any] = NO_DEFAULTS) -> Row:
+    """``parse_line`` of what is JSON no more, or never was."""
     if "body" in fields or "url" in fields or "method" in fields:
         return _batch_row(fields, number, defaults)
     return _bare_row(_with_defaults(fields, defaults), number)

@@ -11,6 +11,8 @@ GristmillError                  internal mistake of ours                      ex
 │   │   └── Unsupported         a known feature that this version does not have
 │   ├── InvalidJson             not JSON, or not UTF-8
 │   ├── EmptyFile               a bulk input with no rows
+│   ├── TooManyTasks            a bulk input of more rows than this client takes
+│   ├── FileTooLarge            … of more bytes
 │   ├── DuplicateCustomId       two rows of one file share a custom_id
 │   ├── PayloadTooLarge         the request is bigger than the broker should carry
 │   ├── PromptTooLong           prompt + max_tokens do not fit the model
@@ -121,6 +123,32 @@ class EmptyFile(BadInput):
     """A bulk input without a single row."""
 
     code = "empty_file"
+
+
+class TooManyTasks(BadInput):
+    """A bulk input of more rows than this client takes."""
+
+    code = "too_many_tasks"
+
+    def __init__(self, *, rows: int, line: int) -> None:
+        super().__init__(
+            f"line {line:,}: the input has more than {rows:,} rows; split it, or raise "
+            "GRISTMILL_BATCH_MAX_ROWS"
+        )
+        self.rows, self.line = rows, line
+
+
+class FileTooLarge(BadInput):
+    """A bulk input of more bytes than this client takes."""
+
+    code = "file_too_large"
+
+    def __init__(self, *, limit_bytes: int, line: int) -> None:
+        super().__init__(
+            f"line {line:,}: the input has more than {limit_bytes:,} bytes of requests; split it, or raise "
+            "GRISTMILL_BATCH_MAX_BYTES"
+        )
+        self.limit_bytes, self.line = limit_bytes, line
 
 
 class DuplicateCustomId(BadInput):

@@ -79,7 +79,7 @@ def loads(data: str | bytes) -> Any:
     except UnicodeDecodeError as exc:
         raise InvalidJson(f"not UTF-8: byte 0x{data[exc.start]:02x} at position {exc.start:,}") from exc
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = _DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:  # half a surrogate pair parses, and cannot be written again
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
@@ -97,6 +97,9 @@ def loads(data: str | bytes) -> Any:
 
 def _refuse_constant(name: str) -> float:
     raise json.JSONDecodeError(f"{name} is not a JSON number", "", 0)  # the parser does not say where
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would make one for every line
 
 
 def _in_json_words(message: str) -> str:

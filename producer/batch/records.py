@@ -1,0 +1,209 @@
+"""Records of a bulk input, one by one: lines of JSON, rows of CSV, rows of Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+from ...schemas.errors import BadInput, InvalidJson, InvalidRequest
+from ...schemas.sampling import SamplingParams
+from ...schemas.wire import shown
+from .sources import Form, pyarrow_parquet
+
+Record = bytes | int | dict[str, Any] | BadInput
+"""A line of JSON; of a line over the limit, its size; a table's row by column; or what is wrong with it."""
+
+PARQUET_ROWS = 1024
+"""Read at once."""
+_FIELDS = frozenset(
+    [
+        *("custom_id", "model", "prompt", "messages", "metadata"),
+        *("tools", "tool_choice", "parallel_tool_calls"),
+        *SamplingParams.model_fields,
+    ]
+)
+"""Columns that are fields of a request by their name; others serve templates."""
+_TEXTS = frozenset(["custom_id", "model", "prompt", "adapter_id"])
+
+
+class Lines(Protocol):
+    """The one thing asked of a file of lines."""
+
+    def readline(self, limit: int, /) -> bytes:
+        """Up to ``limit`` bytes, to the next newline at most; empty at the end."""
+        ...
+
+
+def read_records(file: BinaryIO, form: Form, limit_bytes: int) -> Iterator[tuple[int, Record]]:
+    """(number, record), blank lines left out. The number is what an editor shows; in Parquet the row's.
+
+    Raises InvalidRequest for a table without a proper head, BadInput for a file that is no Parquet.
+    """
+    if form is Form.JSONL:
+        return read_lines(file, limit_bytes)
+    if form is Form.PARQUET:
+        return _parquet(file)
+    return _csv(file, "\t" if form is Form.TSV else ",", limit_bytes)
+
+
+def read_lines(file: Lines, limit_bytes: int) -> Iterator[tuple[int, bytes | int]]:
+    """(number, line) of each line that is not blank; of a line over the limit, its size."""
+    number = 0
+    while piece := file.readline(limit_bytes + 1):
+        number += 1
+        if len(piece) <= limit_bytes or piece.endswith(b"\n"):
+            if line := piece.strip(b" \t\r\n"):
+                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            continue
+        size = len(piece)
+        while not piece.endswith(b"\n") and (piece := file.readline(1 << 20)):
+            size += len(piece)
+        yield number, size
+
+
+# ---- tables
+
+
+def _csv(file: BinaryIO, delimiter: str, limit_bytes: int) -> Iterator[tuple[int, Record]]:
+    csv.field_size_limit(limit_bytes)
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        yield from _table(_head(rows), rows)
+    finally:
+        text.detach()  # the file is its opener's
+
+
+def _head(rows: Any) -> list[str]:
+    try:
+        head: list[str] = next(rows, list[str]())
+    except csv.Error as exc:
+        raise InvalidRequest(f"line 1 is no head of a table: {exc}") from exc
+    if len(set(head)) < len(head) or not all(head):
+        raise InvalidRequest("line 1 names a column twice, or one without a name; it names the columns")
+    return head
+
+
+def _table(head: Sequence[str], rows: Any) -> Iterator[tuple[int, Record]]:
+    while True:
+        number = rows.line_num + 1
+        try:
+            cells = next(rows, None)
+        except csv.Error as exc:
+            yield number, InvalidJson(f"not CSV: {exc}")
+            continue
+        if cells is None:
+            return
+        if cells:
+            yield number, _row(head, cells)
+
+
+def _row(head: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | BadInput:
+    if len(cells) != len(head):
+        return InvalidRequest(f"the row has {len(cells)} cells and the head has {len(head)}")
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return InvalidJson("not UTF-8")
+    return {name: _value(name, cell) for name, cell in zip(head, cells, strict=True) if cell}
+
+
+def _value(name: str, cell: str) -> Any:
+    """A cell of a column that is a request's field and no text: a number, true, a JSON list or object."""
+    if name not in _FIELDS or name in _TEXTS:
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+
+
+def _parquet(file: BinaryIO) -> Iterator[tuple[int, Record]]:
+    parquet = pyarrow_parquet()
+    number = 0
+    try:
+        for piece in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
+            for row in piece.to_pylist():
+                number += 1
+                yield number, {name: value for name, value in row.items() if value is not None}
+    except (ValueError, OSError) as exc:  # pyarrow's own are one or the other
+        raise BadInput(f"cannot read Parquet after row {number:,}: {exc}") from exc
+
+
+# ---- from a row to a request
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a table's row, or an object of any form, becomes a request.
+
+    ``prompt_column`` holds the prompt; ``template`` makes it, with ``{column}`` for a column's value.
+    ``chat`` sends it as a user's message, after ``system``. With none of them columns are a request's fields.
+    """
+
+    prompt_column: str | None = None
+    template: str | None = None
+    id_column: str | None = None
+    chat: bool = False
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.template is not None:
+            if self.prompt_column is not None:
+                raise InvalidRequest("give a prompt column or a template, not both", param="template")
+            self.columns()
+
+    @property
+    def active(self) -> bool:
+        """Whether records are anything but requests already."""
+        return any((self.prompt_column, self.template, self.id_column, self.chat, self.system))
+
+    def columns(self) -> list[str]:
+        """Those the template names. Raises InvalidRequest for what is no template."""
+        try:
+            parts = list(string.Formatter().parse(self.template or ""))
+        except ValueError as exc:
+            raise InvalidRequest(
+                f"template: {exc}; write {{{{ and }}}} for braces", param="template"
+            ) from exc
+        for _, name, spec, conversion in parts:
+            if name is not None and (not name or spec or conversion):
+                raise InvalidRequest(
+                    "template: name a column in braces, {like_this}, and nothing else", param="template"
+                )
+        return [name for _, name, _, _ in parts if name is not None]
+
+    def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The request. Raises InvalidRequest: a column is missing or empty."""
+        fields = {name: value for name, value in row.items() if name in _FIELDS}
+        if self.id_column is not None:
+            fields["custom_id"] = str(self._cell(row, self.id_column))
+        prompt = self._prompt(row)
+        if prompt is None:
+            return fields
+        fields.pop("messages", None)
+        if not self.chat and self.system is None:
+            return fields | {"prompt": prompt}
+        fields.pop("prompt", None)
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return fields | {"messages": [*messages, {"role": "user", "content": prompt}]}
+
+    def _prompt(self, row: Mapping[str, Any]) -> str | None:
+        if self.template is not None:
+            pieces = string.Formatter().parse(self.template)
+            return "".join(
+                text + ("" if name is None else str(self._cell(row, name))) for text, name, _, _ in pieces
+            )
+        column = self.prompt_column or ("prompt" if self.chat or self.system is not None else None)
+        return None if column is None else str(self._cell(row, column))
+
+    @staticmethod
+    def _cell(row: Mapping[str, Any], name: str) -> Any:
+        if name not in row:
+            raise InvalidRequest(f"column '{shown(name)}' is empty or not there", param=name)
+        return row[name]
