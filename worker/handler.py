@@ -8,25 +8,25 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TypeVar
 
 from ..backends.sink import ResultSink
 from ..backends.state import Claim, Final, State
-from ..engine.guided.checker import GrammarChecker
 from ..engine.tokenizer import Tokenizer
 from ..keeper.endings import Ending, complete
 from ..keeper.keeper import ID_PREFIX
-from ..schemas.errors import BadInput, Misconfigured, Transient
+from ..schemas.errors import BadInput, Transient
 from ..schemas.job import JOB_ID_PATTERN, Job, JobState, Priority
 from ..schemas.result import ErrorInfo, FinishReason, Result
-from . import capacity, intake, wishes
+from . import capacity, intake
+from .admission import Admission
 from .committer import Committer
 from .disposition import MAX_ATTEMPTS, Disposition
 from .engine_client import EngineClient
-from .failures import condemn, crashed
+from .failures import crashed
 from .generation import Generation
 from .listener import EngineListener
 from .metrics import Metrics
+from .patience import Patience
 from .publisher import Publisher
 from .settings import WorkerSettings
 from .slots import Slot, Slots
@@ -34,8 +34,6 @@ from .spool import Parcel
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-PATIENCE_FIRST_S, PATIENCE_MAX_S = 0.05, 5.0
 GIVE_BACK_FLUSH_S = 2.0
 """Beyond it the state server is away: what is not journalled is made again."""
 LOOK_AGAIN_S = 1.0
@@ -69,9 +67,8 @@ class JobHandler:
         self._sink = sink
         self._slots = Slots()
         self._closing = threading.Event()
-        self._checker: GrammarChecker | None = None  # made with the first grammar
-        self._checker_lock = threading.Lock()
-        self._troubled: list[str] = []  # an item for each thread that waits for the state server
+        self._patiently = Patience(self._closing)  # intake stops while anybody waits in it
+        self._admission = Admission(settings, tokenizer)
         self.committer = Committer(
             sink,
             metrics,
@@ -100,7 +97,7 @@ class JobHandler:
 
     def attach(self, engine: EngineClient) -> None:
         """The engine whose listener is ours: before anything else."""
-        self.engine = self.listener.engine = engine
+        self.engine = self.listener.engine = self._admission.engine = engine
 
     # ---- a delivery
 
@@ -210,49 +207,14 @@ class JobHandler:
         try:
             generation.replay(claim.entries)
             if not generation.complete:
-                self._admit(generation, claim)
+                over = FinishReason.EXPIRED if claim.now >= claim.expires_at else None
+                over = FinishReason.CANCELLED if claim.cancelled else over
+                self._admission.admit(generation, claim.now, over)
         except BadInput as exc:
             generation.fail(ErrorInfo.of(exc), claim.now)
         except BaseException as exc:  # noqa: BLE001 - the panic of a Rust library is no Exception
             crashed(generation, exc, claim.now)
         return generation
-
-    def _admit(self, generation: Generation, claim: Claim) -> None:
-        """Make it ready to run, or end it if that is over. Raises BadInput."""
-        info, job = self.engine.info, generation.job
-        if generation.history.strikes >= self._settings.max_attempts:
-            condemn(generation, claim.now)
-        elif claim.cancelled:
-            generation.end_early(FinishReason.CANCELLED, claim.now)
-        elif claim.now >= claim.expires_at:
-            generation.end_early(FinishReason.EXPIRED, claim.now)
-        else:
-            prompt_ids = intake.encode(job, self._tokenizer, info.vocab_size)
-            default = (
-                generation.max_tokens or self._settings.default_max_tokens
-            )  # an earlier worker's, if any
-            allowed = intake.budget(
-                job,
-                len(prompt_ids),
-                info.max_model_len,
-                default,
-                max_input_tokens=self._settings.max_input_tokens,
-                knob=info.length_knob,
-            )
-            wishes.check_limits(job.sampling, self._settings)
-            wishes.check_ids(job.sampling, info)
-            generation.processors = wishes.processors(
-                job.sampling, self._tokenizer, info.vocab_size, self._settings
-            )
-            if job.sampling.grammar is not None or job.tools is not None:
-                intake.check_grammar(job, self._grammar_checker(info.vocab_size), allowed)
-            generation.admit(prompt_ids, allowed, claim.now)
-
-    def _grammar_checker(self, vocab_size: int) -> GrammarChecker:
-        with self._checker_lock:
-            if self._checker is None:
-                self._checker = GrammarChecker(str(self._tokenizer.path), vocab_size)
-            return self._checker
 
     def _run(self, slot: Slot, generation: Generation) -> None:
         with self.publisher.lock:  # so that hand_back's flush finds it, or it finds that we are closing
@@ -327,26 +289,6 @@ class JobHandler:
             },
         )
         return self._disposition(result.error)
-
-    def _patiently(self, call: Callable[[], T]) -> T | None:
-        """Repeat until the other side answers. None: the worker is closing. Intake stops meanwhile."""
-        pause_s = PATIENCE_FIRST_S
-        troubled = False
-        try:
-            while True:
-                try:
-                    return call()
-                except (Transient, Misconfigured) as exc:  # a bucket or a password that is gone may come back
-                    if not troubled:
-                        log.warning("backend.unavailable", extra={"code": exc.code, "reason": exc.message})
-                        troubled = True
-                        self._troubled.append(exc.code)
-                    if self._closing.wait(pause_s):
-                        return None
-                    pause_s = min(2 * pause_s, PATIENCE_MAX_S)
-        finally:
-            if troubled:
-                self._troubled.pop()
 
     # ---- the publisher reports (its thread)
 
@@ -440,7 +382,7 @@ class JobHandler:
         """Why no jobs are taken although the engine could run them, in words; or None."""
         if not self.publisher.healthy:
             return "the journal cannot be written; running jobs wait for the state server"
-        if waiting := len(self._troubled):
+        if waiting := self._patiently.waiting:
             return f"{waiting} deliveries wait for the state server; see the log"
         return self.committer.trouble
 

@@ -597,7 +597,7 @@ def _claimed(model: Model, job: Job) -> Job:
 
 
 def _prepared(model: Model, d: Delivery, attempt: int, job: Job) -> Delivery:
-    """Generation.replay and JobHandler._admit. ``job``: before the claim."""
+    """Generation.replay and Admission.admit. ``job``: before the claim."""
     tokens = tuple(token for entry in job.log for token in entry.tokens)
     done = next((entry.state for entry in job.log if entry.kind == DONE), "")
     if done and model.rules.claim_takes_done_over:
