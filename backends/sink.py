@@ -17,7 +17,7 @@ class ResultSink:
     """Writes results. Whoever commits second finds the first one's object and finishes on its behalf."""
 
     def __init__(self, state: State, store: ResultStore, *, inline_bytes: int) -> None:
-        self._state, self._store, self._inline_bytes = state, store, inline_bytes
+        self._state, self.store, self._inline_bytes = state, store, inline_bytes
 
     def commit(self, result: Result) -> tuple[Result, bool]:
         """Make ``result`` the job's one result, then its state final. Safe to repeat, and to die in between.
@@ -26,7 +26,7 @@ class ResultSink:
         Raises StoreUnavailable, BrokerUnavailable: nothing is lost, call again.
         """
         name, body = keys.result_object(result.job_id), result.to_json().encode()
-        if self._store.put_new(name, body):
+        if self.store.put_new(name, body):
             self._finish(name, result, body)
             return result, True
         earlier = self.adopt(result.job_id)
@@ -39,7 +39,7 @@ class ResultSink:
         For a job of which the state server knows nothing (any more). Raises as ``commit``.
         """
         name = keys.result_object(job_id)
-        body = self._store.get(name)
+        body = self.store.get(name)
         if body is None:
             return None
         result = Result.from_json(body)

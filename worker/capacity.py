@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,29 @@ class Held:
     """Its choices that have not ended: so many places in the engine."""
 
 
+@dataclass(slots=True)
+class Room:
+    """What a class may still be given, at one moment; ``take`` counts down."""
+
+    sequences: int
+    unstarted: int
+    tokens: int
+    """Of prompts."""
+    blocks: float
+    """Of the cache; infinite as long as nobody waits for any."""
+    block_size: int
+
+    def take(self, tokens: int, sequences: int) -> bool:
+        """Whether one more may start; then it is counted. As for a claim, its own size is no obstacle."""
+        if self.sequences <= 0 or self.unstarted <= 0 or self.tokens <= 0 or self.blocks < 0:
+            return False
+        self.sequences -= sequences
+        self.unstarted -= 1
+        self.tokens -= tokens
+        self.blocks -= -(-tokens // self.block_size) + sequences - 1
+        return True
+
+
 def claimable(
     held: Sequence[Held], info: EngineInfo, stats: Stats | None, most: int | None = None
 ) -> list[Priority]:
@@ -40,8 +64,7 @@ def claimable(
     more once ``max_places`` choices of its own and more urgent ones are here. ``most``:
     max_concurrent_requests.
     """
-    places = max_places(info, stats, most)
-    return [priority for priority in Priority if _has_room(priority.rank, held, info, stats, places)]
+    return [priority for priority in Priority if room(priority.rank, held, info, stats, most).take(0, 0)]
 
 
 def max_places(info: EngineInfo, stats: Stats | None = None, most: int | None = None) -> int:
@@ -54,19 +77,24 @@ def max_places(info: EngineInfo, stats: Stats | None = None, most: int | None = 
     return places if most is None else min(places, most)
 
 
-def _has_room(rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats | None, places: int) -> bool:
-    """Beyond this an idle neighbour should have the next one."""
+def room(
+    rank: int, held: Sequence[Held], info: EngineInfo, stats: Stats | None, most: int | None = None
+) -> Room:
+    """What more of a class could start soon. Beyond this an idle neighbour should have the next one."""
     firm = [job for job in held if job.rank <= rank]  # the others would make way
-    if sum(job.sequences for job in firm) >= places:
-        return False
     unstarted = [job for job in firm if not job.started]
+    blocks = math.inf
     if stats is not None and stats.waiting:
         free = stats.total_blocks - stats.firm_blocks[rank] - _blocks(unstarted, info)
-        if free * KV_MARGIN < stats.total_blocks:
-            return False
-    prefill = sum(job.tokens for job in unstarted)
+        blocks = free - math.ceil(stats.total_blocks / KV_MARGIN)
     step_tokens = stats.step_tokens if stats and stats.step_tokens else info.step_tokens
-    return prefill < PREFILL_STEPS * step_tokens and len(unstarted) < MAX_UNSTARTED
+    return Room(
+        sequences=max_places(info, stats, most) - sum(job.sequences for job in firm),
+        unstarted=MAX_UNSTARTED - len(unstarted),
+        tokens=PREFILL_STEPS * step_tokens - sum(job.tokens for job in unstarted),
+        blocks=blocks,
+        block_size=info.block_size,
+    )
 
 
 def _blocks(jobs: Sequence[Held], info: EngineInfo) -> int:

@@ -18,9 +18,12 @@ def condemn(generation: Generation, now: float) -> None:
     last = history.crashes[-1]
     text = (
         f"the engine or its worker died {history.strikes} times while it ran this job alone, the last "
-        f"time after {last.tokens:,} tokens ({last.code}: {last.message or last.worker}); "
-        f"`gristmill dead show {job_id}` has the rest, `gristmill dead requeue {job_id}` tries again"
+        f"time after {last.tokens:,} tokens ({last.code}: {last.message or last.worker})"
     )
+    if generation.owner is None:  # a row has no message of its own to be put aside
+        text += (
+            f"; `gristmill dead show {job_id}` has the rest, `gristmill dead requeue {job_id}` tries again"
+        )
     log.error("job.given_up", extra={"job_id": job_id, "crashes": history.strikes, "code": last.code})
     generation.fail(ErrorInfo(code=MAX_ATTEMPTS, message=text), now)
 

@@ -62,6 +62,8 @@ class Generation:
     attempts: int
     started_at: float
     tokenizer: Tokenizer
+    owner: str | None = None
+    """Whose attempt it is: a row's segment; None: the job's own."""
     prompt_ids: list[int] = field(default_factory=list[int])
     max_tokens: int = 0
     processors: Processors | None = None

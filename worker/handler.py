@@ -14,6 +14,7 @@ from ..backends.state import Claim, Final, State
 from ..engine.tokenizer import Tokenizer
 from ..keeper.endings import Ending, complete
 from ..keeper.keeper import ID_PREFIX
+from ..schemas.batch import is_segment
 from ..schemas.errors import BadInput, Transient
 from ..schemas.job import JOB_ID_PATTERN, Job, JobState, Priority
 from ..schemas.result import ErrorInfo, FinishReason, Result
@@ -28,6 +29,8 @@ from .listener import EngineListener
 from .metrics import Metrics
 from .patience import Patience
 from .publisher import Publisher
+from .segment_run import Floor
+from .segments import Segments
 from .settings import WorkerSettings
 from .slots import Slot, Slots
 from .spool import Parcel
@@ -89,20 +92,48 @@ class JobHandler:
             slots=self._slots,
             publisher=self.publisher,
             metrics=metrics,
-            on_capacity=on_capacity,
+            on_capacity=self._on_step,
             on_gone=on_gone,
         )
+        self.segments = Segments(self._floor(), settings.model_name, self._give_up)
         self.engine: EngineClient
         self.last_busy_at = time.monotonic()
 
     def attach(self, engine: EngineClient) -> None:
         """The engine whose listener is ours: before anything else."""
-        self.engine = self.listener.engine = self._admission.engine = engine
+        self.engine = self.listener.engine = self._admission.engine = self.segments.engine = engine
+
+    def _floor(self) -> Floor:
+        """What segments need of us."""
+        return Floor(
+            worker_id=self._worker_id,
+            batches=self._state.batches,
+            store=self._sink.store,
+            slots=self._slots,
+            publisher=self.publisher,
+            admission=self._admission,
+            metrics=self._metrics,
+            closing=self._closing,
+            patiently=self._patiently,
+            store_patiently=Patience(self._closing),
+            room=lambda: self._room(Priority.BATCH),
+            idle_neighbours=self._idle_neighbours,
+            end_early=self._end_early,
+            write_every_s=self._settings.bulk_write_every_s,
+        )
 
     # ---- a delivery
 
     def handle(self, job_id: str, body: str) -> Disposition:
-        """Run one delivered job to its end. Called on a pool thread, which it blocks meanwhile."""
+        """Run one delivered job, or segment, to its end. Called on a pool thread, which it blocks
+        meanwhile.
+        """
+        if is_segment(job_id):
+            try:
+                return self.segments.handle(job_id)
+            finally:
+                self.last_busy_at = time.monotonic()
+                self._on_capacity()
         try:
             job = Job.from_json(body)
         except BadInput as exc:
@@ -232,13 +263,13 @@ class JobHandler:
         """Write nothing more of this attempt. Returns what becomes of its delivery."""
         self.publisher.discard(generation)
         if how is Disposition.DROP:
-            return self._give_up(generation)
+            return self._give_up(generation.job.id, generation.attempt)
         if self.publisher.healthy:
             with suppress(Transient):  # then the state says running until the next claim
                 self._state.release(generation.job.id, generation.attempt)
         return how
 
-    def _give_up(self, generation: Generation) -> Disposition:
+    def _give_up(self, job_id: str, attempt: int) -> Disposition:
         """What becomes of a fenced delivery: kept in hand until the job is final, or its new owner is gone.
 
         That one need not have a message of its own: a worker that was frozen may begin an attempt with a
@@ -247,10 +278,10 @@ class JobHandler:
         """
         until = time.monotonic() + KEEPER_ENDS_S
         while not self._closing.is_set():
-            status = self._patiently(lambda: self._state.status(generation.job.id))
+            status = self._patiently(lambda: self._state.status(job_id))
             if status is not None and status.state.final:
                 return Disposition.ACK
-            if status is None or status.attempt == generation.attempt:  # the server lost the state or the log
+            if status is None or status.attempt == attempt:  # the server lost the state or the log
                 return Disposition.DROP
             if status.state is not JobState.RUNNING or not self._lives(status.worker or "", until):
                 return Disposition.DROP
@@ -290,11 +321,16 @@ class JobHandler:
         )
         return self._disposition(result.error)
 
+    def _on_step(self) -> None:
+        """The engine has moved on: there may be room."""
+        self._on_capacity()
+        self.segments.poke()
+
     # ---- the publisher reports (its thread)
 
     def _on_complete(self, generation: Generation) -> None:
         if slot := self._slots.of(generation):
-            slot.ended.set()
+            slot.complete()
 
     def _on_fenced(self, generation: Generation) -> None:
         log.warning("job.fenced", extra={"job_id": generation.job.id, "attempt": generation.attempt})
@@ -306,8 +342,10 @@ class JobHandler:
     # ---- control
 
     def cancel(self, job_id: str) -> None:
-        """Stop a running job; its partial text becomes its result. Unknown ids are ignored."""
-        self._end_early(job_id, FinishReason.CANCELLED)
+        """Stop a running job, or look what was said of a batch; the partial text becomes the result. Unknown
+        ids are ignored."""
+        if not self._end_early(job_id, FinishReason.CANCELLED):
+            self.segments.cancel(job_id)
 
     def expire(self, now: float) -> None:
         """Stop running jobs whose time is up. ``now``: by the monotonic clock."""
@@ -315,16 +353,17 @@ class JobHandler:
             if slot.expires_at <= now:
                 self._end_early(slot.job.id, FinishReason.EXPIRED)
 
-    def _end_early(self, job_id: str, reason: FinishReason) -> None:
+    def _end_early(self, job_id: str, reason: FinishReason) -> bool:
         with self.publisher.lock:
             slot = self._slots.get(job_id)
             generation = slot.generation if slot else None
             if generation is None or generation.done is not None:
-                return
+                return False
             generation.end_early(reason, time.time())
             self.publisher.wake()
         self.engine.abort(generation.request_id)
         log.info("job.ended_early", extra={"job_id": job_id, "reason": reason.value})
+        return True
 
     def give_back(self, job_ids: Sequence[str]) -> None:
         """Journal running jobs' tokens and give their deliveries back: they go on from there, somewhere.
@@ -334,8 +373,10 @@ class JobHandler:
         """
         slots = [slot for job_id in job_ids if (slot := self._slots.get(job_id)) is not None]
         running = [(slot, slot.generation) for slot in slots if not slot.ended.is_set()]
-        if any(generation is not None for _, generation in running):
+        segments = set(job_ids) & set(self.segments.ids)
+        if segments or any(generation is not None for _, generation in running):
             self.publisher.flush(GIVE_BACK_FLUSH_S)
+        self.segments.give_back(segments)
         for slot, generation in running:
             if generation is not None:
                 self._give_back(slot, generation.request_id)
@@ -354,28 +395,34 @@ class JobHandler:
         with self.publisher.lock:
             self._closing.set()
         self.committer.close()
-        slots = self._slots.all()
+        slots, segments = self._slots.jobs(), self.segments.ids
         self.publisher.flush(flush_s)
         returned = [slot for slot in slots if not slot.ended.is_set()]
         for slot in returned:
             slot.end(Disposition.REQUEUE)
-        return len(returned)
+        self.segments.give_back(segments)
+        return len(returned) + len(segments)
+
+    def wind_down(self) -> None:
+        """Nothing new is to begin: no rows of the segments in hand, either."""
+        self.segments.wind_down()
 
     # ---- capacity
 
     @property
     def in_hand(self) -> int:
-        """Jobs claimed and not yet disposed of."""
-        return len(self._slots)
+        """Jobs and segments claimed and not yet disposed of, and rows that run."""
+        return len(self._slots) + len(self.segments.ids)
 
     @property
     def unfinished(self) -> int:
         """Those that may yet end here: fenced ones run elsewhere."""
-        return sum(slot.how is not Disposition.DROP for slot in self._slots.all())
+        jobs = sum(slot.how is not Disposition.DROP for slot in self._slots.jobs())
+        return jobs + self.segments.unfinished
 
     def job_ids(self) -> list[str]:
-        """The jobs in hand."""
-        return [slot.job.id for slot in self._slots.all()]
+        """The jobs in hand; no rows."""
+        return [slot.job.id for slot in self._slots.jobs()]
 
     @property
     def trouble(self) -> str | None:
@@ -388,11 +435,36 @@ class JobHandler:
 
     def claimable(self) -> list[Priority]:
         """The classes of which another job would start soon, the most urgent first: see capacity.py."""
-        if self._closing.is_set() or self.trouble is not None:
+        if not self._may_begin:
             return []
-        if not self.engine.ready or self.engine.on_trial:
-            return []
-        # The others are being committed: the engine has done with them.
-        held = [slot.held() for slot in self._slots.all() if not slot.ended.is_set()]
         most = self._settings.max_concurrent_requests
-        return capacity.claimable(held, self.engine.info, self.engine.stats, most)
+        classes = capacity.claimable(self._held(), self.engine.info, self.engine.stats, most)
+        if Priority.BATCH in classes and self.segments.hungry:  # its rows come first
+            classes.remove(Priority.BATCH)
+        return classes
+
+    def _room(self, priority: Priority) -> capacity.Room | None:
+        """What of that class could start soon; None: nothing at all may."""
+        if not self._may_begin:
+            return None
+        most = self._settings.max_concurrent_requests
+        return capacity.room(priority.rank, self._held(), self.engine.info, self.engine.stats, most)
+
+    @property
+    def _may_begin(self) -> bool:
+        if self._closing.is_set() or self.trouble is not None:
+            return False
+        return self.engine.ready and not self.engine.on_trial
+
+    def _held(self) -> list[capacity.Held]:
+        # The others are being committed: the engine has done with them.
+        return [slot.held() for slot in self._slots.all() if not slot.ended.is_set()]
+
+    def _idle_neighbours(self) -> int:
+        """Other workers that serve the model and had nothing to do at their last heartbeat."""
+        others = {i: info for i, info in self._state.workers().items() if i != self._worker_id}
+        mine = self._settings.model_name
+        return sum(
+            mine in info.models and info.state == "ready" and not info.in_hand and info.trouble is None
+            for info in others.values()
+        )

@@ -147,6 +147,7 @@ class Lifecycle:
     def _empty(self, reason: str) -> None:
         """Finish what fits in ``drain_s``, hand the rest back. Bounded, whatever does not answer."""
         log.info("worker.draining", extra={"reason": reason, "in_hand": self._handler.in_hand})
+        self._handler.wind_down()
         deadline = time.monotonic() + self._settings.drain_s
         while self._handler.unfinished and time.monotonic() < deadline and not self._hurry.is_set():
             self._hurry.wait(0.05)
@@ -209,7 +210,9 @@ class Lifecycle:
             pid=os.getpid(),
             version=version("gristmill"),
             max_model_len=info.max_model_len,
-            trouble=self._handler.trouble or self._handler.committer.waits_for,
+            trouble=self._handler.trouble
+            or self._handler.committer.waits_for
+            or self._handler.segments.waits_for,
             state="draining" if self.draining else "ready" if engine.ready else "starting",
             in_hand=self._handler.in_hand,
             running=0 if stats is None else stats.running,

@@ -45,17 +45,19 @@ class Publisher:
         """Begin writing."""
         self._thread.start()
 
-    def add(self, generation: Generation) -> None:
-        """Watch a job from now on, until its log is complete or it is fenced."""
+    def add(self, *generations: Generation) -> None:
+        """Watch jobs from now on, each until its log is complete or it is fenced."""
         with self.lock:
-            self._live[generation.job.id] = generation
+            for generation in generations:
+                self._live[generation.job.id] = generation
             self.lock.notify_all()
 
-    def discard(self, generation: Generation) -> None:
-        """Stop watching: nothing more of this attempt is written."""
+    def discard(self, *generations: Generation) -> None:
+        """Stop watching: nothing more of these attempts is written."""
         with self.lock:
-            if self._live.get(generation.job.id) is generation:
-                del self._live[generation.job.id]
+            for generation in generations:
+                if self._live.get(generation.job.id) is generation:
+                    del self._live[generation.job.id]
             if not self._live:  # nothing is left to find out with whether the server is back
                 self.healthy = True
 
@@ -115,8 +117,9 @@ class Publisher:
             due_at = generation.due_at()
             if due_at is None or due_at > until:
                 continue
-            job_id, attempt = generation.job.id, generation.attempt
-            writes = [Write(job_id, attempt, e.seq, e.event.to_json()) for e in generation.take_entries(now)]
+            job_id, attempt, owner = generation.job.id, generation.attempt, generation.owner
+            entries = generation.take_entries(now)
+            writes = [Write(job_id, attempt, e.seq, e.event.to_json(), owner) for e in entries]
             batch.append((generation, writes))
         return batch
 

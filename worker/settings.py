@@ -130,6 +130,8 @@ class WorkerSettings(Settings):
     """Finished jobs whose results may wait for the store; then intake stops. Each holds a thread."""
     spool_max_bytes: PositiveInt = 256 * 1024 * 1024
     """The same, by the size of the results."""
+    bulk_write_every_s: Seconds = 10.0
+    """Rows of a batch that have ended join it so often; sooner where they are many."""
     keeper: bool = True
     """Bring a keeper along, which ends jobs that nobody runs."""
     burst: bool = False

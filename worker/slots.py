@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -26,6 +27,10 @@ class Slot:
     """Set with ``ended``: DROP (fenced) or REQUEUE (handed back). None: the log is complete."""
     disposition: Future[Disposition] = field(default_factory=Future[Disposition])
 
+    def complete(self) -> None:
+        """Its log is complete: wake its thread."""
+        self.ended.set()
+
     def end(self, how: Disposition) -> None:
         """Wake its thread, which lets go of the job. Too late once the job has ended by itself."""
         if not self.ended.is_set():
@@ -43,6 +48,26 @@ class Slot:
             started=generation.first_token_at is not None,
             sequences=sum(1 for _ in generation.running),
         )
+
+
+@dataclass(slots=True, eq=False)
+class RowSlot(Slot):
+    """A row in hand. No thread waits for it: ``on_end`` is told instead, once, on whatever thread."""
+
+    on_end: Callable[[RowSlot], None] = field(kw_only=True)
+
+    def complete(self) -> None:
+        """See Slot."""
+        if not self.ended.is_set():
+            self.ended.set()
+            self.on_end(self)
+
+    def end(self, how: Disposition) -> None:
+        """See Slot."""
+        if not self.ended.is_set():
+            self.how = how
+            self.ended.set()
+            self.on_end(self)
 
 
 class Slots:
@@ -79,9 +104,13 @@ class Slots:
         return generation if generation is not None and generation.request_id == attempt else None
 
     def all(self) -> list[Slot]:
-        """As of now."""
+        """As of now, rows included."""
         with self._lock:
             return list(self._slots.values())
+
+    def jobs(self) -> list[Slot]:
+        """Those that have a delivery of their own."""
+        return [slot for slot in self.all() if not isinstance(slot, RowSlot)]
 
     def __len__(self) -> int:
         return len(self._slots)

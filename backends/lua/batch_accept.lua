@@ -28,7 +28,7 @@ else
   end
   joined, before = BATCH, is[3]
 end
-if before == ARGV[5] then  -- the reply to it was lost
+if not ARGV[5] or before == ARGV[5] then  -- nothing is left of it, or the reply to it was lost
   return answer()
 end
 
