@@ -16,14 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from ..schemas.batch_manifest import BatchFile
 from ..schemas.errors import ResultsDamaged
 from . import line_merge
-from .line_merge import Piece, check_piece, gone, merged
+from .line_merge import Piece, check_piece, merged
+from .object_lines import gone, object_spans
 from .object_writer import ObjectWriter
 from .store import ResultStore
 
 READ_AHEAD_BYTES = 48 * 1024 * 1024
 READERS = 16
 CHUNK_BYTES = 1024 * 1024
-SPAN_BYTES = 8 * 1024 * 1024
 
 Scratch = Callable[[int], str]
 """The n-th name for what is only there while a file is assembled."""
@@ -128,7 +128,7 @@ def _standing(store: ResultStore, name: str, rows: int, size: int) -> BatchFile:
     if held != size:
         raise _taken(name, f"{held or 0:,} bytes where {size:,} were accepted")
     digest, count = hashlib.sha256(), 0
-    for data in _spans(store, name, size):
+    for data in object_spans(store, name):
         digest.update(data)
         count += data.count(b"\n")
     if count != rows:
@@ -138,14 +138,6 @@ def _standing(store: ResultStore, name: str, rows: int, size: int) -> BatchFile:
 
 def _taken(name: str, why: str) -> ResultsDamaged:
     return ResultsDamaged(f"{name} stands already, with {why}; move it away, and it is made anew")
-
-
-def _spans(store: ResultStore, name: str, size: int) -> Iterator[bytes]:
-    for start in range(0, size, SPAN_BYTES):
-        data = store.read(name, start, SPAN_BYTES)
-        if data is None:
-            raise gone(name)
-        yield data
 
 
 def _bodies(store: ResultStore, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, bytes]]:

@@ -92,7 +92,7 @@ STANDING, CANCEL, CANCEL_ROW, PAUSE, EXPIRE = map(
 BEGIN_FINALIZE, COMPLETE, ROW, DELETE = map(
     _script, ("batch_begin_finalize", "batch_complete", "batch_row", "batch_delete")
 )
-LIST = Script.of(lua("batch_list"))
+LIST, DEFER = Script.of(lua("batch_list")), Script.of(lua("batch_defer"))
 DUE = Script.of(lua("clock") + lua("batch_due"), timed=True)
 
 
@@ -254,6 +254,10 @@ def list_batches(after: str | None, limit: int) -> Call[list[str]]:
 def forget(batch_ids: Sequence[str]) -> Call[object]:
     """Take batches off the list whose records have gone."""
     return Call(("ZREM", keys.BATCHES, *batch_ids), bool)
+
+
+def exists(batch_id: str) -> Call[bool]:
+    return Call(("EXISTS", keys.batch(batch_id)), bool)
 
 
 def begin(batch: Batch, retention_s: float) -> Call[BatchStatus | None]:
@@ -467,8 +471,8 @@ def _due(batch_id: bytes, values: list[bytes | None], waiting: int, running: int
     )
 
 
-def defer(batch_id: str, until: float) -> Call[object]:
-    return Call(("ZADD", keys.BATCHES_DUE, "XX", round(until * 1000), batch_id), bool)
+def defer(batch_id: str, until: float, seen_at: float) -> Call[bool]:
+    return Call((batch_id, round(seen_at * 1000), round(until * 1000)), bool, DEFER, (keys.BATCHES_DUE,))
 
 
 def not_due(batch_ids: Sequence[str]) -> Call[object]:

@@ -107,6 +107,17 @@ class Batches:
                 self._run(batch_calls.forget(gone))
         return found[:limit]
 
+    def forget_gone(self, after: str | None, limit: int) -> str | None:
+        """Take those whose records have gone off the list: of the next ``limit``, the newest first.
+
+        Returns where to go on; None: from the first again.
+        """
+        ids = self._run(batch_calls.list_batches(after, limit))
+        there = [batch_id for batch_id in ids if self._run(batch_calls.exists(batch_id))]
+        if gone := set(ids).difference(there):
+            self._run(batch_calls.forget(list(gone)))
+        return there[-1] if there and len(ids) == limit else None
+
     def begin(self, batch: Batch) -> BatchStatus | None:
         """Once all its segments were validated: let it run (they need messages then), or fail. Safe to
         repeat.
@@ -218,9 +229,12 @@ class Batches:
         """The server's time, and batches that need a look."""
         return self._run(batch_calls.due(limit))
 
-    def defer(self, batch_id: str, until: float) -> None:
-        """Look again then (unix seconds by the server's clock), unless something wakes you before."""
-        self._run(batch_calls.defer(batch_id, until))
+    def defer(self, batch_id: str, until: float, *, seen_at: float) -> bool:
+        """Look again then, unless something wakes you before, or has since ``seen_at``, the time of ``due``.
+
+        Unix seconds by the server's clock. False: it is to be looked at as it stands.
+        """
+        return self._run(batch_calls.defer(batch_id, until, seen_at))
 
     def not_due(self, batch_ids: Sequence[str]) -> None:
         """Nobody need look at these."""

@@ -12,8 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Self
 
+from ..schemas.batch import ResultObject, unpack_lines
 from ..schemas.errors import ResultsDamaged
+from .object_lines import gone
 from .store import ResultStore
 
 FAN_IN = 256
@@ -37,6 +40,12 @@ class Piece:
     last: int
     sha256: str | None = None
     """None: not known."""
+
+    @classmethod
+    def of(cls, accepted: ResultObject) -> Self:
+        """An accepted object."""
+        lines = unpack_lines(accepted.lines)
+        return cls(accepted.name, accepted.bytes, accepted.rows, lines[0], lines[-1], accepted.sha256)
 
 
 def line_number(line: bytes) -> int:
@@ -147,13 +156,6 @@ def check_piece(piece: Piece, *, rows: int, size: int | None, sha256: str) -> No
         raise ResultsDamaged(f"{piece.name} has another SHA-256 than what was accepted: it was changed")
     if rows != piece.rows:
         raise ResultsDamaged(f"{piece.name} has {rows:,} lines, and {piece.rows:,} were accepted")
-
-
-def gone(name: str) -> ResultsDamaged:
-    """An object that was accepted and is not there any more."""
-    return ResultsDamaged(
-        f"{name} was accepted and is gone from the store; put it back from a backup or a version"
-    )
 
 
 def fewer(pieces: Sequence[Piece], join: Callable[[Sequence[Piece]], Piece]) -> list[Piece]:

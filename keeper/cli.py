@@ -61,6 +61,7 @@ def _once(settings: KeeperSettings) -> int:
     with open_keeper(settings, keeper_id()) as keeper:
         while keeper.round().full:
             pass
+        keeper.settle()
     return 0
 
 

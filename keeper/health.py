@@ -40,6 +40,8 @@ def metrics(keeper: Keeper, silent_s: float) -> str:
         "dead_drained": totals.drained,
         "claims_swept": totals.swept,
         "messages_pruned": totals.pruned,
+        "segments_sent": totals.sent,
+        "batches_finished": keeper.batches_finished,
     }
     gauges = {"leads": int(keeper.leads), "silent_seconds": round(silent_s, 3)}
     lines = [

@@ -19,6 +19,7 @@ from typing import TypeVar
 from ..backends.dead import DeadLetters, job_of, open_dead
 from ..backends.message_queue import MessageQueue
 from ..backends.redis import redis_errors
+from ..backends.segment_messages import SegmentSender
 from ..backends.sink import ResultSink
 from ..backends.sqs_dead import SqsDead
 from ..backends.state import Due, State, open_state, state_url
@@ -28,7 +29,9 @@ from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
 from ..schemas.job import JOB_ID_PATTERN
 from ..schemas.result import ErrorInfo, FinishReason
 from ..schemas.settings import Settings
+from .batch_rounds import BatchRounds
 from .endings import Ending, Endings
+from .finisher import Finisher
 from .pruner import Pruner
 from .settings import KeeperSettings, load_keeper_settings
 
@@ -60,12 +63,17 @@ class Round:
     """Claims of dead workers that went back to their queues."""
     pruned: int = 0
     """Waiting messages of jobs that had ended."""
+    sent: int = 0
+    """Segments of batches that got a message."""
     full: bool = False
     """There is more to do."""
 
     @property
     def idle(self) -> bool:
-        return not (self.ended or self.drained or self.swept or self.pruned)
+        return not any(getattr(self, name) for name in _DONE)
+
+
+_DONE = ("ended", "drained", "swept", "pruned", "sent")
 
 
 class Keeper:
@@ -83,11 +91,13 @@ class Keeper:
         queue: MessageQueue | None,
         prunes: bool,
         sqs_dead: SqsDead | None = None,
+        batches: BatchRounds | None = None,
         check_store: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings, self.id = settings, keeper_id
         self._state, self._dead, self._queue, self._sqs_dead = state, dead, queue, sqs_dead
         self._endings = Endings(state, sink, keeper_id)
+        self._batches = batches
         self._pruner = Pruner(queue) if queue is not None and prunes else None
         self._check_store, self._store_failed = check_store, False
         self._tidied_at = -TIDY_EVERY_S
@@ -151,13 +161,11 @@ class Keeper:
             self._end_what_is_due(done, threads)
             self._drain_the_dead(done, threads)
         self._store_failed = False
+        self._look_after_batches(done)
         self._sweep_up(done)
         if not done.idle:
-            log.info(
-                "keeper.round",
-                extra={n: v for n in ("ended", "drained", "swept", "pruned") if (v := getattr(done, n))},
-            )
-        for name in ("ended", "deferred", "drained", "swept", "pruned"):
+            log.info("keeper.round", extra={name: v for name in _DONE if (v := getattr(done, name))})
+        for name in (*_DONE, "deferred"):
             setattr(self.totals, name, getattr(self.totals, name) + getattr(done, name))
         return done
 
@@ -257,11 +265,29 @@ class Keeper:
         )
         return True
 
+    def _look_after_batches(self, done: Round) -> None:
+        if self._batches is not None:
+            looked = self._batches.round()
+            done.sent += looked.sent
+            done.full |= looked.full
+
+    def settle(self) -> None:
+        """Wait for what goes on beside the rounds."""
+        if self._batches is not None:
+            self._batches.settle()
+
+    @property
+    def batches_finished(self) -> int:
+        """Batches that this keeper made final."""
+        return 0 if self._batches is None else self._batches.finished
+
     def _sweep_up(self, done: Round) -> None:
         """What workers do for each other while there are any, and what nobody else does."""
         if time.monotonic() - self._tidied_at >= TIDY_EVERY_S:
             self._tidied_at = time.monotonic()
             self._state.tidy()
+            if self._batches is not None:
+                self._batches.forget_gone()
         with redis_errors("broker"):
             if self._queue is not None:
                 period_s = 0.9 * self._settings.keeper_every_s
@@ -285,6 +311,8 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
         state = opened.enter_context(open_state(settings))
         dead = opened.enter_context(closing(open_dead(settings)))
         store = open_store(settings.results, settings)
+        sender = opened.enter_context(closing(SegmentSender(settings)))
+        finisher = Finisher(state.batches, store, keeper_id, settings.keeper_lock_s)
         sqs_dead = opened.enter_context(closing(SqsDead(settings, dead))) if sqs else None
         yield Keeper(
             settings,
@@ -295,6 +323,7 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
             queue=None if sqs else MessageQueue(dead.client, lease_s=settings.visibility_timeout_s),
             prunes=state_url(settings) == settings.broker,
             sqs_dead=sqs_dead,
+            batches=BatchRounds(state.batches, finisher, sender, hold_s=settings.keeper_lock_s),
             check_store=store.check,
         )
 

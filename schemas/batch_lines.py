@@ -197,13 +197,17 @@ def output_line(result: Result, custom_id: str) -> OutputLine:
             response = Response(status_code=200, request_id=f"req_{result.job_id}", body=body)
             return OutputLine(id=line_id, custom_id=custom_id, response=response)
         case JobState.CANCELLED | JobState.EXPIRED as state:
-            message = f"This request was {state.value} before it was finished."
-            return OutputLine(
-                id=line_id, custom_id=custom_id, error={"code": f"batch_{state.value}", "message": message}
-            )
+            return unfinished_line(result.job_id, custom_id, state)
         case _:
             error = result.error or ErrorInfo(code="internal_error", message="the job failed")
             return error_line(result.job_id, custom_id, error)
+
+
+def unfinished_line(row_id: str, custom_id: str, state: JobState) -> OutputLine:
+    """A row that was cancelled or expired before it was finished; it may never have begun."""
+    message = f"This request was {state.value} before it was finished."
+    error = {"code": f"batch_{state.value}", "message": message}
+    return OutputLine(id=f"batch_req_{row_id}", custom_id=custom_id, error=error)
 
 
 def error_line(row_id: str, custom_id: str, error: ErrorInfo) -> OutputLine:

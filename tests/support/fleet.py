@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from gristmill.backends import broker
 from gristmill.backends.dead import DeadLetters
 from gristmill.backends.message_queue import ClaimedMessage, MessageQueue
 from gristmill.backends.redis import connect
+from gristmill.backends.segment_messages import send_segment
 from gristmill.backends.sink import ResultSink
 from gristmill.backends.state import State
 from gristmill.backends.store import FileStore
+from gristmill.keeper.batch_rounds import BatchRounds
+from gristmill.keeper.finisher import Finisher
 from gristmill.keeper.keeper import Keeper
 from gristmill.keeper.settings import KeeperSettings
 from gristmill.schemas import keys
@@ -49,8 +53,14 @@ class Fleet:
             dead=DeadLetters(self.valkey.client()),
             queue=self.queue,
             prunes=True,
+            batches=self.batch_rounds(name),
             check_store=self.store.check,
         )
+
+    def batch_rounds(self, name: str = "k1", hold_s: float = 30.0) -> BatchRounds:
+        finisher = Finisher(self.state.batches, self.store, name, hold_s)
+        send = functools.partial(send_segment, self.app)
+        return BatchRounds(self.state.batches, finisher, send, hold_s=hold_s)
 
     def submit(self, job: Job) -> Job:
         self.state.submit(job)

@@ -1,0 +1,45 @@
+"""Messages of segments: what tells workers that rows of a batch are theirs to validate or to run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..schemas.batch import Batch, Phase, Segment
+from ..schemas.job import Priority
+from ..schemas.queues import queue_name
+from ..schemas.settings import Settings
+
+if TYPE_CHECKING:
+    from celery import Celery  # pyright: ignore[reportMissingTypeStubs]  # celery ships none
+
+
+def send_segment(app: Celery, batch: Batch, segment_id: str, phase: Phase) -> None:
+    """Have the broker accept it. A second message of a segment does no harm. Raises BrokerUnavailable."""
+    from .broker import publish
+
+    body = Segment(id=segment_id, phase=phase).to_json()
+    queue = queue_name(batch.model, Priority.BATCH)
+    publish(app, queue, body, segment_id, batch.tenant, Priority.BATCH)
+
+
+class SegmentSender:
+    """The same with a connection of its own, made when it is first needed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._app: Celery | None = None
+
+    def __call__(self, batch: Batch, segment_id: str, phase: Phase) -> None:
+        """See ``send_segment``."""
+        from .broker import make_app
+
+        self._app = self._app or make_app(self._settings)
+        send_segment(self._app, batch, segment_id, phase)
+
+    def close(self) -> None:
+        """Let go of it."""
+        from .broker import close
+
+        if self._app is not None:
+            close(self._app)
+            self._app = None
