@@ -93,6 +93,9 @@ class EngineSettings(BaseModel):
     CPU only; slower."""
     num_threads: PositiveInt | None = None
     """CPU threads. None: as torch chooses (one per physical core it may use)."""
+    quick_start: bool = True
+    """On a CPU, import torch without what only its compilers and exporters need; who does need it has it read
+    then. It changes no token."""
     kernel_cache: Path | None = None
     """Where built kernels are kept. None: ``kernels`` under the Gristmill home."""
 

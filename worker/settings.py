@@ -101,6 +101,7 @@ class WorkerSettings(Settings):
     lora_memory_mib: PositiveInt = 512
     lora_max_rank: PositiveInt = 256
     deterministic: bool = False
+    quick_start: bool = True
 
     max_stop_sequences: Annotated[PositiveInt, Field(validation_alias=_tgi("max_stop_sequences"))] = 16
     max_top_n_tokens: Annotated[int, Field(ge=0, validation_alias=_tgi("max_top_n_tokens"))] = 20

@@ -1,0 +1,108 @@
+"""An engine whose torch has been imported in part: the same tokens, and the whole of torch for who asks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gristmill.engine.engine import Engine
+from gristmill.engine.messages import Request, Step
+from gristmill.engine.models.tiny import write_tiny
+from gristmill.engine.process import EngineProcess
+from gristmill.engine.settings import EngineSettings
+
+from ..support.waiting import LOADED_S
+
+START_S = 60 + LOADED_S
+OURS = ("aten::", "mkldnn::", "onednn::", "prims::", "quantized::")
+
+PROBE = """
+import json, sys
+from gristmill.engine import quick_torch
+quick_torch.begin()
+from gristmill.engine.engine import Engine
+from gristmill.engine.messages import Request
+from gristmill.engine.settings import EngineSettings
+
+def kernels(key):
+    return sorted(torch._C._dispatch_get_registrations_for_dispatch_key(key))
+
+import torch
+engine = Engine(EngineSettings.model_validate_json(sys.argv[1]))
+engine.add(Request(id="a", prompt_ids=[5, 6, 7], max_tokens=12, temperature=1.0, top_p=0.9, seed=3))
+tokens = [t for _ in range(12) if engine.has_work for output in engine.step() for t in output.token_ids]
+left_out, cpu = quick_torch.left_out(), kernels("CPU")
+found = {"tokens": tokens, "left_out": left_out, "cpu": cpu, "looked": torch.optim.SGD.__name__}
+print(json.dumps({**found, "still": quick_torch.left_out(), "meta": kernels("Meta")}))
+"""
+
+ODD = """
+import sys
+
+class Odd:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.signal" and type(sys.modules["torch.optim"]).__name__ == "_Later":
+            raise ImportError("this torch wants its parts")
+
+sys.meta_path.insert(0, Odd())
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
+    model = write_tiny(tmp_path_factory.mktemp("tiny"))
+    return EngineSettings(
+        model=str(model),
+        device="cpu",
+        dtype="float32",
+        attention="torch",
+        num_threads=1,
+        max_num_seqs=4,
+        max_batch_prefill_tokens=64,
+        max_batch_total_tokens=1024,
+    )
+
+
+def kernels(key: str) -> set[str]:
+    found = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return {name for name in found if name.startswith(OURS)}
+
+
+def test_a_step_looks_into_nothing_that_was_left_out_and_makes_the_same_tokens(
+    settings: EngineSettings,
+) -> None:
+    run = [sys.executable, "-P", "-c", PROBE, settings.model_dump_json()]
+    found = json.loads(subprocess.run(run, check=True, capture_output=True, timeout=START_S).stdout)
+    assert "torch._meta_registrations" in found["left_out"]
+    assert "torch.export" in found["left_out"]
+
+    engine = Engine(settings)
+    engine.add(Request(id="a", prompt_ids=[5, 6, 7], max_tokens=12, temperature=1.0, top_p=0.9, seed=3))
+    tokens = [t for _ in range(12) if engine.has_work for output in engine.step() for t in output.token_ids]
+    assert found["tokens"] == tokens
+
+    assert kernels("CPU") <= set(found["cpu"]), "a kernel on numbers was left out"
+    assert (found["looked"], found["still"]) == ("SGD", []), "who looks into one part gets them all"
+    assert kernels("Meta") <= set(found["meta"]), "an operator was forgotten for good"
+
+
+def test_a_torch_that_cannot_be_read_in_parts_is_read_whole_by_a_new_start(
+    settings: EngineSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ODD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with EngineProcess(settings) as engine:
+        pid = engine.pid
+        engine.wait_ready(START_S)
+        engine.add([Request(id="a", prompt_ids=[5], max_tokens=1, ignore_eos=True)])
+        report = engine.recv(START_S)
+        assert isinstance(report, Step)
+        assert engine.pid == pid
+    assert "engine.whole_torch" in capfd.readouterr().err
