@@ -40,6 +40,7 @@ from .models.fallback_trial import try_out
 from .models.families import from_hf
 from .models.spec import ModelSpec
 from .native.library import Library, load
+from .native.products import Products, load_products, used
 from .parallel.adapters import narrow
 from .parallel.blocks import SharedBlocks
 from .parallel.feed import told
@@ -155,6 +156,7 @@ class Runner:
         self.step_tokens = _step_tokens(settings, self.device)
         with self._timed("kernels"):
             library = self._library(settings)
+            products = self._products(settings)
             self._attention = self._backend(settings, library)
             self.block_size = self._attention.block_size
             if ranks.least(self.block_size) != -ranks.least(-self.block_size):
@@ -162,7 +164,7 @@ class Runner:
                     "the ranks found different attention kernels to be the fastest; name one of them: "
                     "attention=triton"
                 )
-        with self._timed("weights"), torch.inference_mode():
+        with self._timed("weights"), torch.inference_mode(), used(products):
             self._decoder = (
                 self._made_ours(model, settings)
                 if isinstance(model, Fallback)
@@ -299,6 +301,11 @@ class Runner:
             return None
         cache = settings.kernel_cache or default_home() / "kernels"
         return load(cache, self.dtype, torch.get_num_threads())
+
+    def _products(self, settings: EngineSettings) -> Products | None:
+        if self.device.type != "cpu" or not settings.native_products:
+            return None
+        return load_products(settings.kernel_cache or default_home() / "kernels", torch.get_num_threads())
 
     def _backend(self, settings: EngineSettings, library: Library | None) -> Attention:
         if library:

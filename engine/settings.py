@@ -70,6 +70,9 @@ class EngineSettings(BaseModel):
     overlap: bool | None = None
     """Launch a step before the tokens of the one before are known to the host, which then works beside the
     device. None: on CUDA. It changes no token."""
+    native_products: bool = True
+    """CPU only: multiply with our own kernels where the CPU has a matrix unit (bfloat16, int8) or int8 dot
+    products. Off: with oneDNN's."""
     cuda_graphs: bool = True
     """CUDA only: replay what a step of decodes launches instead of launching it anew. It changes no token."""
     speculate: NonNegativeInt = 8

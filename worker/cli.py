@@ -73,6 +73,11 @@ def cli() -> None:
     help="Work beside the device, a step ahead of what it is known to have said; default: on CUDA.",
 )
 @click.option(
+    "--native-products/--no-native-products",
+    default=None,
+    help="CPU: multiply with our own kernels where the CPU has instructions for them; default: yes.",
+)
+@click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=None,
     help="CUDA: replay the launches of a step that only decodes; default: yes.",

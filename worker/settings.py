@@ -72,6 +72,7 @@ class WorkerSettings(Settings):
     prefix_cache: bool = True
     swap_gib: Annotated[float, Field(ge=0.0)] = 0.0
     overlap: bool | None = None
+    native_products: bool = True
     cuda_graphs: bool = True
     speculate: Annotated[NonNegativeInt, Field(validation_alias=_tgi("speculate"))] = 8
     memory_fraction: Annotated[

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..native import products
 from .linear import Linear
 
 log = logging.getLogger(__name__)
@@ -30,9 +31,12 @@ Make = Callable[[Tensor, Tensor | None], Linear]
 def invariant(make: Make, weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The layer that ``make`` makes, its rows independent of one another. On the CPU only."""
     assert weight.device.type == "cpu", weight.device
+    layer = make(weight, bias)
+    if isinstance(layer, products.Dense | products.Int8):
+        return layer  # its sums run in one order
     outputs, inputs = weight.shape
     counts = alike(make, outputs, inputs, weight.dtype, bias is not None)
-    return RowInvariant(make(weight, bias), outputs, counts)
+    return RowInvariant(layer, outputs, counts)
 
 
 class RowInvariant:

@@ -1,4 +1,5 @@
-"""Linear layers: oneDNN with a weight packed once where that works, plain ``F.linear`` elsewhere."""
+"""Linear layers: our matrix products where the CPU has the unit, oneDNN with a weight packed once where that
+works, plain ``F.linear`` elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from ..native import products
+
 log = logging.getLogger(__name__)
 
 Linear = Callable[[Tensor], Tensor]
@@ -21,7 +24,10 @@ ROWS_HINT = 16
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """A layer over ``weight`` [out, in]. On CPU it is copied into oneDNN's layout: drop your reference."""
+    """A layer over ``weight`` [out, in]. A CPU copies it into a layout of its own: drop your reference."""
+    ours = products.in_use()
+    if ours is not None and ours.bf16 and weight.dtype == torch.bfloat16:
+        return products.Dense(ours, weight, bias)
     if weight.device.type == "cpu" and packing_works(weight.dtype):
         return _Packed(weight, bias)
     return _Plain(weight, bias)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layers.linear import Linear
+from ..native import products
 from .packed import ByteCodes, OnCall, Packed
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ class Int8(ByteCodes):
         return Int8(codes, scales, self.inputs)
 
     def linear(self, dtype: torch.dtype, bias: Tensor | None) -> Linear:
+        ours = products.in_use()
+        if ours is not None and ours.int8_ways and self.inputs and dtype in (torch.float32, torch.bfloat16):
+            return products.Int8(ours, self.codes, self.scales, bias)
         if self.device.type == "cpu" and self.inputs and w8a8_works():
             return W8A8(self, bias)
         if self.device.type == "cpu" and weight_only_works(dtype):

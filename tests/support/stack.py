@@ -128,7 +128,7 @@ class Stack:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, kernels: None) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory, kernels: Path) -> Path:
     """A model of two small layers with random weights, which starts sooner than the real one."""
     return write_tiny(tmp_path_factory.mktemp("tiny"), tokenizer=True, vocab_size=5000)
 

@@ -1,0 +1,194 @@
+"""The built matrix products, for linear layers made while they are ``used``.
+
+A context instead of an argument: layers are made in many places (dense, quantized, stored or on load), and
+which kernels a machine has is no business of theirs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .build import BuildFailed, build
+
+log = logging.getLogger(__name__)
+
+PANEL = 32
+"""Outputs that are worked on together: arrays of outputs are filled up to a multiple."""
+AMX, VNNI = 1, 2
+TOLERANCE = 2**-7
+"""Of the largest result: a rounding to bf16."""
+_p, _i, _q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES = {
+    "gm_product_ways": (_i, (_i,)),
+    "gm_packed_bytes": (_q, (_i, _i)),
+    "gm_pack": (None, (_p, _p, _i, _i, _i)),
+    "gm_product_bf16": (None, (_p, _p, _p, _p, _q, _i, _i, _i)),
+    "gm_product_int8": (None, (_i, _p, _p, _p, _p, _p, _p, _q, _i, _i, _i, _i)),
+}
+
+
+class Products:
+    """What this machine's kernels multiply. A product's row is the same bits whatever the other rows are."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.library, name)
+            function.argtypes, function.restype = arguments, result
+        self.threads = threads
+        self.int8_ways: int = self.library.gm_product_ways(1)
+        self.bf16 = bool(self.library.gm_product_ways(0) & AMX)
+
+    @property
+    def int8_way(self) -> int:
+        """The faster of those there are; 0: none."""
+        return AMX if self.int8_ways & AMX else self.int8_ways
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """``weight`` [out, in], bfloat16 or int8, as the kernels read it: bytes."""
+        weight = weight.contiguous()
+        outputs, row_bytes = len(weight), weight.shape[1] * weight.element_size()
+        packed = torch.empty(self.library.gm_packed_bytes(outputs, row_bytes), dtype=torch.uint8)
+        self.library.gm_pack(packed.data_ptr(), weight.data_ptr(), outputs, row_bytes, self.threads)
+        return packed
+
+
+class Dense:
+    """x [rows, in] times a bfloat16 weight [out, in], on the matrix unit."""
+
+    def __init__(self, products: Products, weight: Tensor, bias: Tensor | None) -> None:
+        self._products, (self._outputs, self._inputs) = products, weight.shape
+        self._weight = products.pack(weight)
+        self._bias = None if bias is None else _filled(bias.float())
+        self._bias_at = None if self._bias is None else self._bias.data_ptr()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, inputs = x.shape
+        assert inputs == self._inputs, (x.shape, self._inputs)
+        x = x.contiguous()
+        out = x.new_empty(rows, self._outputs)
+        self._products.library.gm_product_bf16(
+            out.data_ptr(),
+            x.data_ptr(),
+            self._weight.data_ptr(),
+            self._bias_at,
+            rows,
+            self._outputs,
+            inputs,
+            self._products.threads,
+        )
+        return out
+
+
+class Int8:
+    """x [rows, in], bfloat16 or float32, each row rounded to int8 by its largest number, times int8 codes
+    [out, in] with a scale for each output (W8A8)."""
+
+    def __init__(
+        self, products: Products, codes: Tensor, scales: Tensor, bias: Tensor | None, way: int | None = None
+    ) -> None:
+        """``way``: AMX or VNNI; None: the faster."""
+        self._products, (self._outputs, self._inputs) = products, codes.shape
+        self._way = products.int8_way if way is None else way
+        assert self._way & products.int8_ways, (way, products.int8_ways)
+        self._weight = products.pack(codes)
+        self._scales = _filled(scales.float())
+        self._ones = _filled(codes.sum(1, dtype=torch.int32))
+        self._bias = None if bias is None else _filled(bias.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, inputs = x.shape
+        assert inputs == self._inputs, (x.shape, self._inputs)
+        assert x.dtype in (torch.float32, torch.bfloat16), x.dtype
+        x = x.contiguous()
+        out = x.new_empty(rows, self._outputs)
+        self._products.library.gm_product_int8(
+            int(x.dtype == torch.float32),
+            out.data_ptr(),
+            x.data_ptr(),
+            self._weight.data_ptr(),
+            self._scales.data_ptr(),
+            self._ones.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            rows,
+            self._outputs,
+            inputs,
+            self._way,
+            self._products.threads,
+        )
+        return out
+
+
+_USED: ContextVar[Products | None] = ContextVar("products", default=None)
+
+
+def in_use() -> Products | None:
+    """What layers are to be made with; None: without."""
+    return _USED.get()
+
+
+@contextmanager
+def used(products: Products | None) -> Generator[None]:
+    """Layers that are made within use these."""
+    token = _USED.set(products)
+    try:
+        yield
+    finally:
+        _USED.reset(token)
+
+
+def load_products(cache: Path, threads: int) -> Products | None:
+    """The kernels, built if need be, and tried; or None with a logged reason: then oneDNN does the work."""
+    try:
+        products = Products(build(cache, "products"), threads)
+        if not (products.bf16 or products.int8_ways):
+            return None  # this CPU has no instructions for them
+        _try_out(products)
+    # OSError: dlopen refused it; AttributeError: not our library
+    except (BuildFailed, OSError, AttributeError, _Wrong) as exc:
+        log.warning("kernel.unavailable", extra={"kernel": "products", "reason": str(exc)})
+        return None
+    return products
+
+
+class _Wrong(Exception):
+    """The kernels compute something else."""
+
+
+def _try_out(products: Products) -> None:
+    """On known numbers, without torch's generators, which a quick start does not load. Raises _Wrong."""
+    weight, bias = _numbers(40, 96), _numbers(1, 40)[0]
+    for rows in (1, 19, 33):
+        x = _numbers(rows, 96)
+        exact = x.float() @ weight.float().T + bias.float()
+        if products.bf16:
+            _compare(Dense(products, weight, bias)(x), exact)
+        for way in (AMX, VNNI):
+            if products.int8_ways & way:
+                scales = torch.full((40,), 1 / 8)
+                codes = (weight.float() * 8).to(torch.int8)
+                _compare(Int8(products, codes, scales, bias, way)(x.float()), exact, 0.03)
+
+
+def _numbers(rows: int, columns: int) -> Tensor:
+    """Eighths from -2 to 2, in no simple order."""
+    return ((torch.arange(rows * columns).view(rows, columns) * 7919 % 33 - 16) / 8).to(torch.bfloat16)
+
+
+def _compare(said: Tensor, exact: Tensor, tolerance: float = TOLERANCE) -> None:
+    off = (said.float() - exact).abs().max().item()
+    if not off <= tolerance * exact.abs().max().item():
+        raise _Wrong(f"{len(exact)} rows: off by {off:g} where {exact.abs().max().item():g} is the largest")
+
+
+def _filled(values: Tensor) -> Tensor:
+    """Zeros up to a multiple of PANEL."""
+    return torch.nn.functional.pad(values, (0, -len(values) % PANEL)).contiguous()

@@ -1,0 +1,128 @@
+"""Matrix products of linear layers: beside exact sums, beside oneDNN's, a row alone beside one in company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from gristmill.engine.layers.invariant import RowInvariant, invariant
+from gristmill.engine.layers.linear import linear
+from gristmill.engine.native import products
+from gristmill.engine.native.build import build
+from gristmill.engine.native.products import AMX, VNNI, Products, in_use, load_products, used
+from gristmill.engine.quant.int8 import W8A8, Int8
+from torch import Tensor
+
+SHAPES = [(1, 576, 96), (5, 70, 50), (33, 130, 33), (64, 64, 32), (700, 96, 70), (17, 64, 640)]
+"""Rows, inputs, outputs."""
+
+
+@pytest.fixture(scope="module")
+def ours(kernels: Path) -> Products:
+    return Products(build(kernels, "products"), 2)
+
+
+@pytest.fixture
+def with_bf16(ours: Products) -> Products:
+    if not ours.bf16:
+        pytest.skip("this CPU has no matrix unit")
+    return ours
+
+
+@pytest.fixture(params=[AMX, VNNI], ids=["amx", "vnni"])
+def way(ours: Products, request: pytest.FixtureRequest) -> int:
+    if not ours.int8_ways & request.param:
+        pytest.skip("this CPU has no such instructions")
+    return request.param
+
+
+def case(rows: int, inputs: int, outputs: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, inputs, generator=draw) for n in (rows, outputs))
+    return x.bfloat16(), weight.bfloat16(), torch.randn(outputs, generator=draw).bfloat16()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_product_in_bf16_is_the_exact_one_rounded(with_bf16: Products, shape: tuple[int, int, int]) -> None:
+    x, weight, bias = case(*shape)
+    exact = x.double() @ weight.double().T + bias.double()
+    said = products.Dense(with_bf16, weight, bias)(x)
+    torch.testing.assert_close(said.double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_product_in_int8_is_exact_but_for_the_rounding_of_inputs(
+    ours: Products, way: int, shape: tuple[int, int, int]
+) -> None:
+    x, weight, bias = case(*shape)
+    packed = Int8.nearest(weight, inputs=True)
+    wide = x.float()
+    scales = wide.abs().amax(1, keepdim=True) / 127
+    sums = (wide / scales).round().double() @ packed.codes.double().T
+    exact = sums * scales.double() * packed.scales.double() + bias.double()
+    layer = products.Int8(ours, packed.codes, packed.scales, bias, way)
+    torch.testing.assert_close(layer(wide).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-4)
+
+
+def test_a_row_of_zeros_is_the_bias(ours: Products, way: int) -> None:
+    _, weight, bias = case(1, 96, 40)
+    packed = Int8.nearest(weight, inputs=True)
+    layer = products.Int8(ours, packed.codes, packed.scales, bias, way)
+    assert torch.equal(layer(torch.zeros(3, 96).bfloat16()), bias.expand(3, -1))
+
+
+def test_int8_says_what_onednn_says(ours: Products, way: int) -> None:
+    """On and off: the same codes and scales, so the same sums."""
+    x, weight, bias = case(37, 192, 80)
+    packed = Int8.nearest(weight, inputs=True)
+    said = products.Int8(ours, packed.codes, packed.scales, bias, way)(x.float())
+    torch.testing.assert_close(said, W8A8(packed, bias)(x.float()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_does_not_see_its_neighbours(ours: Products) -> None:
+    x, weight, bias = case(530, 200, 72)
+    packed = Int8.nearest(weight, inputs=True)
+    layers = [products.Int8(ours, packed.codes, packed.scales, bias, way) for way in ways(ours)]
+    for layer in [*layers, *([products.Dense(ours, weight, bias)] if ours.bf16 else [])]:
+        together = layer(x)
+        for at, count in ((0, 1), (16, 1), (7, 9), (500, 30), (100, 33)):
+            assert torch.equal(layer(x[at : at + count]), together[at : at + count])
+
+
+def test_no_rows_are_no_work(ours: Products, way: int) -> None:
+    _, weight, _ = case(1, 64, 40)
+    packed = Int8.nearest(weight, inputs=True)
+    layer = products.Int8(ours, packed.codes, packed.scales, None, way)
+    assert layer(torch.zeros(0, 64)).shape == (0, 40)
+
+
+def test_layers_use_them_only_where_they_are_told_to(with_bf16: Products) -> None:
+    _, weight, bias = case(1, 64, 40)
+    packed = Int8.nearest(weight, inputs=True)
+    with used(with_bf16):
+        assert isinstance(linear(weight, bias), products.Dense)
+        assert isinstance(packed.linear(torch.bfloat16, None), products.Int8)
+        assert isinstance(invariant(linear, weight), products.Dense)
+        assert not isinstance(linear(weight.float()), products.Dense)
+        assert not isinstance(packed.linear(torch.float16, None), products.Int8)
+    assert in_use() is None
+    assert not isinstance(linear(weight, bias), products.Dense)
+    assert isinstance(packed.linear(torch.bfloat16, None), W8A8)
+    assert isinstance(invariant(linear, weight), RowInvariant)
+
+
+def test_kernels_that_compute_something_else_are_not_used(
+    ours: Products, kernels: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not ours.int8_ways:
+        pytest.skip("this CPU has no instructions for them")
+    assert load_products(kernels, 2) is not None
+    monkeypatch.setattr(products, "_filled", lambda values: torch.ones(64, dtype=values.dtype))
+    assert load_products(kernels, 2) is None
+    assert "kernel.unavailable" in caplog.text
+
+
+def ways(ours: Products) -> list[int]:
+    return [way for way in (AMX, VNNI) if ours.int8_ways & way]
