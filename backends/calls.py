@@ -9,6 +9,7 @@ Field names of the state hash ``gm:{job}:state``, all values text:
 ``attempt attempts``           the number that may write; how many there were
 ``worker``                     who runs it
 ``started_at finished_at``     first claim and end, by the server's clock
+``webhook``                    where to send an event at its end, if anywhere
 ``echo``                       what a result repeats of the job, as JSON, if it said anything
 ``cancel``                     there if somebody asked for a stop
 ``end``                        the log's ``end`` event
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -29,6 +30,8 @@ from ..schemas.errors import IdempotencyConflict, JobNotFound
 from ..schemas.events import Candidate, Delta, End, EntryId, Event, event_from_json
 from ..schemas.job import Job, JobState, Priority
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
+from ..schemas.webhook import EventType, event_data, event_id
+from .outbox_script import with_outbox
 from .script import Script, lua
 
 T = TypeVar("T")
@@ -45,8 +48,10 @@ _NOT_IN_DIGEST = {"id", "v", "submitted_at", "expires_at", "stream"}
 
 
 def _script(name: str) -> Script:
-    """A Lua file, behind ``clock.lua`` if it tells the time."""
+    """A Lua file, behind ``outbox.lua`` if it tells of an end and ``clock.lua`` if it tells the time."""
     text = lua(name)
+    if "put_event(" in text:
+        text = with_outbox(text)
     timed = "clock()" in text
     return Script.of(lua("clock") + text if timed else text, timed=timed)
 
@@ -127,6 +132,8 @@ def submit(job: Job) -> Call[bool]:
     }
     if echo := _echo(job):
         fields["echo"] = echo
+    if job.webhook is not None:
+        fields["webhook"] = job.webhook
     pairs = [part for pair in fields.items() for part in pair]
     lives_s = repr(job.expires_at - job.submitted_at)
     args = (body_digest(job), lives_s, round(EXPIRY_GRACE_S * 1000), job.id, *pairs)
@@ -149,7 +156,7 @@ def body_digest(job: Job) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def claim(job_id: str, worker_id: str, expires_at: float) -> Call[Claim | Final]:
+def claim(job_id: str, worker_id: str, expires_at: float, webhook: str | None = None) -> Call[Claim | Final]:
     def parse(reply: list[Any]) -> Claim | Final:
         state = JobState(reply[0].decode())
         if state.final:
@@ -166,7 +173,7 @@ def claim(job_id: str, worker_id: str, expires_at: float) -> Call[Claim | Final]
         )
 
     grace_ms = round(EXPIRY_GRACE_S * 1000)
-    args = (worker_id, json.dumps(worker_id), repr(expires_at), grace_ms, job_id)
+    args = (worker_id, json.dumps(worker_id), repr(expires_at), grace_ms, job_id, webhook or "")
     return Call(args, parse, CLAIM, (keys.state(job_id), keys.log(job_id), keys.DUE))
 
 
@@ -189,10 +196,40 @@ def publish(writes: Sequence[Write]) -> Call[set[str]]:
     return Call(tuple(args), parse, PUBLISH, tuple(script_keys), mid_job=True)
 
 
-def finish(job_id: str, end: End, inline_result: str | None, result_ttl_s: float) -> Call[bool]:
+_EVENT_OF = {
+    JobState.SUCCEEDED: EventType.JOB_COMPLETED,
+    JobState.FAILED: EventType.JOB_FAILED,
+    JobState.CANCELLED: EventType.JOB_CANCELLED,
+    JobState.EXPIRED: EventType.JOB_EXPIRED,
+}
+
+
+def finish(
+    job_id: str,
+    end: End,
+    inline_result: str | None,
+    result_ttl_s: float,
+    about: Mapping[str, Any] | None = None,
+) -> Call[bool]:
+    """``about``: what its webhook is told besides, if it has one."""
     assert end.state.final, f"job {job_id}: {end.state} is not a final state"
-    args = (end.state.value, end.to_json(), round(result_ttl_s * 1000), inline_result or "", job_id)
+    kind = _EVENT_OF[end.state]
+    event = (event_id(kind, job_id), kind.value, _told(job_id, end, about or {}))
+    args = (end.state.value, end.to_json(), round(result_ttl_s * 1000), inline_result or "", job_id, *event)
     return Call(args, bool, FINISH, (keys.state(job_id), keys.log(job_id), keys.DUE), mid_job=True)
+
+
+def _told(job_id: str, end: End, about: Mapping[str, Any]) -> str:
+    """What a webhook is told of a job's end: thin, as OpenAI's events are, and no text of the output."""
+    usage = end.usage
+    required = {
+        "id": job_id,
+        "status": end.state.value,
+        "finish_reason": end.finish_reason.value if end.finish_reason else None,
+        "usage": usage.model_dump() | {"total_tokens": usage.total_tokens},
+    }
+    error = end.error.model_dump(exclude_none=True) if end.error else None
+    return event_data(required, {"error": error, "result": end.result, **about})
 
 
 def release(job_id: str, attempt: int) -> Call[bool]:

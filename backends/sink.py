@@ -55,4 +55,5 @@ class ResultSink:
             result=name,
         )
         inline = body.decode() if len(body) <= self._inline_bytes else None
-        self._state.finish(result.job_id, end, inline)
+        about = {n: getattr(result, n) for n in ("custom_id", "retry_of", "metadata")}
+        self._state.finish(result.job_id, end, inline, about)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self, TypeVar
 
@@ -86,12 +86,15 @@ class State:
         """
         return self._run(calls.submit(job))
 
-    def claim(self, job_id: str, worker_id: str, expires_at: float) -> Claim | Final:
-        """Begin an attempt, and fence all earlier ones; or learn that the job is final.
+    def claim(
+        self, job_id: str, worker_id: str, expires_at: float, webhook: str | None = None
+    ) -> Claim | Final:
+        """Begin an attempt, and fence all earlier ones; or learn that the job is final. ``expires_at`` and
+        ``webhook`` are the message's: they count if the server has lost the job's record.
 
         Repeated after a lost reply it begins yet another attempt, which is harmless.
         """
-        return self._run(calls.claim(job_id, worker_id, expires_at))
+        return self._run(calls.claim(job_id, worker_id, expires_at, webhook))
 
     def publish(self, writes: Sequence[Write]) -> set[str]:
         """Append to the logs of many jobs and tell their followers, in one call. Returns the jobs refused.
@@ -103,9 +106,17 @@ class State:
         """
         return self._run(calls.publish(writes)) if writes else set()
 
-    def finish(self, job_id: str, end: End, inline_result: str | None = None) -> bool:
-        """Make the job final; its result object must be durable. False: it was final already."""
-        return self._run(calls.finish(job_id, end, inline_result, self._settings.result_ttl_s))
+    def finish(
+        self,
+        job_id: str,
+        end: End,
+        inline_result: str | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Make the job final, and queue the event for its webhook in the same step; its result object must be
+        durable. ``about``: see calls.finish. False: it was final already.
+        """
+        return self._run(calls.finish(job_id, end, inline_result, self._settings.result_ttl_s, about))
 
     def release(self, job_id: str, attempt: int) -> bool:
         """Hand a running job back. False: it is not this attempt's any more."""

@@ -15,7 +15,7 @@ import click
 from ..backends import logs
 from .settings import KeeperSettings, load_keeper_settings
 
-HELP = """End jobs that nobody runs: expired, cancelled, dead-lettered. Any number may run; one leads.
+HELP = """End jobs that nobody runs: expired, cancelled, dead-lettered; send webhooks. Any may run; one leads.
 
 Workers bring a keeper along, so this one is for fleets that scale to zero.
 
@@ -62,6 +62,8 @@ def _once(settings: KeeperSettings) -> int:
         while keeper.round().full:
             pass
         keeper.settle()
+        if keeper.courier is not None:
+            keeper.courier.drain()
     return 0
 
 

@@ -27,6 +27,8 @@ class Ending:
     reason: FinishReason
     error: ErrorInfo | None = None
     echo: dict[str, Any] = field(default_factory=dict[str, Any])
+    webhook: str | None = None
+    """As its message says; None: the state server knows."""
 
 
 class Endings:
@@ -40,7 +42,7 @@ class Endings:
 
     def end(self, ending: Ending) -> Result | None:
         """End the job. None: somebody else has, or will. Raises BrokerUnavailable, StoreUnavailable."""
-        claim = self._state.claim(ending.job_id, self._keeper_id, ending.expires_at)
+        claim = self._state.claim(ending.job_id, self._keeper_id, ending.expires_at, ending.webhook)
         if isinstance(claim, Final) or (result := complete(self._state, ending, claim)) is None:
             return None
         return self._sink.commit(result)[0]

@@ -6,6 +6,7 @@ import json
 import time
 
 from ..backends.page import Page
+from .courier import Courier
 from .keeper import Keeper
 
 SILENT_S = 60.0
@@ -51,4 +52,24 @@ def metrics(keeper: Keeper, silent_s: float) -> str:
         for full in [f"gristmill_keeper_{name}{'_total' if kind == 'counter' else ''}"]
         for line in (f"# TYPE {full} {kind}", f"{full} {value}")
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + _webhooks(keeper.courier)) + "\n"
+
+
+def _webhooks(courier: Courier | None) -> list[str]:
+    """Tries by result, of this keeper; and what stands in the outbox, from the one that leads."""
+    if courier is None:
+        return []
+    name = "gristmill_webhook_deliveries_total"
+    lines = [f"# TYPE {name} counter"]
+    lines += [f'{name}{{result="{result}"}} {count}' for result, count in sorted(courier.totals.items())]
+    counts = courier.counts
+    if counts is not None:
+        gauges = {
+            "pending": counts.pending,
+            "oldest_pending_seconds": round(counts.oldest_pending_s, 3),
+            "failed": counts.failed,
+            "endpoints_in_trouble": counts.troubled,
+        }
+        for gauge, value in gauges.items():
+            lines += [f"# TYPE gristmill_webhooks_{gauge} gauge", f"gristmill_webhooks_{gauge} {value}"]
+    return lines

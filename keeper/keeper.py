@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from ..backends.dead import DeadLetters, job_of, open_dead
 from ..backends.message_queue import MessageQueue
+from ..backends.outbox import open_outbox
 from ..backends.redis import redis_errors
 from ..backends.segment_messages import SegmentSender
 from ..backends.sink import ResultSink
@@ -30,6 +31,7 @@ from ..schemas.job import JOB_ID_PATTERN
 from ..schemas.result import ErrorInfo, FinishReason
 from ..schemas.settings import Settings
 from .batch_rounds import BatchRounds
+from .courier import Courier
 from .endings import Ending, Endings
 from .finisher import Finisher
 from .pruner import Pruner
@@ -93,8 +95,10 @@ class Keeper:
         sqs_dead: SqsDead | None = None,
         batches: BatchRounds | None = None,
         check_store: Callable[[], None] = lambda: None,
+        courier: Courier | None = None,
     ) -> None:
         self._settings, self.id = settings, keeper_id
+        self.courier = courier
         self._state, self._dead, self._queue, self._sqs_dead = state, dead, queue, sqs_dead
         self._endings = Endings(state, sink, keeper_id)
         self._batches = batches
@@ -110,6 +114,8 @@ class Keeper:
 
     def run(self, stop: threading.Event) -> None:
         """Go round until ``stop`` is set, or for ever: whatever fails is logged and tried again."""
+        if self.courier is not None:
+            self.courier.start(lambda: self.leads)
         failing = False
         while not stop.is_set():
             try:
@@ -125,6 +131,8 @@ class Keeper:
             if not stop.is_set():
                 stop.wait(RETRY_S)
         self.leave()
+        if self.courier is not None:
+            self.courier.stop()
 
     def _run(self, stop: threading.Event) -> None:
         with self._state.wakings() as wakings:
@@ -313,6 +321,7 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
         store = open_store(settings.results, settings)
         sender = opened.enter_context(closing(SegmentSender(settings)))
         finisher = Finisher(state.batches, store, keeper_id, settings.keeper_lock_s)
+        outbox = opened.enter_context(closing(open_outbox(settings)))
         sqs_dead = opened.enter_context(closing(SqsDead(settings, dead))) if sqs else None
         yield Keeper(
             settings,
@@ -325,6 +334,7 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
             sqs_dead=sqs_dead,
             batches=BatchRounds(state.batches, finisher, sender, hold_s=settings.keeper_lock_s),
             check_store=store.check,
+            courier=Courier(outbox, settings),
         )
 
 
@@ -360,7 +370,7 @@ def _ending(due: Due) -> Ending:
 def _ending_of_the_dead(found: Due, letter: DeadLetter) -> Ending:
     """From the state, or where that is lost from the message itself, if it can be read."""
     model, submitted_at, expires_at = found.model, found.submitted_at, found.expires_at
-    echo = found.echo
+    echo, webhook = found.echo, None
     if found.state is None:
         try:
             job = job_of(letter)
@@ -368,6 +378,7 @@ def _ending_of_the_dead(found: Due, letter: DeadLetter) -> Ending:
             pass
         else:
             model, submitted_at, expires_at = job.model, job.submitted_at, job.expires_at
+            webhook = job.webhook
             echo = {"endpoint": job.endpoint, "custom_id": job.custom_id, "retry_of": job.retry_of}
             echo |= {"metadata": job.metadata, "seed": job.sampling.seed, "n": job.sampling.n}
     text = f"its message was put aside and is not delivered again: {letter.reason}; `gristmill dead show`"
@@ -379,4 +390,5 @@ def _ending_of_the_dead(found: Due, letter: DeadLetter) -> Ending:
         reason=FinishReason.ERROR,
         error=ErrorInfo(code="dead_lettered", message=f"{text} has the rest"),
         echo=echo,
+        webhook=webhook,
     )

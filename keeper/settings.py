@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import NoDecode
 
 from ..schemas.settings import Seconds, Settings, misconfigured
+from ..schemas.webhook import secret_key
+
+Network = IPv4Network | IPv6Network
 
 
 class KeeperSettings(Settings):
@@ -20,11 +27,62 @@ class KeeperSettings(Settings):
     """Jobs it ends side by side: most of the time goes into the result store."""
     keeper_lock_s: Seconds = 15.0
     """How long a leader that fell silent leads on."""
+    webhook_secret: SecretStr | None = None
+    """``whsec_…``, the key of webhooks' signatures. Several, with spaces between: each signs, while an old
+    one is being replaced."""
+    webhook_secrets: Annotated[dict[str, SecretStr], NoDecode] = Field(default_factory=dict[str, SecretStr])
+    """The same for URLs that begin so; the longest beginning counts. In the environment: a JSON object."""
+    webhook_allow: Annotated[tuple[Network, ...], NoDecode] = ()
+    """Networks that are not public and may be called all the same, with commas between: ``10.0.0.0/8``."""
+    webhook_timeout_s: Annotated[float, Field(gt=0, le=60)] = 15.0
+    """For one delivery, from the look-up of its host to the answer."""
+    webhook_threads: Annotated[int, Field(ge=1, le=1024)] = 128
+    """Deliveries at once …"""
+    webhook_per_endpoint: Annotated[int, Field(ge=1, le=256)] = 8
+    """… and of those to one endpoint."""
+    webhook_ca_file: Path | None = None
+    """Certificates of authorities to be trusted besides the system's."""
     health_host: str = "127.0.0.1"
     keeper_health_port: Annotated[int, Field(ge=0, le=65_535)] | None = None
     """None: no health page; 0: any free port."""
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("webhook_secrets", mode="before")
+    @classmethod
+    def _json_object(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value or "{}")
+        except ValueError as exc:
+            raise ValueError('must be a JSON object, {"https://…": "whsec_…"}') from exc
+
+    @field_validator("webhook_allow", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return (
+            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        )
+
+    @model_validator(mode="after")
+    def _usable_secrets(self) -> Self:
+        for secret in (self.webhook_secret, *self.webhook_secrets.values()):
+            for one in secret.get_secret_value().split() if secret else ():
+                secret_key(one)
+        return self
+
+    def webhook_keys(self, url: str) -> list[bytes]:
+        """What signs events for ``url``; empty: nothing does, and nothing may be sent."""
+        begins = [start for start in self.webhook_secrets if _begins(url, start)]
+        secret = self.webhook_secrets[max(begins, key=len)] if begins else self.webhook_secret
+        return [secret_key(one) for one in secret.get_secret_value().split()] if secret else []
+
+
+def _begins(url: str, start: str) -> bool:
+    """Not in the middle of a name: ``https://a.example`` is no beginning of ``https://a.example.org``."""
+    rest = url.removeprefix(start)
+    return url.startswith(start) and (not rest or start.endswith("/") or rest[0] in "/?")
 
 
 def load_keeper_settings(**overrides: object) -> KeeperSettings:

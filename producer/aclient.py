@@ -236,6 +236,7 @@ class AsyncClient:
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        webhook: str | None = None,
         **sampling: Any,
     ) -> AsyncJobHandle:
         """See Client.submit."""
@@ -252,6 +253,7 @@ class AsyncClient:
             deadline_s=deadline_s,
             idempotency_key=idempotency_key,
             metadata=metadata,
+            webhook=webhook,
         )
         draft = core.draft_job(given, sampling, self.settings, time.time())
         state = await self._link.state()

@@ -33,6 +33,7 @@ COMMANDS = {
     "result": ("commands_jobs", "Print a job's result."),
     "cancel": ("commands_jobs", "Stop jobs."),
     "dead": ("commands_dead", "Messages that are not delivered again: look, send again, throw away."),
+    "webhooks": ("commands_webhooks", "Events sent to webhooks: look, send again, try a receiver out."),
     "workers": ("commands_workers", "Who is alive, and what they do."),
     "queues": ("commands_queues", "Create, list, pause and resume queues."),
     "models": ("commands_models", "Fetch, list and check models."),

@@ -26,6 +26,7 @@ from .link import Link
 if TYPE_CHECKING:
     from .dead import Dead
     from .stream import Chunk, Item
+    from .webhooks import Webhooks
 
 
 class JobHandle:
@@ -179,6 +180,7 @@ class Client:
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        webhook: str | None = None,
         **sampling: Any,
     ) -> JobHandle:
         """Send one job; when this returns, the broker has it. ``sampling``: the fields of SamplingParams.
@@ -186,7 +188,8 @@ class Client:
         Give ``prompt``, ``messages`` (OpenAI's form) or ``prompt_ids``. In answer to messages the model may
         call ``tools``, or must (``tool_choice``; OpenAI's forms): see ``tool_calls`` of the result's choices.
         After ``deadline_s`` the job ends as expired, with what it has by then. With the same
-        ``idempotency_key`` the job exists once, however often it is sent. Raises InvalidRequest,
+        ``idempotency_key`` the job exists once, however often it is sent. ``webhook``: a URL that is sent a
+        signed event when the job has ended (README, "Webhooks"). Raises InvalidRequest,
         PayloadTooLarge, ModelNotFound, IdempotencyConflict, BrokerUnavailable.
         """
         given = Submission(
@@ -202,6 +205,7 @@ class Client:
             deadline_s=deadline_s,
             idempotency_key=idempotency_key,
             metadata=metadata,
+            webhook=webhook,
         )
         draft = core.draft_job(given, sampling, self.settings, time.time())  # bad input costs no round trip
         name = core.pick_model(model, self._link.state.models(), self.settings)
@@ -232,6 +236,13 @@ class Client:
         from .dead import Dead
 
         return Dead(self._link)
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """Events sent to webhooks: list, get, replay, endpoints, enable, test."""
+        from .webhooks import Webhooks
+
+        return Webhooks(self._link)
 
     def close(self) -> None:
         """Close the connections."""

@@ -59,6 +59,7 @@ Examples:
     "--deadline-s", type=click.FloatRange(0, min_open=True), help="End it after so long, with what it has."
 )
 @click.option("--idempotency-key", metavar="KEY", help="Sent twice with the same key, the job exists once.")
+@click.option("--webhook", metavar="URL", help="Send a signed event there when the job has ended.")
 @click.option("--stream", is_flag=True, help="Print text as it is made.")
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
 @click.option(
@@ -76,6 +77,7 @@ def submit(
     tenant: str | None,
     deadline_s: float | None,
     idempotency_key: str | None,
+    webhook: str | None,
     stream: bool,
     wait: bool,
     timeout_s: float | None,
@@ -97,6 +99,7 @@ def submit(
             tenant=tenant,
             deadline_s=deadline_s,
             idempotency_key=idempotency_key,
+            webhook=webhook,
             **wishes(sampling),
         )
         for warning in job.warnings:

@@ -74,6 +74,7 @@ class Submission:
     custom_id: str | None = None
     metadata: Mapping[str, str] | None = None
     retry_of: str | None = None
+    webhook: str | None = None
 
 
 _KINDS: tuple[tuple[str, Any, str], ...] = (
@@ -82,6 +83,7 @@ _KINDS: tuple[tuple[str, Any, str], ...] = (
     ("tenant", str, "a string"),
     ("idempotency_key", str, "a string"),
     ("metadata", Mapping, "a mapping of strings to strings"),
+    ("webhook", str, "a URL"),
 )
 """Field, its type, and what that is called."""
 
@@ -114,6 +116,7 @@ def build_job(
         "idempotency_key": key,
         "metadata": dict(given.metadata or {}),
         "retry_of": given.retry_of,
+        "webhook": given.webhook,
     }
     return Job.from_python(fields)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..backends.dead import DeadLetters
     from ..backends.embedded import Endpoint
+    from ..backends.outbox import Outbox
     from ..backends.state import State
     from ..backends.store import ResultStore
 
@@ -32,6 +33,7 @@ class Link:
         self._state: State | None = None
         self._store: ResultStore | None = None
         self._dead: DeadLetters | None = None
+        self._outbox: Outbox | None = None
         self._app: Celery | None = None
 
     @property
@@ -60,6 +62,15 @@ class Link:
         with self._lock:
             self._dead = self._dead or open_dead(self.settings)
             return self._dead
+
+    @property
+    def outbox(self) -> Outbox:
+        """Raises BrokerUnavailable (an embedded one that does not start), Misconfigured."""
+        from ..backends.outbox import open_outbox
+
+        with self._lock:
+            self._outbox = self._outbox or open_outbox(self.settings)
+            return self._outbox
 
     @property
     def app(self) -> Celery:
@@ -106,12 +117,12 @@ class Link:
     def close(self) -> None:
         """Let go of what was opened. It opens again when it is used again."""
         with self._lock:
-            app, state, dead = self._app, self._state, self._dead
-            self._app = self._state = self._store = self._dead = None
+            app, state, dead, outbox = self._app, self._state, self._dead, self._outbox
+            self._app = self._state = self._store = self._dead = self._outbox = None
         if app is not None:
             from ..backends import broker
 
             broker.close(app)
-        for opened in (state, dead):
+        for opened in (state, dead, outbox):
             if opened is not None:
                 opened.close()

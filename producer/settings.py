@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, SecretStr, ValidationError
 
 from ..schemas.settings import Seconds, Settings, misconfigured
 
@@ -17,6 +17,8 @@ class ProducerSettings(Settings):
     """Rows of a bulk run that are in the queue or running at once: what its memory depends on."""
     bulk_poll_s: Seconds = 0.1
     """How often a bulk run asks which of them have ended."""
+    webhook_secret: SecretStr | None = None
+    """What `gristmill webhooks listen` checks with; workers and keepers sign with it."""
     worker_restarts: Annotated[int, Field(ge=0)] = 3
     """How often `gristmill run` starts a worker again that died, without a finished row in between."""
     worker_start_s: Seconds = 900.0

@@ -24,12 +24,15 @@ GristmillError                  internal mistake of ours                      ex
 │   ├── JobNotFound             no state, no log and no result under this id
 │   ├── JobFailed               waited for a result, and the job failed
 │   ├── IdempotencyConflict     same key, another body
+│   ├── WebhookRefused          an event's address is none that we may call
+│   ├── WebhookNotFound         no event under this id
 │   └── Misconfigured           a setting, a missing package, a missing bucket
 ├── Transient                   worth another attempt, after a wait           exit 75
 │   ├── BrokerUnavailable       broker or state Redis does not answer
 │   │   └── NotReplicated       too few replicas have confirmed a job
 │   ├── StoreUnavailable        the result store does not answer
 │   ├── DownloadFailed          the package index or the model hub does not answer
+│   ├── WebhookFailed           a receiver does not answer, or not with a 2xx status
 │   ├── EngineUnavailable       the engine process died, hangs or is starting
 │   ├── WaitTimeout             the caller's own patience ran out
 │   └── ResultChanged           a stream was shown text that is not the result's
@@ -267,6 +270,25 @@ class IdempotencyConflict(BadInput):
     code = "idempotency_conflict"
 
 
+class WebhookRefused(BadInput):
+    """An event's URL, or an address that its host has, is none that we may call.
+
+    ``final``: asking again changes nothing; a name may lead elsewhere tomorrow.
+    """
+
+    code = "webhook_refused"
+
+    def __init__(self, message: str, *, final: bool) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+class WebhookNotFound(BadInput):
+    """No event under this id (any more)."""
+
+    code = "webhook_not_found"
+
+
 class Misconfigured(BadInput):
     """A setting that cannot work, a missing package, a missing bucket."""
 
@@ -311,6 +333,16 @@ class DownloadFailed(Transient):
     """The package index or the model hub does not answer, or stopped half-way."""
 
     code = "download_failed"
+
+
+class WebhookFailed(Transient):
+    """A receiver did not take an event. ``why``: see ``WebhookTry.code``."""
+
+    code = "webhook_failed"
+
+    def __init__(self, message: str, why: str = "status") -> None:
+        super().__init__(message)
+        self.why = why
 
 
 class EngineUnavailable(Transient):

@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints, model_validator
 from .errors import InvalidRequest
 from .sampling import SamplingParams
 from .tools import PastCall, Toolbox, check_fit
+from .webhook import WebhookUrl
 from .wire import WIRE_VERSION, Bool, Count, Float, Record
 
 JOB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.([0-9]{1,10}|s[0-9]{1,10}(-[0-9a-f]{8})?))?$"
@@ -115,6 +116,8 @@ class Job(Record):
     idempotency_key: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     retry_of: JobId | None = None
     metadata: dict[str, str] = Field(default_factory=dict[str, str], max_length=16)
+    webhook: WebhookUrl | None = None
+    """Where to send an event when it has ended."""
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:

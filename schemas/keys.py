@@ -16,6 +16,12 @@ DUE = "gm:due"  # sorted set: job id -> ms by the server's clock when somebody m
 CLAIMS = "gm:claims"  # hash: tag -> the claimed message, with the queue and the tenant it goes back to
 CLAIM_EXPIRY = "gm:claims:expiry"  # sorted set: tag -> ms by the server's clock when the lease runs out
 SWEEP = "gm:sweep"  # hash: when expired claims were last looked for, and until when to hold off
+WEBHOOK_ENDPOINTS = "gm:webhooks:endpoints"  # sorted set: endpoint -> ms when its events must be looked at
+WEBHOOK_TROUBLED = "gm:webhooks:troubled"  # sorted set: endpoint that fails -> ms of the last try
+WEBHOOKS_PENDING = "gm:webhooks:pending"  # sorted set: event to be delivered -> ms when it was queued
+WEBHOOKS_DELIVERED = "gm:webhooks:delivered"  # sorted set: event -> ms; the last ones
+WEBHOOKS_FAILED = "gm:webhooks:failed"  # sorted set: event that was given up -> ms; the last ones
+WEBHOOK_BELL = "gm:webhooks:bell"  # channel that wakes who delivers
 
 
 BATCHES = "gm:batches"  # sorted set: batch id -> ms by the server's clock when it was opened
@@ -158,3 +164,18 @@ def batch_file(batch_id: str, name: str) -> str:
     or ``batch.json``, from which a lost record is rebuilt.
     """
     return f"batches/{batch_id}/{name}"
+
+
+def webhook(event_id: str) -> str:
+    """Hash of an event that a webhook is sent, with what came of its tries."""
+    return f"gm:webhook:{event_id}"
+
+
+def webhook_queue(endpoint: str) -> str:
+    """Sorted set: events to be delivered to an endpoint -> ms of their next try."""
+    return f"gm:webhook:queue:{endpoint}"
+
+
+def webhook_endpoint(endpoint: str) -> str:
+    """Hash of an endpoint that fails or is switched off."""
+    return f"gm:webhook:endpoint:{endpoint}"

@@ -1,10 +1,11 @@
--- Make a job final: state, end event, expiry. The result object stands already; whoever finds it may call this.
+-- Make a job final: state, end event, expiry, and the event for its webhook in the same step. The result object stands already; whoever finds it may call this.
 -- KEYS    1 state hash   2 log   3 due jobs (sorted set)
 -- ARGV    1 final state   2 end event   3 keys live on (ms)   4 the result itself, or ''   5 job id
+--         6 id of the webhook's event   7 its type   8 its data
 -- returns 1; 0 if the job was final already
 local FINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
 redis.call('ZREM', KEYS[3], ARGV[5])
-local was = redis.call('HMGET', KEYS[1], 'state', 'attempt')
+local was = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'webhook')
 if FINAL[was[1]] then
   return 0
 end
@@ -32,4 +33,7 @@ end
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 redis.call('PUBLISH', KEYS[2], id .. ' ' .. ARGV[2])
+if was[3] then
+  put_event(ARGV[6], ARGV[7], was[3], ARGV[8])
+end
 return 1
