@@ -9,6 +9,7 @@ Field names of the hash ``gm:{batch}:batch``, all values text:
 ``total completed failed``     rows
 ``prompt_tokens completion_tokens cached_tokens``   of accepted rows
 ``segments unvalidated``       how many; how many of them were not looked at
+``asked``                      how often a segment asked for a message
 ``validated planned_tokens problems``   rows, tokens, problems found by validation
 ``stop_after``                 failed rows at which it cancels itself, or nothing
 ``created_at expires_at in_progress_at …``   unix seconds
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +90,8 @@ BEGIN, ACCEPT, SPLIT, RELEASE, END_SEGMENT = map(
 STANDING, CANCEL, CANCEL_ROW, PAUSE, EXPIRE = map(
     _script, ("batch_standing", "batch_cancel", "batch_cancel_row", "batch_pause", "batch_expire")
 )
-BEGIN_FINALIZE, COMPLETE, ROW, DELETE = map(
-    _script, ("batch_begin_finalize", "batch_complete", "batch_row", "batch_delete")
+BEGIN_FINALIZE, COMPLETE, ROW, DELETE, SENT = map(
+    _script, ("batch_begin_finalize", "batch_complete", "batch_row", "batch_delete", "batch_sent")
 )
 LIST, DEFER = Script.of(lua("batch_list")), Script.of(lua("batch_defer"))
 DUE = Script.of(lua("clock") + lua("batch_due"), timed=True)
@@ -414,12 +415,15 @@ def standing(batch_id: str) -> Call[Standing]:
     return Call((batch_id,), parse, STANDING)
 
 
-def unsent(batch_id: str, limit: int) -> Call[list[str]]:
-    return Call(("SRANDMEMBER", keys.batch_unsent(batch_id), limit), _texts)
+def unsent(batch_id: str, limit: int) -> Call[dict[str, int]]:
+    def parse(reply: list[bytes]) -> dict[str, int]:
+        return {name.decode(): int(mark) for name, mark in zip(reply[::2], reply[1::2], strict=True)}
+
+    return Call(("ZRANGE", keys.batch_unsent(batch_id), 0, limit - 1, "WITHSCORES"), parse)
 
 
-def sent(batch_id: str, segment_ids: Sequence[str]) -> Call[object]:
-    return Call(("SREM", keys.batch_unsent(batch_id), *segment_ids), bool)
+def sent(batch_id: str, marks: Mapping[str, int]) -> Call[int]:
+    return Call((batch_id, *(part for each in marks.items() for part in each)), int, SENT)
 
 
 def segments(batch_id: str) -> Call[list[SegmentInfo]]:

@@ -10,7 +10,7 @@ Every method raises BrokerUnavailable while the server does not answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ..schemas import keys
@@ -187,7 +187,7 @@ class Batches:
     def add(
         self, batch_id: str, objects: Sequence[ResultObject], token: str = ""
     ) -> Accepted | Refused | None:
-        """The same of rows that no worker ends: the client's, while the batch is validating, and with the
+        """The same of rows that no worker ends: the client's, until the batch is made final, and with the
         ``token`` of ``begin_finalize`` a keeper's. None: it is not theirs to say (any more).
         """
         return self._run(batch_calls.accept(batch_id, "", token, objects))
@@ -214,14 +214,16 @@ class Batches:
         """All of them, in no order."""
         return self._run(batch_calls.segments(batch_id))
 
-    def unsent(self, batch_id: str, limit: int = 100) -> list[str]:
-        """Some of the segments that need a message."""
+    def unsent(self, batch_id: str, limit: int = 100) -> dict[str, int]:
+        """Some of the segments that need a message; each with a mark, for ``sent``."""
         return self._run(batch_calls.unsent(batch_id, limit))
 
-    def sent(self, batch_id: str, segment_ids: Sequence[str]) -> None:
-        """These have one now."""
-        if segment_ids:
-            self._run(batch_calls.sent(batch_id, segment_ids))
+    def sent(self, batch_id: str, marks: Mapping[str, int]) -> None:
+        """These have the one that ``unsent`` told of. What has asked for another since still needs that: a
+        message may be used up before its sender comes to say that it is sent.
+        """
+        if marks:
+            self._run(batch_calls.sent(batch_id, marks))
 
     # ---- for keepers
 

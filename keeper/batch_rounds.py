@@ -133,13 +133,14 @@ class BatchRounds:
         are more.
         """
         phase = Phase.VALIDATE if batch.status is BatchStatus.VALIDATING else Phase.RUN
-        waiting = sorted(self._batches.unsent(batch.id, ALL), key=_place)
+        marks = self._batches.unsent(batch.id, ALL)
+        waiting = sorted(marks, key=_place)
         some = waiting[:SEND_AT_ONCE]
         for start in range(0, len(some), SENT_PAGE):
             page = some[start : start + SENT_PAGE]
             for segment in page:
                 self._send(batch, segment, phase)
-            self._batches.sent(batch.id, page)
+            self._batches.sent(batch.id, {segment: marks[segment] for segment in page})
         done.sent += len(some)
         return len(waiting) > len(some)
 

@@ -74,7 +74,7 @@ def batch_segments(batch_id: str) -> str:
 
 
 def batch_unsent(batch_id: str) -> str:
-    """Set of segments that need a message, because they have none or it was taken back."""
+    """Sorted set: a segment that needs a message -> when it asked: how many had asked by then."""
     return f"gm:{{{batch_id}}}:unsent"
 
 

@@ -1,7 +1,7 @@
 -- Objects of finished rows join their batch: the only way in. Counts and usage are summed here and nowhere else.
 -- KEYS    (none)
 -- ARGV    1 batch   2 segment, or ''   3 attempt; without a segment the token of who makes the batch final, or '' for
---         the client, who may speak while it is being validated   4 how many objects, then of each: 5 name
+--         the client, who may speak until it is being made final   4 how many objects, then of each: 5 name
 --         6 description as JSON   7 kind: output or errors   8 rows   9, 10, 11 tokens: prompt, completion, cached
 --         12 its lines, each as a 4-byte number, high byte first
 -- returns {'accepted', completed, failed, status, closing (0|1)}, {'fenced'},
@@ -22,7 +22,8 @@ if seg ~= '' then
   end
   joined, before = state, redis.call('HGET', state, 'joined')
 else
-  local may = attempt == '' and is[1] == 'validating' or (attempt ~= '' and is[2] == attempt)
+  local early = is[1] == 'validating' or is[1] == 'in_progress'
+  local may = attempt == '' and early or (attempt ~= '' and is[2] == attempt)
   if not may or FINAL[is[1]] then
     return {'fenced'}
   end

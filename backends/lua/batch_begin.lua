@@ -19,7 +19,7 @@ if ARGV[2] == '1' and tonumber(is[3]) > 0 then
   return 'failed'
 end
 for _, seg in ipairs(segments) do
-  redis.call('SADD', UNSENT, seg)
+  needs_message(seg)
 end
 keep(UNSENT)
 become('in_progress')

@@ -23,7 +23,7 @@ end
 if is[3] then
   redis.call('HSET', state, 'state', 'queued')
   redis.call('HDEL', state, 'worker')
-  redis.call('SADD', UNSENT, seg)
+  needs_message(seg)
   keep(state, UNSENT)
   return {'paused'}
 end

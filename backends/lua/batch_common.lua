@@ -51,6 +51,11 @@ local function tell_status()
     is[3] and ',"reason":' .. is[3] or '', NOW))
 end
 
+-- A message for it; one that was sent before somebody asked for this one does not count.
+local function needs_message(segment)
+  redis.call('ZADD', UNSENT, redis.call('HINCRBY', BATCH, 'asked', 1), segment)
+end
+
 local function become(status)
   redis.call('HSET', BATCH, 'status', status, status .. '_at', NOW)
   tell_status()

@@ -15,6 +15,6 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0
       running = running + 1
     end
   end
-  found[#found + 1] = {id, values, redis.call('SCARD', string.format(ARGV[3], id)), running}
+  found[#found + 1] = {id, values, redis.call('ZCARD', string.format(ARGV[3], id)), running}
 end
 return found

@@ -17,7 +17,7 @@ redis.call('HSET', BATCH, 'spec', ARGV[2], 'model', ARGV[3], 'status', 'validati
   'segments', ARGV[8], 'unvalidated', ARGV[8], 'problems', 0)
 for i = 9, #ARGV, 2 do
   redis.call('HSET', SEGMENTS, ARGV[i], ARGV[i + 1])
-  redis.call('SADD', UNSENT, ARGV[i])
+  needs_message(ARGV[i])
   redis.call('HSET', state_of(ARGV[i]), 'state', 'queued')
   keep(state_of(ARGV[i]))
 end

@@ -21,7 +21,7 @@ local state = state_of(ARGV[2])
 redis.call('HSET', state, 'state', 'queued')
 redis.call('HDEL', state, 'worker')
 if ARGV[4] == '1' then
-  redis.call('SADD', UNSENT, ARGV[2])
+  needs_message(ARGV[2])
   keep(UNSENT)
   wake_keeper()
 end

@@ -11,7 +11,7 @@ end
 redis.call('HSET', SEGMENTS, ARGV[2], ARGV[4], ARGV[5], ARGV[6])
 -- A later attempt than any that may have written its rows' logs.
 redis.call('HSET', state_of(ARGV[5]), 'state', 'queued', 'attempt', ARGV[3], 'validated', '1')
-redis.call('SADD', UNSENT, ARGV[5])
+needs_message(ARGV[5])
 redis.call('HINCRBY', BATCH, 'segments', 1)
 keep(SEGMENTS, UNSENT, state_of(ARGV[5]))
 wake_keeper()

@@ -141,7 +141,7 @@ def test_the_message_says_which_segment_and_what_to_do_with_it(fleet: Fleet) -> 
     fleet.batch_rounds().round()
     message: Any = fleet.queue.claim([QUEUE])
     assert f"{BATCH}.s1" in str(message.payload)
-    assert fleet.state.batches.unsent(BATCH) == []
+    assert fleet.state.batches.unsent(BATCH) == {}
 
 
 def test_many_segments_are_sent_a_few_a_round(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,8 +106,9 @@ def test_a_batch_goes_from_open_to_completed_and_tells_each_step(state: State) -
         assert state.batches.claim_segment(segment_id(BATCH, number), "w2") == NoClaim("over")
     assert state.batches.begin(batch) is BatchStatus.IN_PROGRESS
     assert sorted(state.batches.unsent(BATCH)) == [segment_id(BATCH, 1), segment_id(BATCH, 2)]
-    state.batches.sent(BATCH, [segment_id(BATCH, 1)])
-    assert state.batches.unsent(BATCH) == [segment_id(BATCH, 2)]
+    marks = state.batches.unsent(BATCH)
+    state.batches.sent(BATCH, {segment_id(BATCH, 1): marks[segment_id(BATCH, 1)]})
+    assert list(state.batches.unsent(BATCH)) == [segment_id(BATCH, 2)]
 
     one, two = claimed(state, 1), claimed(state, 2)
     assert (one.phase, one.batch.metadata) == (Phase.RUN, {"for": "us"})
@@ -296,10 +297,10 @@ def test_a_batch_stops_itself_when_too_many_rows_have_failed(state: State) -> No
 
 def test_a_paused_batch_gets_its_messages_back_when_it_goes_on(state: State) -> None:
     running(state, 1)
-    state.batches.sent(BATCH, [segment_id(BATCH, 1)])
+    state.batches.sent(BATCH, state.batches.unsent(BATCH))
     state.batches.pause(BATCH)
     assert state.batches.claim_segment(segment_id(BATCH, 1), "w") == NoClaim("paused")
-    assert state.batches.unsent(BATCH) == [segment_id(BATCH, 1)]
+    assert list(state.batches.unsent(BATCH)) == [segment_id(BATCH, 1)]
     state.batches.resume(BATCH)
     assert claimed(state).phase is Phase.RUN
 
@@ -319,7 +320,7 @@ def test_one_row_can_be_cancelled_until_it_has_ended(state: State) -> None:
         state.batches.cancel_row("batch_2", 1)
 
 
-def test_what_a_client_found_wrong_joins_while_the_batch_is_validated(state: State) -> None:
+def test_what_a_client_found_wrong_joins_until_the_batch_is_made_final(state: State) -> None:
     batch = opened(state, 2, request_counts=RequestCounts(total=3))
     wrong = rows_of(3, kind="errors", segment=BATCH + ".s0")
     assert isinstance(state.batches.add(BATCH, [wrong]), Accepted)
@@ -327,8 +328,12 @@ def test_what_a_client_found_wrong_joins_while_the_batch_is_validated(state: Sta
     claim = claimed(state)
     state.batches.validated(claim.info.id, claim.attempt, rows=2, tokens=1, problems=(), count=0, told=1)
     state.batches.begin(batch)
-    assert state.batches.add(BATCH, [rows_of(1, number=9)]) is None
+    assert state.batches.add(BATCH, [rows_of(3, number=9)]) == Refused(frozenset({3})), "submitted again"
     assert counts(state)[:2] == (0, 1)
+    claim = claimed(state)
+    state.batches.accept(claim.info.id, claim.attempt, [rows_of(1, 2)])
+    assert state.batches.begin_finalize(BATCH, "k1", 30.0) is BatchStatus.FINALIZING
+    assert state.batches.add(BATCH, [rows_of(3, number=10)]) is None
 
 
 def test_followers_hear_of_rows_as_they_end(state: State) -> None:
@@ -361,3 +366,15 @@ def test_lines_survive_packing_and_take_little_space() -> None:
     scattered = sorted(rng.sample(range(1, 1_000_000), 10_000))
     assert len(pack_lines(scattered)) < 2 * len(scattered)
     assert len(pack_lines(range(1, 10_001))) < 100
+
+
+def test_a_segment_that_asks_again_before_its_message_counts_as_sent_still_needs_one(state: State) -> None:
+    """A worker was faster than the client that sent: the batch began to run, and no message followed."""
+    opened(state, 1)
+    marks = state.batches.unsent(BATCH)
+    state.batches.delete(BATCH)
+    running(state, 1)  # all that happens between a message and the word that it is sent
+    state.batches.sent(BATCH, marks)
+    assert list(state.batches.unsent(BATCH)) == [segment_id(BATCH, 1)]
+    state.batches.sent(BATCH, state.batches.unsent(BATCH))
+    assert state.batches.unsent(BATCH) == {}

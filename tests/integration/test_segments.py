@@ -220,7 +220,7 @@ def test_a_cancelled_batch_keeps_what_has_ended(floor: Floor, state: State) -> N
 def test_a_paused_batch_ends_what_runs_and_gets_another_message_later(floor: Floor, state: State) -> None:
     rows = [row(line) for line in range(1, 31)]
     run_batch(state, floor.store, rows)
-    state.batches.sent(BATCH, [S1])
+    state.batches.sent(BATCH, state.batches.unsent(BATCH))
     delivery = floor.deliver_segment()
     wait_until(lambda: len(floor.engine.submitted) == 17, 10, "the engine is full")
     state.batches.pause(BATCH)
@@ -228,7 +228,7 @@ def test_a_paused_batch_ends_what_runs_and_gets_another_message_later(floor: Flo
     floor.finish(*rows[:17])
     assert delivery.result(10) is Disposition.ACK
     assert len(lines_of(state, floor.store)) == 17
-    assert state.batches.unsent(BATCH) == [S1]
+    assert list(state.batches.unsent(BATCH)) == [S1]
 
 
 def test_rows_wait_for_a_store_that_is_away_and_no_new_ones_are_lost(
