@@ -10,7 +10,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,10 @@ class ResultStore(Protocol):
 
     def remove(self, name: str) -> None:
         """Take an object away; never a result. It may be gone already."""
+        ...
+
+    def remove_many(self, names: Sequence[str]) -> None:
+        """Take objects away, up to a thousand at once. They may be gone already."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[str]:
@@ -224,6 +228,18 @@ class FileStore:
         path = self._path(name)
         with _file_errors(self.root):
             path.unlink(missing_ok=True)
+
+    def remove_many(self, names: Sequence[str]) -> None:
+        """See ResultStore. Folders that are empty then go as well."""
+        for name in names:
+            self.remove(name)
+        for folder in {self._path(name).parent for name in names}:
+            while folder != self.root:
+                try:
+                    folder.rmdir()
+                except OSError:  # something is in it, or it is gone
+                    break
+                folder = folder.parent
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See ResultStore."""
@@ -424,6 +440,20 @@ class S3Store:
         """See ResultStore."""
         with self._errors():
             self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
+
+    def remove_many(self, names: Sequence[str]) -> None:
+        """See ResultStore."""
+        if not names:
+            return
+        objects = [{"Key": self._key(name)} for name in names]
+        with self._errors():
+            answer = self._client.delete_objects(
+                Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True}
+            )
+        if failed := answer.get("Errors"):
+            raise StoreUnavailable(
+                f"{self.url}: {len(failed):,} of {len(names):,} objects stay: {failed[0].get('Code')}"
+            )
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See ResultStore."""

@@ -38,6 +38,7 @@ COMMANDS = {
     "queues": ("commands_queues", "Create, list, pause and resume queues."),
     "models": ("commands_models", "Fetch, list and check models."),
     "quantize": ("commands_quantize", "Write a quantized copy of a model."),
+    "gc": ("commands_gc", "Take away what is old in the result store."),
     "doctor": ("commands_doctor", "What is installed, reachable and missing."),
 }
 """Command → its module and its line in the overview: `--help` and `--version` load none of them."""

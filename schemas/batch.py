@@ -182,6 +182,14 @@ class SegmentInfo(Answer):
     """What it was split off from."""
 
 
+class OpenedBatch(Answer):
+    """A batch as it was opened, in the result store: its record can be made again from it."""
+
+    v: Literal[1] = WIRE_VERSION
+    batch: Batch
+    segments: tuple[SegmentInfo, ...] = ()
+
+
 class ResultObject(Answer):
     """An object of finished rows, as it joins a batch: ``accept`` is the only way in."""
 

@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     lease_renew_every_s: Seconds = 20.0
     job_ttl_s: Seconds = DEFAULT_JOB_TTL_S
     result_ttl_s: Seconds = 86_400.0
+    results_keep_s: Seconds | None = None
+    """How long `gristmill gc` leaves results of single jobs in the store; None: for ever."""
     max_payload_bytes: PositiveInt = 4 * 1024 * 1024
     inline_result_bytes: Annotated[int, Field(ge=0)] = 64 * 1024
     """Results up to this size also stay in Redis for ``result_ttl_s``."""
