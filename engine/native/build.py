@@ -24,7 +24,10 @@ import torch
 
 log = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
+NATIVE = "native"
+"""All that this machine's CPU can do. Other targets are what the compiler calls a CPU: haswell, x86-64-v4,
+armv8.2-a; a CPU that can do less than its library's target ends the process (SIGILL)."""
 COMPILERS = ("g++", "c++", "clang++")
 BUILD_TIMEOUT_S = 270.0
 """The larger library takes 7 s of processor time; seen: 80 s, on two cores with a load of 14. Twice this is
@@ -35,8 +38,8 @@ class BuildFailed(Exception):
     """No kernel on this machine; the message says why. The caller falls back to torch."""
 
 
-def build(cache: Path, name: str = "kernels") -> Path:
-    """The shared library of ``name``.cpp for this machine, built now if ``cache`` does not hold it yet.
+def build(cache: Path, name: str = "kernels", target: str = NATIVE) -> Path:
+    """The shared library of ``name``.cpp for ``target``, built now if ``cache`` does not hold it yet.
 
     One compilation of that file and the headers beside it.
 
@@ -44,24 +47,31 @@ def build(cache: Path, name: str = "kernels") -> Path:
     """
     sources = read_sources(name)
     compiler = find_compiler()
-    target = _private(cache) / f"{name}-{key(sources)}.so"
-    if target.exists():
-        return target
+    library = _private(cache) / f"{name}-{key(sources, target)}.so"
+    if library.exists():
+        return library
     if compiler is None:
         raise BuildFailed(
             f"no C++ compiler ({', '.join(COMPILERS)}) on PATH and no kernel built earlier in {cache}"
         )
-    with _locked(target.with_suffix(".lock")):
-        if not target.exists():  # another process may have built it while we waited
-            _compile_on_record(compiler, name, sources, target)
-    return target
+    with _locked(library.with_suffix(".lock")):
+        if not library.exists():  # another process may have built it while we waited
+            _compile_on_record([compiler, *flags(target)], name, sources, library)
+    return library
 
 
-def _compile_on_record(compiler: str, name: str, sources: Mapping[str, bytes], target: Path) -> None:
+def flags(target: str, machine: str = platform.machine()) -> tuple[str, ...]:
+    """What the compiler is told."""
+    # On ARM -march=native is new to some compilers and says nothing of which core to schedule for.
+    cpu = "-mcpu" if target == NATIVE and machine in ("aarch64", "arm64") else "-march"
+    return (*FLAGS, f"{cpu}={target}")
+
+
+def _compile_on_record(command: list[str], name: str, sources: Mapping[str, bytes], library: Path) -> None:
     """Compile; a failure leaves its reason in ``name``.failed for `gristmill doctor`, success removes it."""
-    record = target.with_name(f"{name}.failed")
+    record = library.with_name(f"{name}.failed")
     try:
-        _compile(compiler, name, sources, target)
+        _compile(command, name, sources, library)
     except BuildFailed as exc:
         with contextlib.suppress(OSError):  # the log has it, too
             record.write_text(f"{exc}\n")
@@ -84,7 +94,7 @@ def read_sources(name: str) -> dict[str, bytes]:
     }
 
 
-def key(sources: Mapping[str, bytes]) -> str:
+def key(sources: Mapping[str, bytes], target: str = NATIVE) -> str:
     """What a built library depends on: sources, flags, torch (its OpenMP), and the instructions of this CPU.
 
     The compiler is left out: a machine without one may use what an image was shipped with.
@@ -92,7 +102,7 @@ def key(sources: Mapping[str, bytes]) -> str:
     digest = hashlib.sha256()
     for name, text in sources.items():
         digest.update(name.encode() + b"\0" + hashlib.sha256(text).digest())
-    for part in (*FLAGS, torch.__version__, platform.machine(), _instructions()):
+    for part in (*flags(target), torch.__version__, platform.machine(), _instructions()):
         digest.update(b"\0" + part.encode())
     return digest.hexdigest()[:20]
 
@@ -137,25 +147,24 @@ class _locked:  # noqa: N801  (used like a function)
         os.close(self.fd)
 
 
-def _compile(compiler: str, name: str, sources: Mapping[str, bytes], target: Path) -> None:
+def _compile(compiler: list[str], name: str, sources: Mapping[str, bytes], library: Path) -> None:
+    """``compiler``: with its flags."""
     started = time.monotonic()
     log.info("kernel.compiling %s, once on this machine: it takes seconds to minutes", name)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as work:
         cpp, so = Path(work, f"{name}.cpp"), Path(work, f"{name}.so")
         for file, text in sources.items():
             Path(work, file).write_bytes(text)
-        command = [compiler, *FLAGS, "-fopenmp", str(cpp), "-o", str(so)]
+        command = [*compiler, "-fopenmp", str(cpp), "-o", str(so)]
         if runtime := _openmp_in_use():
             # Share torch's thread pool: two OpenMP runtimes in one process would fight over the cores.
-            command = [compiler, *FLAGS, "-fopenmp", "-c", str(cpp), "-o", f"{so}.o"]
-            link = [compiler, "-shared", f"{so}.o", str(runtime), "-o", str(so), "-lm"]
-            _run(command)
-            command = link
+            _run([*compiler, "-fopenmp", "-c", str(cpp), "-o", f"{so}.o"])
+            command = [compiler[0], "-shared", f"{so}.o", str(runtime), "-o", str(so), "-lm"]
         _run(command)
-        so.replace(target)
+        so.replace(library)
     log.info(
         "kernel.built",
-        extra={"path": str(target), "compiler": compiler, "build_s": time.monotonic() - started},
+        extra={"path": str(library), "compiler": compiler[0], "build_s": time.monotonic() - started},
     )
 
 

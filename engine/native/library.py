@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layers.elementwise import TorchElementwise
-from .build import BuildFailed, build
+from .build import NATIVE, BuildFailed, build
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +59,13 @@ class Library(TorchElementwise):
         return out
 
 
-def load(cache: Path, dtype: torch.dtype, threads: int) -> Library | None:
+def load(cache: Path, dtype: torch.dtype, threads: int, target: str = NATIVE) -> Library | None:
     """The kernels, built if need be, or None with a logged reason: then torch does the work, slower."""
     if dtype not in (torch.float32, torch.bfloat16):
         log.warning("kernel.unavailable", extra={"reason": f"no native kernels for {dtype}"})
         return None
     try:
-        return Library(build(cache), dtype, threads)
+        return Library(build(cache, target=target), dtype, threads)
     # OSError: dlopen refused it; AttributeError: not our library
     except (BuildFailed, OSError, AttributeError) as exc:
         log.warning("kernel.unavailable", extra={"reason": str(exc)})

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .build import BuildFailed, build
+from .build import NATIVE, BuildFailed, build
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +71,10 @@ def _rows_of(logits: Tensor) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
     return places + np.uint64(logits.data_ptr()), np.full(rows, logits.dtype == torch.float32, np.uint8)
 
 
-def load_sampling(cache: Path, threads: int) -> NativeSampling | None:
+def load_sampling(cache: Path, threads: int, target: str = NATIVE) -> NativeSampling | None:
     """The kernel, built if need be, or None with a logged reason: then torch does the work, slower."""
     try:
-        return NativeSampling(build(cache, "sampling"), threads)
+        return NativeSampling(build(cache, "sampling", target), threads)
     except (BuildFailed, OSError, AttributeError) as exc:  # dlopen refused it, or it is not our library
         log.warning("kernel.unavailable", extra={"kernel": "sampling", "reason": str(exc)})
         return None

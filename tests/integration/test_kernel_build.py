@@ -113,5 +113,12 @@ def test_another_cpu_torch_or_source_means_another_library(monkeypatch: pytest.M
     with monkeypatch.context() as patched:
         patched.setattr(torch, "__version__", "0.0.1")
         assert building.key(sources) != here
+    assert building.key(sources, "haswell") != here
     monkeypatch.setattr(building, "_instructions", lambda: "sse2")
     assert building.key(sources) != here
+
+
+def test_the_compiler_is_told_of_the_cpu_in_its_own_words() -> None:
+    assert "-march=native" in building.flags(building.NATIVE, "x86_64")
+    assert "-mcpu=native" in building.flags(building.NATIVE, "aarch64")
+    assert "-march=armv8.2-a" in building.flags("armv8.2-a", "aarch64")

@@ -23,6 +23,7 @@ from gristmill.schemas.settings import default_home
 from torch import Tensor
 
 from ..support.feeding import Fed, Piece
+from ..support.flavours import cpu_flags, kernel_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the kernels get their own number of threads
 
@@ -31,7 +32,7 @@ MAX_LEN = 1200
 
 
 def library(dtype: torch.dtype, threads: int = 1) -> Library:
-    found = load(default_home() / "kernels", dtype, threads)
+    found = load(default_home() / "kernels", dtype, threads, kernel_target())
     if found is None and find_compiler() is None:
         pytest.skip("no C++ compiler: the engine runs on torch here")
     assert found is not None, "the native kernels could not be built"
@@ -310,3 +311,14 @@ def test_attention_leaves_the_matrix_unit_as_onednn_configured_it() -> None:
         made.begin(pack([Piece(Fed([0] * rows, [0, 1, 2]), rows)], 16, CPU))
         made.attend(0, torch.randn(rows, spec.q_size + 2 * spec.kv_size).bfloat16(), None, None)
         assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.skipif("avx2" not in cpu_flags(), reason="what is compiled here would not run")
+def test_a_cpu_with_narrower_vectors_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that AVX2, SSE and NEON get. scripts/check_kernels runs everything for each of them."""
+    monkeypatch.setenv("KERNEL_TARGET", "haswell")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_equal_to_textbook("cpu", spec_of(9, 3, 64), dtype, [1, 17, 63, 100])
+    spec = spec_of(6, 2, 32, 600, **BENT["both"])
+    assert_equal_to_textbook("cpu", spec, torch.bfloat16, [17, SPLIT_TOKENS + 3], chunk=SPLIT_TOKENS - 1)
+    assert_equal_to_textbook("cpu", spec_of(6, 2, 64), torch.float32, [70], numbers=INT8, block=32)
