@@ -283,7 +283,7 @@ class Runner:
 
     def _elementwise(self, library: Library | None) -> Elementwise:
         if self.deterministic:
-            return RowByRow(library or TorchElementwise(), native=library is not None)
+            return RowByRow(library or TorchElementwise())
         if self.attention in ("triton", "flash"):
             from .gpu.elementwise import TritonElementwise
 

@@ -23,6 +23,11 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class Elementwise(Protocol):
     """Row-wise operations of a layer. Sums are float32 whatever the dtype."""
 
+    @property
+    def native(self) -> bool:
+        """Whether rms_norm and silu_mul are our CPU kernels', whose rows do not see one another."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         """RMS norm of ``x`` [rows, n], or of ``residual + x`` with the sum left in ``residual``."""
         ...
@@ -52,13 +57,13 @@ class RowByRow:
     """Another's operations, one row at a time. torch cuts an array for its threads and vectors by its whole
     size, so that a row's last bits may depend on its neighbours; native kernels do not need this."""
 
-    def __init__(self, inner: Elementwise, *, native: bool = False) -> None:
-        """``native``: rms_norm and silu_mul of ``inner`` are, and may see all rows."""
-        self._inner, self._native = inner, native
+    def __init__(self, inner: Elementwise) -> None:
+        """Native operations of ``inner`` may see all rows."""
+        self._inner, self.native = inner, inner.native
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         norm = self._inner.rms_norm
-        if self._native:
+        if self.native:
             return norm(x, weight, eps, residual)
         return _each(lambda row, held: norm(row, weight, eps, held), x, residual)
 
@@ -69,7 +74,7 @@ class RowByRow:
         return _each(lambda row, held: norm(row, weight, bias, eps, held), x, residual)
 
     def silu_mul(self, x: Tensor) -> Tensor:
-        if self._native:
+        if self.native:
             return self._inner.silu_mul(x)
         return _each(lambda row, _: self._inner.silu_mul(row), x)
 
@@ -94,6 +99,8 @@ def _each(
 
 class TorchElementwise:
     """Works on every device; the twin that native kernels are tested against."""
+
+    native = False
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         if residual is not None:

@@ -32,7 +32,7 @@ def invariant(make: Make, weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The layer that ``make`` makes, its rows independent of one another. On the CPU only."""
     assert weight.device.type == "cpu", weight.device
     layer = make(weight, bias)
-    if isinstance(layer, products.Dense | products.Int8):
+    if isinstance(layer, products.Product):
         return layer  # its sums run in one order
     outputs, inputs = weight.shape
     counts = alike(make, outputs, inputs, weight.dtype, bias is not None)

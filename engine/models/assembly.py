@@ -15,6 +15,7 @@ from ..layers.across import ALONE, Across
 from ..layers.elementwise import Elementwise
 from ..layers.invariant import Make
 from ..layers.linear import Linear
+from ..native.products import Product
 from .layout import Joint, MlpJoints, MoeJoints, head_order, joints, layer_prefix, moe_joints
 from .mlp import Experts, FeedForward, Mlp, Summed
 from .spec import ModelSpec
@@ -135,7 +136,7 @@ class Assembly:
             mlp=self._whole(
                 self._experts(prefix, moe, index)
                 if moe
-                else Mlp(linears["gate_up"], linears["down"], self._activation(), index)
+                else self._made(linears["gate_up"], linears["down"], index)
             ),
             mlp_post=self._post(prefix, names.mlp_post_norm),
         )
@@ -186,7 +187,14 @@ class Assembly:
         return weight.T.contiguous() if self.spec.names.transposed else weight
 
     def _mlp(self, prefix: str, mlp: MlpJoints, index: int) -> Mlp:
-        return Mlp(self._linear(prefix, mlp.up), self._linear(prefix, mlp.down), self._activation(), index)
+        return self._made(self._linear(prefix, mlp.up), self._linear(prefix, mlp.down), index)
+
+    def _made(self, up: Linear, down: Linear, index: int) -> Mlp:
+        if self.spec.gated and self.spec.activation == "silu" and self._ops.native:
+            halved = up.halved() if isinstance(up, Product) else None
+            if halved is not None:
+                return Mlp(halved, down, self._activation(), index, halved.gated)
+        return Mlp(up, down, self._activation(), index)
 
     def _experts(self, prefix: str, moe: MoeJoints, index: int) -> Experts:
         assert self.spec.moe is not None

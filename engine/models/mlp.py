@@ -21,11 +21,23 @@ class FeedForward(Protocol):
 class Mlp:
     """down(act(up(x))); the activation of a gated one reads both halves of what ``up`` says."""
 
-    def __init__(self, up: Linear, down: Linear, activate: Callable[[Tensor], Tensor], layer: int) -> None:
+    def __init__(
+        self,
+        up: Linear,
+        down: Linear,
+        activate: Callable[[Tensor], Tensor],
+        layer: int,
+        gated: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """``gated``: activate(up(x)) in one, the same to the last bit."""
         self._up, self._down, self._activate, self._layer = up, down, activate, layer
+        self._gated = gated
 
     def __call__(self, x: Tensor, rows: Sequence[Rows] = ()) -> Tensor:
-        inner = self._activate(project(self._up, x, rows, self._layer, "gate_up"))
+        if self._gated is not None and not rows:
+            inner = self._gated(x)
+        else:
+            inner = self._activate(project(self._up, x, rows, self._layer, "gate_up"))
         return project(self._down, inner, rows, self._layer, "down")
 
 

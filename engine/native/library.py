@@ -29,6 +29,8 @@ class Library(TorchElementwise):
 
     Operations that have none are torch's."""
 
+    native = True
+
     def __init__(self, path: Path, dtype: torch.dtype, threads: int) -> None:
         assert dtype in (torch.float32, torch.bfloat16), dtype
         dll = ctypes.CDLL(str(path))

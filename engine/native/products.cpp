@@ -21,6 +21,7 @@ constexpr int PANEL = 32;                                                      /
 constexpr int CHUNK_BYTES = 1 << 20;                                           // of x: stays in the second cache
 constexpr int AHEAD = 4;                                                       // steps of a panel fetched in advance
 enum Way { AMX = 1, VNNI = 2 };
+enum Form { PLAIN, HALVES, GATED };                                            // of what comes out: see Finish
 
 inline int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -129,7 +130,8 @@ template <int R> inline void vnni_rows(const uint8_t* a, const uint8_t* b, int s
         __builtin_prefetch(b + AHEAD * 2 * TILE_SIZE + k * TILE_BYTES);
         __builtin_prefetch(b + AHEAD * 2 * TILE_SIZE + TILE_SIZE + k * TILE_BYTES);
       }
-      const __m512i b0 = _mm512_loadu_si512(b + k * TILE_BYTES), b1 = _mm512_loadu_si512(b + TILE_SIZE + k * TILE_BYTES);
+      const uint8_t* four_each = b + k * TILE_BYTES;
+      const __m512i b0 = _mm512_loadu_si512(four_each), b1 = _mm512_loadu_si512(four_each + TILE_SIZE);
       for (int r = 0; r < R; r++) {
         int32_t four;
         std::memcpy(&four, a + r * TILE_BYTES + k * 4, 4);
@@ -150,32 +152,53 @@ inline void vnni_block(const uint8_t* a, const uint8_t* b, int steps, int rows, 
 #endif
 
 // What becomes of sums: in int8 they are worth a row's scale times an output's, less what 128 too much in x added.
-// Arrays of outputs are as long as the panels are together.
+// Arrays of outputs are as long as the panels are together. A panel's tiles are neighbours (PLAIN), or one is of the
+// first half of the outputs and one of the second: written as such (HALVES), or as silu(first) * second (GATED), of
+// what would have been written, in the very operations of silu_mul_rows.
 template <class T> struct Finish {
   T* out;
-  int outputs;
+  int outputs, form;
   const float *bias, *row_scales, *scales;                                     // bias may be null; scales: int8 only
   const int32_t* ones;                                                         // int8: each output's weights added up
   // The lines that will be written, on their way while the sums are made.
   void expect(int64_t row, int rows, int first) const {
-    for (int r = 0; r < rows; r++) __builtin_prefetch(out + (row + r) * outputs + first, 1);
+    const int width = form == GATED ? outputs / 2 : outputs, at = form == PLAIN ? first : first / 2;
+    for (int r = 0; r < rows; r++) __builtin_prefetch(out + (row + r) * width + at, 1);
+  }
+  vf worth(const void* sums, int from, int at, int64_t row) const {
+    vf y;
+    if (scales)
+      y = __builtin_convertvector(load_as<vi>((const int32_t*)sums + from) - 128 * load_as<vi>(ones + at), vf) *
+          load(scales + at) * row_scales[row];
+    else
+      y = load((const float*)sums + from);
+    if (bias) {
+      rounded(y);
+      y += load(bias + at);
+    }
+    return y;
+  }
+  static vf as_written(vf v) {
+    T t[LANES];
+    store(t, v);
+    return load(t);
   }
   void operator()(const void* sums, int64_t row, int rows, int first) const {
-    for (int r = 0; r < rows; r++)
-      for (int at = first; at < std::min(first + PANEL, outputs); at += LANES) {
-        const int from = r * PANEL + at - first;
-        vf y;
-        if (scales)
-          y = __builtin_convertvector(load_as<vi>((const int32_t*)sums + from) - 128 * load_as<vi>(ones + at), vf) *
-              load(scales + at) * row_scales[row + r];
-        else
-          y = load((const float*)sums + from);
-        if (bias) {
-          rounded(y);
-          y += load(bias + at);
-        }
-        put(out + (row + r) * outputs + at, y, std::min(LANES, outputs - at));
+    const int half = outputs / 2;
+    for (int r = 0; r < rows; r++) {
+      const int from = r * PANEL;
+      if (form == GATED) {
+        const vf g = as_written(worth(sums, from, first, row + r));
+        const vf up = as_written(worth(sums, from + LANES, first + LANES, row + r));
+        store(out + (row + r) * half + first / 2, g / (1.f + exp2v(g * -LOG2E)) * up);
+        continue;
       }
+      for (int at = first; at < std::min(first + PANEL, outputs); at += LANES) {
+        const int to = form == PLAIN ? at : first / 2 + (at == first ? 0 : half);
+        put(out + (row + r) * outputs + to, worth(sums, from + at - first, at, row + r),
+            form == PLAIN ? std::min(LANES, outputs - at) : LANES);
+      }
+    }
   }
 };
 
@@ -198,7 +221,7 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> fi
   for (int64_t from = 0; from < rows; from += chunk) {
     const int64_t count = std::min(chunk, rows - from);
     Finish<T> done = finish;
-    done.out += from * w.outputs;
+    done.out += from * (w.outputs >> (finish.form == GATED));
     done.row_scales = row_scales;
 #pragma omp parallel num_threads(threads)
     {
@@ -261,21 +284,21 @@ void gm_pack(void* to, const void* weight, int outputs, int row_bytes, int threa
 }
 
 void gm_product_bf16(void* out, const void* x, const void* packed, const float* bias, int64_t rows, int outputs,
-                     int inputs, int threads) {
+                     int inputs, int form, int threads) {
   const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs * 2, TILE_BYTES))};
-  product<false>((const bf16*)x, rows, inputs, w, Finish<bf16>{(bf16*)out, outputs, bias, nullptr, nullptr, nullptr},
-                 AMX, threads);
+  product<false>((const bf16*)x, rows, inputs, w,
+                 Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, nullptr, nullptr}, AMX, threads);
 }
 
 void gm_product_int8(int wide, void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,
-                     const float* bias, int64_t rows, int outputs, int inputs, int way, int threads) {
+                     const float* bias, int64_t rows, int outputs, int inputs, int form, int way, int threads) {
   const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES))};
   if (wide)
-    product<true>((const float*)x, rows, inputs, w, Finish<float>{(float*)out, outputs, bias, nullptr, scales, ones},
-                  way, threads);
+    product<true>((const float*)x, rows, inputs, w,
+                  Finish<float>{(float*)out, outputs, form, bias, nullptr, scales, ones}, way, threads);
   else
-    product<true>((const bf16*)x, rows, inputs, w, Finish<bf16>{(bf16*)out, outputs, bias, nullptr, scales, ones}, way,
-                  threads);
+    product<true>((const bf16*)x, rows, inputs, w,
+                  Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, ones}, way, threads);
 }
 
 }  // extern "C"

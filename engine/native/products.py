@@ -11,7 +11,9 @@ import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,8 +23,10 @@ from .build import BuildFailed, build
 log = logging.getLogger(__name__)
 
 PANEL = 32
-"""Outputs that are worked on together: arrays of outputs are filled up to a multiple."""
+"""Outputs that are worked on together, two tiles: arrays of outputs are filled up to a multiple."""
+TILE, TILE_BYTES = 16, 1024
 AMX, VNNI = 1, 2
+PLAIN, HALVES, GATED = 0, 1, 2
 TOLERANCE = 2**-7
 """Of the largest result: a rounding to bf16."""
 _p, _i, _q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -30,8 +34,8 @@ _SIGNATURES = {
     "gm_product_ways": (_i, (_i,)),
     "gm_packed_bytes": (_q, (_i, _i)),
     "gm_pack": (None, (_p, _p, _i, _i, _i)),
-    "gm_product_bf16": (None, (_p, _p, _p, _p, _q, _i, _i, _i)),
-    "gm_product_int8": (None, (_i, _p, _p, _p, _p, _p, _p, _q, _i, _i, _i, _i)),
+    "gm_product_bf16": (None, (_p, _p, _p, _p, _q, *(_i,) * 4)),
+    "gm_product_int8": (None, (_i, *(_p,) * 6, _q, *(_i,) * 5)),
 }
 
 
@@ -61,70 +65,82 @@ class Products:
         return packed
 
 
-class Dense:
-    """x [rows, in] times a bfloat16 weight [out, in], on the matrix unit."""
+class Product:
+    """x [rows, in] times a weight [out, in], packed."""
 
-    def __init__(self, products: Products, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, products: Products, weight: Tensor, bias: Tensor | None, arrays: tuple[Tensor, ...] = ()
+    ) -> None:
+        """``weight``: what is packed. ``arrays``: numbers for each output beside the bias."""
         self._products, (self._outputs, self._inputs) = products, weight.shape
         self._weight = products.pack(weight)
+        self._arrays = [_filled(each) for each in arrays]
         self._bias = None if bias is None else _filled(bias.float())
-        self._bias_at = None if self._bias is None else self._bias.data_ptr()
+        self._form = PLAIN
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[rows, out], in the dtype of ``x``."""
+        return self._multiply(x, self._form, self._outputs)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(first) * second for the halves [rows, out / 2] of what a call says: of a ``halved`` one."""
+        assert self._form == HALVES
+        return self._multiply(x, GATED, self._outputs // 2)
+
+    def halved(self) -> Self | None:
+        """The same, its halves worked on side by side: for ``gated``. None: they are no whole tiles."""
+        if self._outputs % PANEL:
+            return None
+        found = copy(self)
+        found._form = HALVES
+        tiles = self._weight.view(self._outputs // PANEL, -1, 2, TILE_BYTES).transpose(1, 2)
+        found._weight = _paired(tiles.flatten(0, 1)).transpose(1, 2).contiguous().flatten()
+        found._arrays = [_paired(each.view(-1, TILE)).flatten() for each in self._arrays]
+        found._bias = None if self._bias is None else _paired(self._bias.view(-1, TILE)).flatten()
+        return found
+
+    def _multiply(self, x: Tensor, form: int, width: int) -> Tensor:
         rows, inputs = x.shape
         assert inputs == self._inputs, (x.shape, self._inputs)
         x = x.contiguous()
-        out = x.new_empty(rows, self._outputs)
-        self._products.library.gm_product_bf16(
-            out.data_ptr(),
-            x.data_ptr(),
-            self._weight.data_ptr(),
-            self._bias_at,
-            rows,
-            self._outputs,
-            inputs,
-            self._products.threads,
-        )
+        out = x.new_empty(rows, width)
+        bias = None if self._bias is None else self._bias.data_ptr()
+        self._run(out, x, bias, (rows, self._outputs, inputs, form))
         return out
 
+    def _run(self, out: Tensor, x: Tensor, bias: int | None, sizes: tuple[int, ...]) -> None:
+        raise NotImplementedError
 
-class Int8:
-    """x [rows, in], bfloat16 or float32, each row rounded to int8 by its largest number, times int8 codes
-    [out, in] with a scale for each output (W8A8)."""
+
+class Dense(Product):
+    """A weight in bfloat16, on the matrix unit."""
+
+    def _run(self, out: Tensor, x: Tensor, bias: int | None, sizes: tuple[int, ...]) -> None:
+        assert x.dtype == torch.bfloat16, x.dtype
+        ours = self._products
+        where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr())
+        ours.library.gm_product_bf16(*where, bias, *sizes, ours.threads)
+
+
+class Int8(Product):
+    """int8 codes [out, in], a scale for each output; each row of x, bfloat16 or float32, is rounded to int8
+    by its largest number (W8A8)."""
 
     def __init__(
         self, products: Products, codes: Tensor, scales: Tensor, bias: Tensor | None, way: int | None = None
     ) -> None:
         """``way``: AMX or VNNI; None: the faster."""
-        self._products, (self._outputs, self._inputs) = products, codes.shape
+        super().__init__(products, codes, bias, (scales.float(), codes.sum(1, dtype=torch.int32)))
         self._way = products.int8_way if way is None else way
         assert self._way & products.int8_ways, (way, products.int8_ways)
-        self._weight = products.pack(codes)
-        self._scales = _filled(scales.float())
-        self._ones = _filled(codes.sum(1, dtype=torch.int32))
-        self._bias = None if bias is None else _filled(bias.float())
 
-    def __call__(self, x: Tensor) -> Tensor:
-        rows, inputs = x.shape
-        assert inputs == self._inputs, (x.shape, self._inputs)
+    def _run(self, out: Tensor, x: Tensor, bias: int | None, sizes: tuple[int, ...]) -> None:
         assert x.dtype in (torch.float32, torch.bfloat16), x.dtype
-        x = x.contiguous()
-        out = x.new_empty(rows, self._outputs)
-        self._products.library.gm_product_int8(
-            int(x.dtype == torch.float32),
-            out.data_ptr(),
-            x.data_ptr(),
-            self._weight.data_ptr(),
-            self._scales.data_ptr(),
-            self._ones.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
-            rows,
-            self._outputs,
-            inputs,
-            self._way,
-            self._products.threads,
+        ours, (scales, ones) = self._products, self._arrays
+        where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr(), scales.data_ptr(), ones.data_ptr())
+        ours.library.gm_product_int8(
+            int(x.dtype == torch.float32), *where, bias, *sizes, self._way, ours.threads
         )
-        return out
 
 
 _USED: ContextVar[Products | None] = ContextVar("products", default=None)
@@ -192,3 +208,8 @@ def _compare(said: Tensor, exact: Tensor, tolerance: float = TOLERANCE) -> None:
 def _filled(values: Tensor) -> Tensor:
     """Zeros up to a multiple of PANEL."""
     return torch.nn.functional.pad(values, (0, -len(values) % PANEL)).contiguous()
+
+
+def _paired(tiles: Tensor) -> Tensor:
+    """[2n, …], the halves' tiles one after another, to [n, 2, …]."""
+    return tiles.view(2, len(tiles) // 2, *tiles.shape[1:]).transpose(0, 1)

@@ -10,6 +10,7 @@ from gristmill.engine.layers.invariant import RowInvariant, invariant
 from gristmill.engine.layers.linear import linear
 from gristmill.engine.native import products
 from gristmill.engine.native.build import build
+from gristmill.engine.native.library import load
 from gristmill.engine.native.products import AMX, VNNI, Products, in_use, load_products, used
 from gristmill.engine.quant.int8 import W8A8, Int8
 from torch import Tensor
@@ -89,6 +90,32 @@ def test_a_row_does_not_see_its_neighbours(ours: Products) -> None:
         together = layer(x)
         for at, count in ((0, 1), (16, 1), (7, 9), (500, 30), (100, 33)):
             assert torch.equal(layer(x[at : at + count]), together[at : at + count])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_gated_is_what_the_activation_makes_of_both_halves(
+    ours: Products, kernels: Path, *, biased: bool
+) -> None:
+    """On and off, to the last bit."""
+    x, weight, bias = case(37, 70, 96)
+    packed = Int8.nearest(weight, inputs=True)
+    held = bias if biased else None
+    layers = [products.Int8(ours, packed.codes, packed.scales, held, way) for way in ways(ours)]
+    if ours.bf16:
+        layers += [products.Dense(ours, weight, held)]
+    library = load(kernels, torch.bfloat16, 2)
+    assert library is not None
+    for layer in layers:
+        halved = layer.halved()
+        assert halved is not None
+        assert torch.equal(halved(x), layer(x))
+        assert torch.equal(halved.gated(x), library.silu_mul(layer(x)))
+
+
+def test_halves_that_are_no_whole_tiles_stay_together(ours: Products, way: int) -> None:
+    _, weight, _ = case(1, 64, 48)
+    packed = Int8.nearest(weight, inputs=True)
+    assert products.Int8(ours, packed.codes, packed.scales, None, way).halved() is None
 
 
 def test_no_rows_are_no_work(ours: Products, way: int) -> None:
