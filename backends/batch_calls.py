@@ -11,6 +11,7 @@ Field names of the hash ``gm:{batch}:batch``, all values text:
 ``segments unvalidated``       how many; how many of them were not looked at
 ``asked``                      how often a segment asked for a message
 ``validated planned_tokens problems``   rows, tokens, problems found by validation
+``webhook webhook_every webhook_told``   where events go; percent of the rows between two, told so far
 ``stop_after``                 failed rows at which it cancels itself, or nothing
 ``created_at expires_at in_progress_at …``   unix seconds
 ``until``                      ms: when all its keys go
@@ -50,6 +51,7 @@ from ..schemas.job import JobState, Priority
 from ..schemas.result import ErrorInfo, Usage
 from ..schemas.status import JobStatus
 from .calls import EXPIRY_GRACE_S, Call, Entry, Resubscribed, output_tokens, parse_entries
+from .outbox_script import with_outbox
 from .script import Script, lua
 
 BatchEntry = tuple[EntryId, BatchEvent]
@@ -78,7 +80,7 @@ def _script(name: str) -> Script:
     common = lua("batch_common")
     for placeholder, key in _NAMES.items():
         common = common.replace(f"'{{{placeholder}}}'", f"'{key}'")
-    return Script.of(lua("clock") + common + lua(name), timed=True)
+    return Script.of(lua("clock") + with_outbox(common + lua(name)), timed=True)
 
 
 OPEN, GET, CLAIM, BEGIN_ROWS, VALIDATED = map(

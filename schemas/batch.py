@@ -18,6 +18,7 @@ from pydantic import Field, StringConstraints
 from .errors import InvalidRequest
 from .job import DEFAULT_TENANT, JobId, Tenant
 from .result import ErrorInfo, Usage
+from .webhook import WebhookUrl
 from .wire import WIRE_VERSION, Answer, Bool, Float, Int, loads
 
 BATCH_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
@@ -96,7 +97,10 @@ class BatchOptions(Answer):
     """The same as a share of all rows."""
     input_order: Bool = False
     """The output's lines stand in the order of the input's."""
-    webhook: str | None = None
+    webhook: WebhookUrl | None = None
+    """Where to send an event when it is final."""
+    webhook_every_percent: Annotated[int, Field(strict=True, ge=1, le=99)] | None = None
+    """Tell it of the start, too, and each time so many percent more of the rows have ended."""
     retention_s: Annotated[float, Field(gt=0.0, le=3650 * DAY_S, allow_inf_nan=False)] = 30 * DAY_S
     """How long its record and files are kept once it is final."""
 

@@ -72,6 +72,7 @@ for at = 5, #ARGV, 8 do
   tell(string.format('{"kind":"rows","object":"%s","output":"%s","rows":%s,"counts":{"total":%s,"completed":%s,'
     .. '"failed":%s},"at":%s}', ARGV[at], ARGV[at + 2], ARGV[at + 3], counts[1], counts[2], counts[3], NOW))
 end
+tell_progress()
 local stop_after = tonumber(is[4])
 if stop_after and tonumber(counts[3]) >= stop_after and is[1] == 'in_progress' and not is[5] then
   redis.call('HSET', BATCH, 'reason', string.format('{"code":"too_many_failed","message":"%s rows failed, and the '

@@ -1,4 +1,4 @@
--- Not a script: stands in front of those that deal with batches, behind clock.lua. Their first argument is the
+-- Not a script: stands in front of those that deal with batches, behind clock.lua and outbox.lua. Their first argument is the
 -- batch's id; names of keys follow from it.
 local B = ARGV[1]
 local BATCH, ROWS, OBJECTS = string.format('{batch}', B), string.format('{rows}', B), string.format('{objects}', B)
@@ -7,6 +7,7 @@ local ERRORS, EVENTS = string.format('{errors}', B), string.format('{events}', B
 local STATE, LOG, WORKER, CONTROL = '{state}', '{log}', '{worker}', '{control}'
 local BATCHES, DUE, KEEPER = '{batches}', '{due}', '{keeper}'
 local FINAL = {completed = true, failed = true, expired = true, cancelled = true}
+local MOST_METADATA = 15000
 local ENDED = {succeeded = true, failed = true, cancelled = true, expired = true}
 
 local TIME = clock()
@@ -56,9 +57,51 @@ local function needs_message(segment)
   redis.call('ZADD', UNSENT, redis.call('HINCRBY', BATCH, 'asked', 1), segment)
 end
 
+-- Queue the event for the batch's webhook, if it has one. `part`: which of several of a kind.
+local function tell_webhook(kind, part)
+  local is = redis.call('HMGET', BATCH, 'webhook', 'created_at', 'spec', 'status', 'reason', 'output', 'error_output')
+  if not is[1] then
+    return
+  end
+  local n = {}
+  for i, count in ipairs(redis.call('HMGET', BATCH, 'total', 'completed', 'failed', 'prompt_tokens',
+      'completion_tokens', 'cached_tokens')) do
+    n[i] = tonumber(count or 0)
+  end
+  local data = {
+    id = B, status = is[4], output = is[6] or nil, error_output = is[7] or nil,
+    reason = is[5] and cjson.decode(is[5]) or nil,
+    request_counts = {total = n[1], completed = n[2], failed = n[3]},
+    usage = {prompt_tokens = n[4], completion_tokens = n[5], cached_tokens = n[6], total_tokens = n[4] + n[5]},
+  }
+  local metadata = cjson.decode(is[3]).metadata
+  if metadata and #cjson.encode(metadata) < MOST_METADATA then
+    data.metadata = metadata
+  end
+  local id = redis.sha1hex(table.concat({kind, B, is[2], part or ''}, '\n'))
+  put_event('evt_' .. string.sub(id, 1, 32), 'batch.' .. kind, is[1], cjson.encode(data))
+end
+
 local function become(status)
   redis.call('HSET', BATCH, 'status', status, status .. '_at', NOW)
   tell_status()
+  if FINAL[status] or (status == 'in_progress' and redis.call('HEXISTS', BATCH, 'webhook_every') == 1) then
+    tell_webhook(status)
+  end
+end
+
+-- Every so many percent of its rows, if somebody wants to know. All of them is for the end to tell.
+local function tell_progress()
+  local is = redis.call('HMGET', BATCH, 'webhook_every', 'total', 'completed', 'failed', 'webhook_told', 'status')
+  if not is[1] or is[6] ~= 'in_progress' then
+    return
+  end
+  local percent = math.floor(100 * (is[3] + is[4]) / is[2])
+  local step = percent - percent % is[1]
+  if step > tonumber(is[5] or 0) and percent < 100 then
+    redis.call('HSET', BATCH, 'webhook_told', step)
+    tell_webhook('progress', step)
+  end
 end
 
 -- Whether the segment is this attempt's to write for.

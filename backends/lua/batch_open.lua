@@ -15,6 +15,10 @@ redis.call('HSET', BATCH, 'spec', ARGV[2], 'model', ARGV[3], 'status', 'validati
   'expires_at', string.format('%.3f', expires_ms / 1000), 'until', string.format('%.0f', expires_ms + ARGV[5]),
   'total', ARGV[6], 'completed', 0, 'failed', 0, 'stop_after', ARGV[7],
   'segments', ARGV[8], 'unvalidated', ARGV[8], 'problems', 0)
+local options = cjson.decode(ARGV[2]).options or {}
+for name, value in pairs({webhook = options.webhook, webhook_every = options.webhook_every_percent}) do
+  redis.call('HSET', BATCH, name, value)
+end
 for i = 9, #ARGV, 2 do
   redis.call('HSET', SEGMENTS, ARGV[i], ARGV[i + 1])
   needs_message(ARGV[i])
