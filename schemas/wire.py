@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Collection
 from difflib import get_close_matches
+from functools import cache
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,13 +38,10 @@ class Record(BaseModel):
     def to_json(self) -> str:
         """Compact JSON. Fields at their default are left out, but for those that say what the record is."""
         body = self.model_dump_json(exclude_defaults=True)
-        head = ",".join(
-            f"{json.dumps(name)}:{json.dumps(getattr(self, name))}"
-            for name in ("v", "kind")
-            if name in type(self).model_fields
-        )
-        if not head:
+        names = _heads(type(self))
+        if not names:
             return body
+        head = ",".join([f'"{name}":{json.dumps(getattr(self, name))}' for name in names])
         return "{" + head + ("}" if body == "{}" else "," + body[1:])
 
     @classmethod
@@ -61,6 +59,12 @@ class Record(BaseModel):
             return cls.model_validate(data)
         except ValidationError as exc:
             raise invalid_request(exc, {*cls.model_fields, *beside}) from exc
+
+
+@cache
+def _heads(kind: type[Record]) -> tuple[str, ...]:
+    """The fields that say what a record is: its JSON begins with them."""
+    return tuple(name for name in ("v", "kind") if name in kind.model_fields)
 
 
 class Answer(Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from typing import Protocol
@@ -134,14 +135,19 @@ class EngineClient:
 
         A suspect, of whom the journal tells that workers died with it, runs alone until it has made a token.
         """
+        self.submit_all([(requests, suspect)])
+
+    def submit_all(self, attempts: Sequence[tuple[Sequence[Request], bool]]) -> None:
+        """The same of many attempts: the requests of each, and whether it is a suspect."""
         with self._lock:
-            attempt = attempt_of(requests[0].id)
-            self._open[attempt] = {request.id for request in requests}
-            self._trials.add(attempt, suspect=suspect)
+            for requests, suspect in attempts:
+                attempt = attempt_of(requests[0].id)
+                self._open[attempt] = {request.id for request in requests}
+                self._trials.add(attempt, suspect=suspect)
             if self._anybody_waits or not self._proven:
                 self._arrange()
             else:
-                self._give(list(requests))
+                self._give([request for requests, _ in attempts for request in requests])
 
     def armed(self, attempt: str) -> None:
         """The answer to ``Listener.arm``, any time later."""

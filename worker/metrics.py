@@ -172,15 +172,8 @@ class Metrics:
 
     def on_finish(self, result: Result) -> None:
         """A request's result is durable."""
-        model, usage, timings = self._model, result.usage, result.timings
-        self._finished.labels(model, result.state.value).inc()
-        if result.error is not None:
-            self._failure.labels(model, result.error.code).inc()
-        elif result.state is JobState.SUCCEEDED and result.finish_reason is not None:
-            self._success.labels(model, result.finish_reason.value).inc()
-        self._prompt_tokens.inc(usage.prompt_tokens)
-        self._prompt_tokens_cached.inc(usage.cached_tokens)
-        self._generation_tokens.inc(usage.completion_tokens)
+        self.on_row(result)
+        usage, timings = result.usage, result.timings
         self._request_prompt.observe(usage.prompt_tokens)
         self._request_output.observe(usage.completion_tokens)
         self._e2e_s.observe(timings.e2e_s)
@@ -189,6 +182,18 @@ class Metrics:
         if timings.first_token_at is not None and usage.completion_tokens > 1:
             spent = max(0.0, timings.finished_at - timings.first_token_at)
             self._per_token_s.observe(spent / (usage.completion_tokens - 1))
+
+    def on_row(self, result: Result) -> None:
+        """A batch's row has ended. Counted only: nobody waits for it, and there are many."""
+        model, usage = self._model, result.usage
+        self._finished.labels(model, result.state.value).inc()
+        if result.error is not None:
+            self._failure.labels(model, result.error.code).inc()
+        elif result.state is JobState.SUCCEEDED and result.finish_reason is not None:
+            self._success.labels(model, result.finish_reason.value).inc()
+        self._prompt_tokens.inc(usage.prompt_tokens)
+        self._prompt_tokens_cached.inc(usage.cached_tokens)
+        self._generation_tokens.inc(usage.completion_tokens)
 
     # ---- the queue
 

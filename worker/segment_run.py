@@ -331,11 +331,8 @@ class SegmentRun:
                 self.end(Disposition.REQUEUE)
                 return
             floor.publisher.add(*(slot.generation for slot in slots if slot.generation is not None))
-        for slot in slots:
-            generation = slot.generation
-            if generation is not None and generation.done is None:
-                requests = intake.engine_requests(generation)
-                self._engine.submit(*requests, suspect=generation.history.doubtful)
+        running = [g for slot in slots if (g := slot.generation) is not None and g.done is None]
+        self._engine.submit_all([(intake.engine_requests(g), g.history.doubtful) for g in running])
 
     # ---- rows end
 
@@ -359,7 +356,7 @@ class SegmentRun:
             log.critical("row.crashed", exc_info=True, extra={"job_id": job.id})
             self._refuse(line, job, _mistake(exc))
             return
-        self._floor.metrics.on_finish(result)
+        self._floor.metrics.on_row(result)
         self._writer.add(Ended(line, said, result.state, result.usage))
 
     def _refuse(self, line: int, job: Job | None, exc: GristmillError) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,10 @@ class PlayedEngine:
         self.submitted[job_id] = requests[0]
         if suspect:
             self.suspects.add(job_id)
+
+    def submit_all(self, attempts: Sequence[tuple[Sequence[Request], bool]]) -> None:
+        for requests, suspect in attempts:
+            self.submit(*requests, suspect=suspect)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
