@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from .faultpoints.sitecustomize import POINTS
+from .faultpoints.sitecustomize import BATCH_POINTS, POINTS
 from .waiting import wait_until
 
 DIRECTORY = Path(__file__).resolve().parent / "faultpoints"
@@ -42,7 +42,8 @@ class KillPoints:
 
     def arm(self, point: str, nth: int = 1) -> None:
         """Whoever comes there for the ``nth`` time from now on, counted in each process, is killed."""
-        assert point in POINTS, f"no such point: {point}; there are {', '.join(POINTS)}"
+        known = POINTS | BATCH_POINTS
+        assert point in known, f"no such point: {point}; there are {', '.join(known)}"
         for struck in self._directory.glob("struck-*"):
             struck.unlink()
         aside = self._directory / "aside"

@@ -23,6 +23,7 @@ from gristmill.schemas.batch import (
     Validated,
 )
 from gristmill.schemas.batch_lines import OutputLine, Response
+from gristmill.schemas.batch_manifest import BatchFile, BatchManifest
 from gristmill.schemas.dead import DeadLetter
 from gristmill.schemas.events import (
     Candidate,
@@ -367,6 +368,7 @@ batch_options = st.builds(
     webhook=maybe(TEXT),
     retention_s=st.floats(0, 1e6, exclude_min=True),
 )
+batch_files = st.builds(BatchFile, name=NAME, rows=COUNT, bytes=COUNT, sha256=NAME)
 BATCHES: dict[type[Record], st.SearchStrategy[Any]] = {
     RequestCounts: request_counts,
     LineProblem: line_problems,
@@ -432,6 +434,20 @@ BATCHES: dict[type[Record], st.SearchStrategy[Any]] = {
         at=TIME,
     ),
     UnknownEvent: st.builds(UnknownEvent, kind=NAME),
+    BatchFile: batch_files,
+    BatchManifest: st.builds(
+        BatchManifest,
+        batch=NAME,
+        status=NAME,
+        total=COUNT,
+        completed=COUNT,
+        failed=COUNT,
+        usage=usages,
+        input_order=st.booleans(),
+        output=maybe(batch_files),
+        errors=maybe(batch_files),
+        created_at=TIME,
+    ),
 }
 RECORDS |= BATCHES
 

@@ -198,8 +198,28 @@ The calls that end the log are told from others by their arguments: ``(done)``.
 """
 
 
+BATCH_POINTS: dict[str, tuple[str, str]] = {
+    "after:Batches.claim_segment": ("gristmill.backends.batches:Batches.claim_segment", "no row has begun"),
+    "after:Batches.begin_rows": (
+        "gristmill.backends.batches:Batches.begin_rows",
+        "begun in their logs alone",
+    ),
+    "before:Batches.accept": (
+        "gristmill.backends.batches:Batches.accept",
+        "an object that belongs to nothing",
+    ),
+    "after:Batches.accept": ("gristmill.backends.batches:Batches.accept", "joined; nobody here knows"),
+    "after:Batches.end_segment": ("gristmill.backends.batches:Batches.end_segment", "over; not acknowledged"),
+    "after:Batches.validated": (
+        "gristmill.backends.batches:Batches.validated",
+        "looked at; not acknowledged",
+    ),
+}
+"""The same in a batch. Its rows pass by ``State.publish``, too."""
+
+
 def _kill_points(directory: Path) -> None:
-    """Wrap every target of ``POINTS``. ``armed`` holds ``ID POINT NTH``; who dies makes it ``struck-PID``."""
+    """Wrap every target of both. ``armed`` holds ``ID POINT NTH``; who dies makes it ``struck-PID``."""
     armed = directory / "armed"
     passed: dict[str, int] = {}
 
@@ -234,7 +254,8 @@ def _kill_points(directory: Path) -> None:
 
         return wrapper
 
-    for label, target in {point.partition(":")[2]: target for point, (target, _) in POINTS.items()}.items():
+    points = POINTS | BATCH_POINTS
+    for label, target in {point.partition(":")[2]: target for point, (target, _) in points.items()}.items():
         if not label.endswith("(done)"):
             wrap(target, wrapper_for(label))
 
