@@ -548,6 +548,15 @@ def row(batch_id: str, line: int) -> Call[RowStanding | None]:
     return Call((batch_id, line, _LOG_ENTRIES), parse, ROW)
 
 
+def ended_as(status: JobStatus, held: ResultObject, line: int) -> JobStatus:
+    """Of a row that lies in ``held``."""
+    state = JobState.SUCCEEDED if held.kind == "output" else JobState.FAILED
+    for packed, early in ((held.cancelled, JobState.CANCELLED), (held.expired, JobState.EXPIRED)):
+        if line in unpack_lines(packed):
+            state = early
+    return status.model_copy(update={"state": state, "result": held.name, "attempt": held.attempt})
+
+
 # ---- events
 
 

@@ -26,7 +26,6 @@ from ..schemas.batch import (
     unpack_lines,
 )
 from ..schemas.events import EntryId
-from ..schemas.job import JobState
 from ..schemas.result import ErrorInfo
 from ..schemas.status import JobStatus
 from . import batch_calls
@@ -300,8 +299,7 @@ class Batches:
         held = self.object_of(job_id)
         if held is None:
             return where.status
-        named = {"state": _state_in(held, found[1]), "result": held.name, "attempt": held.attempt}
-        return where.status.model_copy(update=named)
+        return batch_calls.ended_as(where.status, held, found[1])
 
     def object_of(self, job_id: str) -> ResultObject | None:
         """The accepted object that has a row's line. None: it has not ended. Looks through them all."""
@@ -339,11 +337,3 @@ class BatchSubscription:
         """The next event; Resubscribed after a break; None: nothing within ``timeout_s``."""
         message = self._channel.get_raw(timeout_s)
         return None if message is None else batch_calls.parse_event_message(message)
-
-
-def _state_in(held: ResultObject, line: int) -> JobState:
-    if held.kind == "output":
-        return JobState.SUCCEEDED
-    if line in unpack_lines(held.cancelled):
-        return JobState.CANCELLED
-    return JobState.EXPIRED if line in unpack_lines(held.expired) else JobState.FAILED

@@ -23,13 +23,14 @@ import redis.asyncio
 from redis.exceptions import NoScriptError
 
 from ..schemas import keys
-from ..schemas.errors import BrokerUnavailable, Misconfigured
+from ..schemas.batch import row_of, unpack_lines
+from ..schemas.errors import BrokerUnavailable, JobNotFound, Misconfigured
 from ..schemas.events import End, EntryId
 from ..schemas.job import Job, JobState
 from ..schemas.settings import Settings
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
-from . import calls
-from .batches import Batches
+from . import batch_calls, calls
+from .batches import PAGE, Batches
 from .calls import Call, Claim, Due, Entry, Final, Resubscribed, Write
 from .embedded import Embedded
 from .redis import connect, connect_async, redis_errors
@@ -123,8 +124,14 @@ class State:
         return self._run(calls.release(job_id, attempt))
 
     def cancel(self, job_id: str, model: str | None = None) -> JobState:
-        """Ask for a stop; returns the state as it is now. Raises JobNotFound."""
-        return self._run(calls.cancel(job_id, model))
+        """Ask a job, or a batch's row, to stop; returns the state as it is now. Raises JobNotFound."""
+        try:
+            return self._run(calls.cancel(job_id, model))
+        except JobNotFound:
+            if (row := row_of(job_id)) is None or (status := self.batches.row(job_id)) is None:
+                raise
+            self.batches.cancel_row(*row)
+            return status.state
 
     def cancelled(self, job_ids: Sequence[str]) -> set[str]:
         """Those of ``job_ids`` that were asked to stop."""
@@ -309,11 +316,31 @@ class AsyncState:
 
     async def cancel(self, job_id: str, model: str | None = None) -> JobState:
         """See State.cancel."""
-        return await self._run(calls.cancel(job_id, model))
+        try:
+            return await self._run(calls.cancel(job_id, model))
+        except JobNotFound:
+            if (row := row_of(job_id)) is None or (status := await self._row(*row)) is None:
+                raise
+            await self._run(batch_calls.cancel_row(*row))
+            return status.state
 
     async def status(self, job_id: str) -> JobStatus | None:
         """See State.status."""
-        return await self._run(calls.status(job_id))
+        status, row = await self._run(calls.status(job_id)), row_of(job_id)
+        return status if status is not None or row is None else await self._row(*row)
+
+    async def _row(self, batch_id: str, line: int) -> JobStatus | None:
+        """See Batches.row."""
+        where = await self._run(batch_calls.row(batch_id, line))
+        if where is None or not where.ended:
+            return None if where is None else where.status
+        start = 0
+        while page := await self._run(batch_calls.objects(batch_id, start, PAGE)):
+            for held in page:
+                if line in unpack_lines(held.lines):
+                    return batch_calls.ended_as(where.status, held, line)
+            start += len(page)
+        return where.status
 
     async def read_log(self, job_id: str, after: EntryId | None = None, count: int = LOG_PAGE) -> list[Entry]:
         """See State.read_log."""

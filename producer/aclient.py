@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from ..schemas import keys
 from ..schemas.events import EntryId
 from ..schemas.job import Job, JobState, Priority
 from ..schemas.result import Result
@@ -53,9 +52,9 @@ class AsyncLink:
         """See Link.result_body."""
         return await (await self.state()).result(job_id) or await self.stored(job_id)
 
-    async def stored(self, job_id: str) -> bytes | None:
-        """The result object's content."""
-        return await asyncio.to_thread(lambda: self._link.store.get(keys.result_object(job_id)))
+    async def stored(self, job_id: str) -> str | bytes | None:
+        """See Link.stored_body."""
+        return await asyncio.to_thread(self._link.stored_body, job_id)
 
     async def queue_is_paused(self, status: JobStatus) -> bool:
         """See Link.queue_is_paused."""

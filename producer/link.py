@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..schemas import keys
+from ..schemas.batch import row_of
 from ..schemas.job import Job
 from ..schemas.queues import queue_name
 from ..schemas.settings import Settings
@@ -104,7 +105,17 @@ class Link:
 
     def result_body(self, job_id: str) -> str | bytes | None:
         """A finished job's result as JSON: the copy in Redis, else the store's object. None: not there."""
-        return self.state.result(job_id) or self.store.get(keys.result_object(job_id))
+        return self.state.result(job_id) or self.stored_body(job_id)
+
+    def stored_body(self, job_id: str) -> str | bytes | None:
+        """The same of the store alone; of a batch's row, from the object that has its line."""
+        from ..backends.row_results import row_result
+
+        body = self.store.get(keys.result_object(job_id))
+        if body is not None or row_of(job_id) is None:
+            return body
+        row = row_result(self.state.batches, self.store, job_id)
+        return None if row is None else row.to_json()
 
     def embedded_endpoint(self) -> Endpoint | None:
         """Where the embedded broker listens; None if the broker is a real one, or does not run."""

@@ -24,9 +24,9 @@ from .errors import (
 from .grammar import GRAMMAR_FIELDS, with_grammar
 from .job import Endpoint, JobState
 from .openai import PARSERS, Request, parse_messages, response_body
-from .result import ErrorInfo, Result
+from .result import Choice, ErrorInfo, FinishReason, Result, Timings, Usage
 from .sampling import SamplingParams
-from .tools import TOOL_FIELDS, toolbox
+from .tools import TOOL_FIELDS, ToolCall, toolbox
 from .wire import Record, loads
 
 MAX_CUSTOM_ID_CHARS = 512
@@ -219,6 +219,60 @@ def error_line(row_id: str, custom_id: str, error: ErrorInfo) -> OutputLine:
     body = {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
     response = Response(status_code=status, request_id=f"req_{row_id}", body=body)
     return OutputLine(id=f"batch_req_{row_id}", custom_id=custom_id, response=response)
+
+
+def result_of(line: OutputLine, job_id: str, model: str) -> Result:
+    """What a row's line says of how it ended: its texts and counts, and no more times than the line has."""
+    if line.error is not None:
+        code, message = str(line.error.get("code", "")), str(line.error.get("message", ""))
+        state = _ENDED_AS.get(code, JobState.FAILED)
+        error = ErrorInfo(code=code, message=message) if state is JobState.FAILED else None
+        return _result_without_answer(line, job_id, model, state, error)
+    response = line.response
+    if response is None or response.status_code >= 400:
+        said: dict[str, Any] = {} if response is None else response.body.get("error", {})
+        param = said.get("param")
+        error = ErrorInfo(code=str(said.get("code")), message=str(said.get("message")), param=param)
+        return _result_without_answer(line, job_id, model, JobState.FAILED, error)
+    body = response.body
+    used = body.get("usage", {})
+    return Result(
+        job_id=job_id,
+        model=model,
+        state=JobState.SUCCEEDED,
+        endpoint=Endpoint.CHAT if body.get("object") == "chat.completion" else Endpoint.COMPLETIONS,
+        choices=tuple(_choice_of(choice) for choice in body["choices"]),
+        usage=Usage(
+            prompt_tokens=used.get("prompt_tokens", 0),
+            completion_tokens=used.get("completion_tokens", 0),
+            cached_tokens=used.get("prompt_tokens_details", {}).get("cached_tokens", 0),
+        ),
+        timings=Timings(submitted_at=float(body["created"]), finished_at=float(body["created"])),
+        custom_id=line.custom_id,
+    )
+
+
+_ENDED_AS = {"batch_cancelled": JobState.CANCELLED, "batch_expired": JobState.EXPIRED}
+
+
+def _result_without_answer(
+    line: OutputLine, job_id: str, model: str, state: JobState, error: ErrorInfo | None
+) -> Result:
+    never = Timings(submitted_at=0.0, finished_at=0.0)
+    return Result(
+        job_id=job_id, model=model, state=state, error=error, timings=never, custom_id=line.custom_id
+    )
+
+
+def _choice_of(choice: dict[str, Any]) -> Choice:
+    message: dict[str, Any] = choice.get("message") or {}
+    calls = [call["function"] | {"id": call["id"]} for call in message.get("tool_calls") or ()]
+    return Choice(
+        index=choice["index"],
+        text=choice["text"] if "text" in choice else message.get("content") or "",
+        finish_reason=FinishReason.LENGTH if choice.get("finish_reason") == "length" else FinishReason.STOP,
+        tool_calls=tuple(ToolCall.from_python(call) for call in calls) or None,
+    )
 
 
 def http_status(code: str) -> int:

@@ -16,12 +16,14 @@ from gristmill.backends.batches import SegmentClaim
 from gristmill.backends.state import State, Write
 from gristmill.engine.messages import Output
 from gristmill.engine.tokenizer import Tokenizer
+from gristmill.producer import Client
 from gristmill.schemas.batch import BatchOptions, BatchStatus, row_id, segment_id
 from gristmill.schemas.errors import StoreUnavailable
 from gristmill.schemas.events import Delta, Released, Started
 from gristmill.schemas.grammar import GrammarSpec
 from gristmill.schemas.job import Job, JobState
 from gristmill.schemas.sampling import SamplingParams
+from gristmill.schemas.settings import Settings
 from gristmill.schemas.status import WorkerInfo
 from gristmill.worker import segment_run
 from gristmill.worker.disposition import Disposition
@@ -198,6 +200,29 @@ def test_one_row_is_cancelled_whether_it_runs_or_waits(floor: Floor, state: Stat
     status = state.status(rows[17].id)
     assert status is not None
     assert status.state is JobState.CANCELLED
+
+
+def test_a_row_is_asked_after_as_any_job_is(floor: Floor, state: State, settings: Settings) -> None:
+    rows = [row(line) for line in (1, 2, 3)]
+    run_batch(state, floor.store, rows)
+    with Client(settings.model_copy(update={"results_url": floor.store.url})) as client:
+        good, bad, gone = (client.get(job.id) for job in rows)
+        assert good.status().state is JobState.QUEUED
+        delivery = floor.deliver_segment()
+        floor.wait(*rows)
+        floor.step(rows[0], 28)
+        wait_until(lambda: good.status().tokens == 1, 10, "it is in the log")
+        assert good.status().state is JobState.RUNNING
+        assert bad.cancel() is JobState.RUNNING
+        floor.handler.cancel(bad.id)
+        floor.finish(rows[0], rows[2])
+        assert delivery.result(10) is Disposition.ACK
+        assert [job.status().state for job in (good, bad, gone)] == ["succeeded", "cancelled", "succeeded"]
+        result = good.result(5)
+        assert (result.custom_id, result.usage.completion_tokens) == ("c1", 2)
+        assert "".join(chunk.text for chunk in good.stream(timeout_s=30)) == result.text
+        assert bad.result(5, check=False).state is JobState.CANCELLED
+        assert bad.cancel() is JobState.CANCELLED, "final is final"
 
 
 def test_a_cancelled_batch_keeps_what_has_ended(floor: Floor, state: State) -> None:
