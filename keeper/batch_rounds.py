@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..backends.batches import Batches, DueBatch
+from ..backends.batches import Batches, DueBatch, NoClaim
 from ..schemas.batch import Batch, BatchStatus, Phase
 from ..schemas.errors import GristmillError, Misconfigured, Transient
 from .finisher import Finisher
@@ -51,7 +51,10 @@ class BatchRound:
 class BatchRounds:
     """One thread's, but for ``_finish``. Every duty may be done twice, and by two keepers at once."""
 
-    def __init__(self, batches: Batches, finisher: Finisher, send: Send, *, hold_s: float) -> None:
+    def __init__(
+        self, batches: Batches, finisher: Finisher, send: Send, *, keeper_id: str, hold_s: float
+    ) -> None:
+        self._keeper_id = keeper_id
         self._batches, self._finisher, self._send, self._hold_s = batches, finisher, send, hold_s
         self._finishing: dict[str, threading.Thread] = {}
         self._stopping_since: dict[str, float] = {}
@@ -87,6 +90,12 @@ class BatchRounds:
     def forget_gone(self) -> None:
         """Take batches whose records have gone off the list of all: a page of it."""
         self._listed_to = self._batches.forget_gone(self._listed_to, FORGET_PAGE)
+
+    def send_again(self, segment_id: str) -> None:
+        """A segment whose message is gone for good gets another one, if it still needs that."""
+        claim = self._batches.claim_segment(segment_id, self._keeper_id)
+        if not isinstance(claim, NoClaim):
+            self._batches.release(segment_id, claim.attempt, (), unsent=True)
 
     # ---- one batch
 

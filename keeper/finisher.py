@@ -90,9 +90,14 @@ class Finisher:
         names = (keys.rows_object(f"{batch.id}.{OURS}", stamp, n, "errors") for n in count(1))
         for name in sorted({info.input for info in self._batches.segments(batch.id)}):
             rows = _unfinished(self._store, name, ended, state)
-            while some := dict(islice(rows, ROWS_AT_ONCE)):
-                if not self._add(batch, state, some, names):
-                    return False
+            try:
+                while some := dict(islice(rows, ROWS_AT_ONCE)):
+                    if not self._add(batch, state, some, names):
+                        return False
+            except (
+                ResultsDamaged
+            ) as exc:  # nobody knows what its rows were called; the others get their lines
+                log.error("batch.rows_lost", extra={"batch_id": batch.id, "reason": exc.message})
         return True
 
     def _add(self, batch: Batch, state: JobState, rows: dict[int, OutputLine], names: Iterator[str]) -> bool:
@@ -130,7 +135,7 @@ class Finisher:
         if batch is None:
             return None
         counts = batch.request_counts
-        if counts.completed + counts.failed != counts.total:
+        if becomes is BatchStatus.FINALIZING and counts.completed + counts.failed != counts.total:
             raise ResultsDamaged(
                 f"batch {batch_id}: {counts.completed + counts.failed:,} of {counts.total:,} rows have "
                 "ended, and the others are in no object of its segments; put those back"

@@ -25,6 +25,7 @@ from ..backends.sink import ResultSink
 from ..backends.sqs_dead import SqsDead
 from ..backends.state import Due, State, open_state, state_url
 from ..backends.store import open_store
+from ..schemas.batch import is_segment
 from ..schemas.dead import DeadLetter
 from ..schemas.errors import BadInput, GristmillError, Misconfigured, Transient
 from ..schemas.job import JOB_ID_PATTERN
@@ -250,6 +251,11 @@ class Keeper:
             _, (found,) = self._state.look([letter.job_id])
             if found.owned:
                 return False  # its worker's to end
+            if is_segment(letter.job_id):  # rows fail one by one; a message that was put aside is no reason
+                if self._batches is not None:
+                    self._batches.send_again(letter.job_id)
+                self._dead.drained(letter.queue, letter.id)
+                return False
             if found.state is None or not found.state.final:
                 ended = self._end(_ending_of_the_dead(found, letter))
             if self._sqs_dead is not None and (ended or (found.state is not None and found.state.final)):
@@ -332,7 +338,9 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
             queue=None if sqs else MessageQueue(dead.client, lease_s=settings.visibility_timeout_s),
             prunes=state_url(settings) == settings.broker,
             sqs_dead=sqs_dead,
-            batches=BatchRounds(state.batches, finisher, sender, hold_s=settings.keeper_lock_s),
+            batches=BatchRounds(
+                state.batches, finisher, sender, keeper_id=keeper_id, hold_s=settings.keeper_lock_s
+            ),
             check_store=store.check,
             courier=Courier(outbox, settings),
         )

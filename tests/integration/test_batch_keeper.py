@@ -126,6 +126,7 @@ def test_segments_are_sent_in_their_order_and_what_was_split_off_behind_its_orig
         fleet.state.batches,
         Finisher(fleet.state.batches, fleet.store, "k1", HOLD_S),
         lambda _, segment, phase: sent.append(f"{segment} {phase.value}"),
+        keeper_id="k1",
         hold_s=HOLD_S,
     )
     done = keeper.round()
@@ -348,6 +349,29 @@ def test_objects_that_are_gone_leave_the_batch_unfinished_and_are_told_of(
     fleet.clock.advance(batch_rounds.BROKEN_AGAIN_S)
     rounds(fleet, 1)
     assert record(fleet).status is BatchStatus.COMPLETED
+
+
+def test_a_batch_whose_rows_were_taken_away_ends_with_what_there_is(fleet: Fleet, hand: Hand) -> None:
+    running(fleet, [1, 2], [3])
+    hand.run(2)
+    fleet.store.remove(keys.segment_object(f"{BATCH}.s1"))
+    fleet.state.batches.cancel(BATCH)
+    rounds(fleet)
+    batch = record(fleet)
+    assert batch.status is BatchStatus.CANCELLED
+    assert file(fleet, batch.output) == [3]
+    assert (batch.error_output, batch.request_counts.failed) == (None, 0)
+
+
+def test_a_segment_whose_message_was_put_aside_gets_another(fleet: Fleet) -> None:
+    running(fleet, [1])
+    keeper = fleet.keeper()
+    assert keeper.round().sent == 1
+    fleet.queue.bury(fleet.queue.claim([QUEUE]).tag, "rejected")  # pyright: ignore[reportOptionalMemberAccess]
+    done = keeper.round()
+    assert (done.sent, done.ended) == (1, 0)
+    assert fleet.queue.depth(QUEUE) == 1
+    assert list(fleet.store.list("results/")) == [], "a segment is no job"
 
 
 def test_batches_whose_time_is_over_leave_the_list(fleet: Fleet) -> None:

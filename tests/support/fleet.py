@@ -60,7 +60,7 @@ class Fleet:
     def batch_rounds(self, name: str = "k1", hold_s: float = 30.0) -> BatchRounds:
         finisher = Finisher(self.state.batches, self.store, name, hold_s)
         send = functools.partial(send_segment, self.app)
-        return BatchRounds(self.state.batches, finisher, send, hold_s=hold_s)
+        return BatchRounds(self.state.batches, finisher, send, keeper_id=name, hold_s=hold_s)
 
     def submit(self, job: Job) -> Job:
         self.state.submit(job)
