@@ -27,6 +27,7 @@ Exit codes: 0 done, 1 internal error, 2 bad input, 75 try again later, 130 inter
 COMMANDS = {
     "run": ("commands_run", "Run a file of requests, everything embedded."),
     "up": ("commands_up", "Broker and workers in the foreground; others connect to it."),
+    "batch": ("commands_batch", "Submit a file and leave; look, steer and fetch later."),
     "submit": ("commands_jobs", "Send one job."),
     "follow": ("commands_jobs", "Show a job's text as it is made."),
     "status": ("commands_jobs", "Where a job stands."),

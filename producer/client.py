@@ -24,6 +24,7 @@ from .core import Submission
 from .link import Link
 
 if TYPE_CHECKING:
+    from .batches import Batches
     from .dead import Dead
     from .stream import Chunk, Item
     from .webhooks import Webhooks
@@ -229,6 +230,13 @@ class Client:
     def queue_is_paused(self, status: JobStatus) -> bool:
         """Whether the queue of a waiting job is paused; False if its status does not say which that is."""
         return self._link.queue_is_paused(status)
+
+    @property
+    def batches(self) -> Batches:
+        """Many requests as one: submit, get, list."""
+        from .batches import Batches
+
+        return Batches(self._link)
 
     @property
     def dead(self) -> Dead:

@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
-import stat
-import sys
-import tempfile
 import time
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
 
 import click
 
-from ..schemas.errors import BadInput, GristmillError
-from . import bulk_output, bulk_session, core
-from .bulk import Progress
-from .bulk_output import STDOUT, Spool
-from .bulk_session import InvalidLines, Prepared, Session
-from .console import Interrupts, common, connection, put_json, say, say_error, schema_option, warn
+from ..schemas.batch import Batch, BatchStatus, LineProblem
+from ..schemas.errors import BadInput, GristmillError, ModelNotFound
+from ..schemas.model_names import served_name
+from . import batches, core, local_model
+from .batch import output as outputs
+from .batch.answers import Answers
+from .batch.crew import Crew
+from .batch.download import download
+from .batch.intake import Intake, InvalidInput
+from .batch.run import Hooks, Run, only_run
+from .batch.sources import STANDARD, refuse_same_files
+from .batches import Wishes
+from .console import Interrupts, common, connection, put_json, say, say_error, warn
+from .input_flags import asked_for, input_flags
 from .knobs import engine_knobs, worker_flags
-from .link import Link
+from .link import EMBEDDED, Link
 from .progress import duration, show_progress
-from .sampling_flags import FOR_ROWS, GroupedCommand, dests, sampling_flags, wishes
+from .sampling_flags import GroupedCommand
 from .settings import ProducerSettings, load_producer_settings
 
-HELP = """Run every request of a JSONL file; write the answers in OpenAI's batch format, in input order.
+HELP = """Run every request of a file; write the answers in OpenAI's batch format.
 
 Lines are OpenAI batch lines (/v1/chat/completions, /v1/completions), or {"prompt": …} or {"messages": …}
-with max_tokens, temperature and so on beside it; such flags here are for lines that do not say. The whole
-file is checked before anything runs. Stop it at any time: the same command goes on where it was, and runs no
-finished row again.
+with max_tokens, temperature and so on beside it; such flags here are for lines that do not say. Tables (CSV,
+Parquet) have a column of prompts, or a template. The whole file is checked before anything runs. Stop it at
+any time: the same command goes on where it was, and runs no finished row again.
 
 \b
 Examples:
   gristmill run prompts.jsonl -o answers.jsonl
   gristmill run prompts.jsonl -o answers.jsonl --model Qwen/Qwen3-0.6B --max-tokens 200
+  gristmill run reviews.csv -o s3://bucket/out.jsonl.gz --template "Is this praise? {text}" --chat
   echo '{"prompt": "Once upon a time", "max_tokens": 32}' | gristmill run - -o -
   gristmill run prompts.jsonl -o answers.jsonl --broker redis://queue:6379/0     # workers elsewhere
 """
@@ -45,201 +51,194 @@ Examples:
 @click.argument("source", metavar="INPUT|-")
 @click.option("-o", "--output", required=True, metavar="FILE|-", help="Answers of rows that succeeded.")
 @click.option("--errors", metavar="FILE", help="Rows that failed; default: OUTPUT's name with .errors.jsonl.")
-@click.option("--model", help="Default: what the lines name, GRISTMILL_MODEL, or the only one in the cache.")
-@click.option("--adapter", metavar="NAME", help="A LoRA adapter of the worker's; for lines that name none.")
-@click.option("--json-schema", metavar="FILE", help="Answers fit this schema; for lines that do not say.")
-@click.option(
-    "--on-invalid",
-    type=click.Choice(["fail", "skip"]),
-    default="fail",
-    show_default=True,
-    help="Lines that are not valid: run nothing, or write them to the error file and run the rest.",
-)
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True)
-@click.option(
-    "--window", "bulk_window", type=click.IntRange(1), help="Rows in the queue at once; default 512."
-)
+@click.option("--any-order", is_flag=True, help="Answers as they came; default: in the order of the input.")
 @click.option("--fresh", is_flag=True, help="Forget earlier runs over this file; run every row.")
-@sampling_flags(*FOR_ROWS)
+@input_flags
 @engine_knobs
 @connection
 @common
 def run(source: str, output: str, errors: str | None, workers: int, as_json: bool, **options: Any) -> int:
     """Check, run, write."""
-    names = ("broker_url", "state_url", "results_url", "bulk_window")
+    names = ("broker_url", "state_url", "results_url")
     settings = load_producer_settings(**{name: options.pop(name) for name in names})
-    if as_json and output == STDOUT:
+    if as_json and output == STANDARD:
         raise BadInput("--json prints the summary on stdout; give --output a file name")
     errors = errors or default_errors(output)
-    directory = _check_targets(source, output, errors)
+    refuse_same_files({"input": source, "--output": output, "--errors": errors})
+    for what, name in (("--output", output), ("--errors", errors)):
+        if name is not None:
+            outputs.check_target(name, what, settings)
+    asked = asked_for(options, input_order=not options["any_order"])
+    asked = replace(asked, fresh=options["fresh"])
     link = Link(settings)
     try:
-        with open_input(source) as file:
-            job = _prepare(file, settings, link, options, as_json)
-            knobs = worker_flags(options)
+        link.state.ping()
+        link.store.check()
+        model = _Model(asked, settings, link, options["revision"])
+        with read_or_say(source, asked, settings, model.names, as_json) as intake:
+            job = _begin(link, settings, intake, asked, model.name(intake.checked.model), source)
             with (
-                Spool(directory) as spool,
-                Session(settings, link, job, knobs=knobs, workers=workers, warn=warn) as session,
+                only_run(settings, job.batch.id),
+                _crew(link, settings, job, model, workers, options) as crew,
             ):
-                return _execute(session, file, spool, job, output, errors, as_json)
+                return _execute(link, job, crew, intake, output, errors, as_json)
     finally:
         link.close()
 
 
-def _prepare(
-    file: BinaryIO, settings: ProducerSettings, link: Link, options: dict[str, Any], as_json: bool
-) -> Prepared:
+class _Model:
+    """The model of a run: as rows may call it, as the queue calls it, and as a worker of ours loads it."""
+
+    def __init__(self, asked: Wishes, settings: ProducerSettings, link: Link, revision: str | None) -> None:
+        self._settings, self._link, self._revision = settings, link, revision
+        self._wanted = asked.model or settings.model
+        self.here = settings.broker.startswith(EMBEDDED)
+        self.ours: str | None = None
+        """What a worker of our own loads; None: workers are somewhere else."""
+        if self._wanted is not None:  # a wrong name is known before a long file is read
+            self._choose(self._wanted)
+
+    @property
+    def names(self) -> list[str] | None:
+        """Those that rows may give; None: any one."""
+        return None if self._wanted is None else [self._wanted, served_name(self._wanted)]
+
+    def name(self, said: str | None) -> str:
+        """In the queue. ``said``: what rows call it. Raises ModelNotFound."""
+        chosen = self._choose(self._wanted or said)
+        self.ours = chosen if self.here else None
+        return served_name(chosen) if self.here else chosen
+
+    def _choose(self, wanted: str | None) -> str:
+        if not self.here:
+            return core.pick_model(wanted, self._link.state.models(), self._settings)
+        try:
+            return local_model.choose(wanted, self._settings, self._revision)
+        except ModelNotFound:
+            if wanted is not None and self._link.state.alive(wanted):  # `up` serves it from another cache
+                return wanted
+            raise
+
+
+def read_or_say(
+    source: str, asked: Wishes, settings: ProducerSettings, models: Iterable[str] | None, as_json: bool
+) -> Intake:
     """The checked input. Invalid lines are shown, then raised or (``skip``) left to the error file."""
-    defaults = wishes({name: options[name] for name in dests(*FOR_ROWS)})
-    core.sampling_params(defaults)  # what is wrong with a flag is said once, not for every line
-    if options["adapter"]:
-        defaults["adapter_id"] = options["adapter"]
-    if response_format := schema_option(options["json_schema"]):
-        defaults["response_format"] = response_format
-    skip = options["on_invalid"] == "skip"
     try:
-        job = bulk_session.prepare(
-            file,
-            settings,
-            link,
-            model=options["model"],
-            revision=options["revision"],
-            defaults=defaults,
-            skip_invalid=skip,
-            salt=secrets.token_hex(8) if options["fresh"] else "",
-        )
-    except InvalidLines as exc:
-        for each in exc.errors:
-            say_error(str(each))
-            if as_json:
-                put_json({"line": each.line, "custom_id": each.custom_id, **each.error.model_dump()})
+        intake = batches.read(source, asked, settings, models)
+    except InvalidInput as exc:
+        show_problems([each.problem for each in exc.errors], as_json)
         raise
-    for each in job.checked.errors:
+    for each in intake.checked.errors:
         warn(str(each))
+    return intake
+
+
+def show_problems(problems: Iterable[LineProblem], as_json: bool) -> None:
+    """What is wrong with an input, line by line."""
+    for each in problems:
+        say_error(f"line {each.line}: {each.message} [{each.code}]")
+        if as_json:
+            put_json(each.model_dump())
+
+
+def _begin(
+    link: Link, settings: ProducerSettings, intake: Intake, asked: Wishes, model: str, source: str
+) -> Run:
+    """What an earlier run has left, or a new batch. One that was refused by a worker is tried anew."""
+    batch = batches.describe(intake, asked, model, settings, "run_", source)
+    while (job := Run(link, settings, intake, batch)).batch.status is BatchStatus.FAILED:
+        batch = batch.model_copy(update={"id": intake.batch_id("run_", "after", batch.id)})
     return job
 
 
+def _crew(
+    link: Link, settings: ProducerSettings, job: Run, model: _Model, count: int, options: dict[str, Any]
+) -> Crew:
+    ours = None if job.over else model.ours
+    return Crew(link, settings, job.batch.model, ours, worker_flags(options), count, warn)
+
+
 def _execute(
-    session: Session,
-    file: BinaryIO,
-    spool: Spool,
-    job: Prepared,
-    output: str,
-    errors: str | None,
-    as_json: bool,
+    link: Link, job: Run, crew: Crew, intake: Intake, output: str, errors: str | None, as_json: bool
 ) -> int:
     """Run; whatever ends it, write what is finished; then say how it went."""
     started = time.monotonic()
-    interrupts = Interrupts(session.kill)
-    complete, failure = False, None
+    interrupts = Interrupts(crew.kill)
+    failure = None
     with interrupts:
-        try:
-            with show_progress() as report:
-                complete = session.execute(file, spool, lambda: interrupts.stopping, report)
-        except GristmillError as exc:
-            failure = exc
-        _write(spool, output, errors)
-    progress = session.progress
-    summary = _summary(job, progress, time.monotonic() - started)
-    summary |= {"complete": complete, "output": output, "errors": errors, "logs": session.logs}
+        if not job.over:
+            try:
+                with show_progress() as report:
+                    job.execute(crew, Hooks(lambda: interrupts.stopping, report))
+            except GristmillError as exc:
+                failure = exc
+        batch = job.batch
+        if batch.status is BatchStatus.FAILED:
+            show_problems(batch.errors, as_json)
+            raise InvalidInput(batch.problems, batch.request_counts.total)
+        if batch.created_at is not None:
+            download(Answers(link, batch), output, errors, link.settings)
+    summary = _summary(batch, job, intake, time.monotonic() - started)
+    summary |= {"complete": job.over, "output": output, "errors": errors, "logs": crew.logs}
     if as_json:
         put_json(summary)
-    _say_summary(summary, progress)
+    _say_summary(summary)
     if failure is not None:
         say("what is finished is written; once this is mended, the same command continues:")
         raise failure
-    if not complete:
-        left = progress.rows - progress.ended
+    if not job.over:
+        left = summary["rows"] - summary["succeeded"] - summary["failed"]
         say(f"stopped with {left:,} rows to go; run the same command again to continue")
         return interrupts.exit_code or 75
     return 0
 
 
-def _write(spool: Spool, output: str, errors: str | None) -> None:
-    """Both files. Without an error file the failed rows stand among the others."""
-    if errors is None:
-        bulk_output.write(output, spool.lines())
-        return
-    bulk_output.write(output, spool.lines(failed=False))
-    if spool.has_failed:
-        bulk_output.write(errors, spool.lines(failed=True))
-    else:
-        bulk_output.remove(errors)
-
-
-def _summary(job: Prepared, progress: Progress, seconds: float) -> dict[str, Any]:
+def _summary(batch: Batch, job: Run, intake: Intake, seconds: float) -> dict[str, Any]:
+    counts, usage, checked = batch.request_counts, batch.usage, intake.checked
+    invalid = checked.invalid + batch.problems
+    fresh = counts.completed + counts.failed - job.resumed
+    busy_s = seconds if batch.in_progress_at is None else min(seconds, time.time() - batch.in_progress_at)
     return {
-        "batch": job.batch,
-        "model": job.name,
-        "rows": progress.rows,
-        "succeeded": progress.succeeded,
-        "failed": progress.failed,
-        "invalid": progress.invalid,
-        "resumed": progress.resumed,
-        "prompt_tokens": progress.prompt_tokens,
-        "completion_tokens": progress.completion_tokens,
+        "batch": batch.id,
+        "model": batch.model,
+        "rows": counts.total,
+        "succeeded": counts.completed,
+        "failed": counts.failed,
+        "invalid": invalid,
+        "copies": checked.copies,
+        "resumed": job.resumed,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
         "seconds": round(seconds, 3),
-        "tokens_per_s": round(progress.tokens_per_s, 1),
-        "ttft_p50_s": _rounded(progress.ttft_s(0.5)),
-        "ttft_p95_s": _rounded(progress.ttft_s(0.95)),
+        "tokens_per_s": round(usage.completion_tokens / busy_s, 1) if fresh and busy_s > 0 else 0.0,
     }
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
-
-
-def _say_summary(summary: dict[str, Any], progress: Progress) -> None:
+def _say_summary(summary: dict[str, Any]) -> None:
     rows = [f"{summary['succeeded']:,} done", f"{summary['failed']:,} failed"]
     if summary["invalid"]:
-        rows.append(f"{summary['invalid']:,} not valid")
+        rows.append(f"{summary['invalid']:,} of them not valid")
     if summary["resumed"]:
-        rows.append(f"{summary['resumed']:,} of them in an earlier run")
+        rows.append(f"{summary['resumed']:,} ended in an earlier run")
     say(f"rows:    {', '.join(rows)}")
     say(
         f"tokens:  {summary['prompt_tokens']:,} in, {summary['completion_tokens']:,} out"
         f" in {duration(summary['seconds'])}, {summary['tokens_per_s']:,.0f} tok/s"
     )
-    if progress.ttfts:
-        say(f"TTFT:    p50 {summary['ttft_p50_s']:.3f} s, p95 {summary['ttft_p95_s']:.3f} s (from the claim)")
     say(f"output:  {summary['output']}")
-    if summary["errors"] and (summary["failed"] or summary["invalid"]):
+    if summary["errors"] and summary["failed"]:
         say(f"errors:  {summary['errors']}")
     for log in summary["logs"]:
         say(f"log:     {log}")
 
 
-def open_input(source: str) -> BinaryIO:
-    """The input, seekable: stdin and pipes go into a temporary file first. Raises BadInput."""
-    try:
-        if source == STDOUT:
-            return _copied(sys.stdin.buffer)
-        file = Path(source).open("rb")  # noqa: SIM115 - the caller closes it
-        if stat.S_ISREG(Path(source).stat().st_mode):
-            return file
-        with file:
-            return _copied(file)
-    except OSError as exc:
-        raise BadInput(f"cannot read {source}: {exc.strerror}") from exc
-
-
-def _copied(file: BinaryIO) -> BinaryIO:
-    copy = tempfile.TemporaryFile(prefix="gristmill-")  # noqa: SIM115 - the caller closes it
-    shutil.copyfileobj(file, copy)
-    copy.seek(0)
-    return copy
-
-
 def default_errors(output: str) -> str | None:
-    """``answers.jsonl`` → ``answers.errors.jsonl``. With stdout, failed rows go there too: None."""
-    if output == STDOUT:
+    """``answers.jsonl.gz`` → ``answers.errors.jsonl.gz``. With stdout, failed rows go there too: None."""
+    if output == STANDARD:
         return None
-    path = Path(output)
-    return str(path.with_name(f"{path.stem if path.suffix else path.name}.errors.jsonl"))
-
-
-def _check_targets(source: str, output: str, errors: str | None) -> Path:
-    bulk_session.refuse_same_files(source, output, errors)
-    if errors is not None:
-        bulk_output.check_target(errors, "--errors")
-    return bulk_output.check_target(output, "--output")
+    folder, slash, name = output.rpartition("/")
+    packed = PurePosixPath(name).suffix if name.endswith((".gz", ".zst", ".zstd")) else ""
+    stem = PurePosixPath(name.removesuffix(packed))
+    return f"{folder}{slash}{stem.stem if stem.suffix else stem.name}.errors.jsonl{packed}"

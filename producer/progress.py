@@ -1,4 +1,4 @@
-"""How far a bulk run is, on stderr: a bar on a terminal, a line now and then otherwise."""
+"""How far a batch is, on stderr: a bar on a terminal, a line now and then otherwise."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-from .bulk import Progress
+from ..schemas.batch import BatchStatus
+from .batch.forecast import Progress
 from .console import say
 
 LINE_EVERY_S = 10.0
+_DOING = {
+    None: "starting the worker",
+    BatchStatus.VALIDATING: "validating",
+    BatchStatus.FINALIZING: "writing",
+    BatchStatus.CANCELLING: "stopping",
+}
 
 
 @contextmanager
@@ -21,6 +28,12 @@ def show_progress() -> Generator[Callable[[Progress], None]]:
             yield report
     else:
         yield _Lines().report
+
+
+@contextmanager
+def silent() -> Generator[Callable[[Progress], None]]:
+    """The same for who does not want to see it."""
+    yield lambda _progress: None
 
 
 @contextmanager
@@ -40,13 +53,13 @@ def _bar() -> Generator[Callable[[Progress], None]]:
         task = bar.add_task("starting", total=None, rest="")
 
         def report(progress: Progress) -> None:
-            started = progress.first_at is not None or progress.ended > 0
+            validating = progress.status is BatchStatus.VALIDATING
             bar.update(
                 task,
-                description="running" if started else "starting the worker",
-                total=progress.rows,
-                completed=progress.ended,
-                rest=_rest(progress),
+                description=_DOING.get(progress.status, "running"),
+                total=progress.rows or None,
+                completed=progress.validated if validating else progress.ended,
+                rest="" if validating else rest(progress),
             )
 
         yield report
@@ -62,18 +75,18 @@ class _Lines:
     def report(self, progress: Progress) -> None:
         now = time.monotonic()
         if now >= self._due and progress.ended and progress.ended != self._last:
-            say(f"{progress.ended:,}/{progress.rows:,} rows, {_rest(progress)}")
+            say(f"{progress.ended:,}/{progress.rows:,} rows, {rest(progress)}")
             self._due, self._last = now + LINE_EVERY_S, progress.ended
 
 
-def _rest(progress: Progress) -> str:
+def rest(progress: Progress) -> str:
+    """What stands beside the bar."""
     parts = [f"{progress.failed:,} failed"] if progress.failed else []
     parts.append(f"{progress.completion_tokens:,} tokens")
     if progress.tokens_per_s:
         parts.append(f"{progress.tokens_per_s:,.0f} tok/s")
-    eta_s = progress.eta_s(time.time())
-    if eta_s is not None and progress.ended < progress.rows:
-        parts.append(f"ETA {duration(eta_s)}")
+    if progress.eta_s is not None and progress.ended < progress.rows:
+        parts.append(f"ETA {'' if progress.live else 'about '}{duration(progress.eta_s)}")
     return ", ".join(parts)
 
 

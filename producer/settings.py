@@ -13,10 +13,12 @@ from ..schemas.settings import Seconds, Settings, misconfigured
 class ProducerSettings(Settings):
     """Frozen. Durations are seconds."""
 
-    bulk_window: PositiveInt = 512
-    """Rows of a bulk run that are in the queue or running at once: what its memory depends on."""
+    batch_max_rows: PositiveInt = 10_000_000
+    """Rows of one bulk input."""
+    batch_max_bytes: PositiveInt = 1 << 40
+    """What they may take together, as they are sent."""
     bulk_poll_s: Seconds = 0.1
-    """How often a bulk run asks which of them have ended."""
+    """How often `gristmill run` asks how far its batch is."""
     webhook_secret: SecretStr | None = None
     """What `gristmill webhooks listen` checks with; workers and keepers sign with it."""
     worker_restarts: Annotated[int, Field(ge=0)] = 3
@@ -33,6 +35,13 @@ def load_producer_settings(**overrides: object) -> ProducerSettings:
         return ProducerSettings(**{k: v for k, v in overrides.items() if v is not None})  # pyright: ignore[reportArgumentType]
     except ValidationError as exc:
         raise misconfigured(exc) from exc
+
+
+def producer_settings(settings: Settings) -> ProducerSettings:
+    """The same with what only this side decides, from the environment."""
+    if isinstance(settings, ProducerSettings):
+        return settings
+    return load_producer_settings(**settings.model_dump())
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

@@ -121,6 +121,9 @@ class Batch(Answer):
     metadata: dict[str, str] = Field(default_factory=dict[str, str], max_length=16)
     options: BatchOptions = BatchOptions()
 
+    retry_of: BatchId | None = None
+    """The batch whose failed rows these are: its other lines are part of the answer."""
+
     status: BatchStatus = BatchStatus.VALIDATING
     paused: Bool = False
     reason: ErrorInfo | None = None

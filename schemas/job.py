@@ -118,6 +118,8 @@ class Job(Record):
     custom_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     idempotency_key: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     retry_of: JobId | None = None
+    copy_of: JobId | None = None
+    """A row of the same segment that asks for the same: one answer may serve both."""
     metadata: dict[str, str] = Field(default_factory=dict[str, str], max_length=16)
     webhook: WebhookUrl | None = None
     """Where to send an event when it has ended."""

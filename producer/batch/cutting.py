@@ -32,12 +32,31 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a segment is estimated to be, for forecasts. Tokens are those that are computed."""
+
+    rows: int
+    prompt_tokens: float
+    output_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """The rows of one segment, numbered from 1."""
 
     number: int
     rows: list[Sent]
     work_s: float
+
+    @property
+    def part(self) -> Part:
+        """Its estimates."""
+        computed = [each.row for each in self.rows if each.copy_of is None]
+        return Part(
+            len(self.rows),
+            sum(row.prompt_tokens for row in computed),
+            sum(row.output_tokens for row in computed),
+        )
 
     @property
     def first(self) -> int:

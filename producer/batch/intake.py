@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Self
 
 from ...schemas.errors import BadInput
@@ -39,22 +38,11 @@ class InvalidInput(BadInput):
 
     code = "invalid_input"
 
-    def __init__(self, checked: Checked) -> None:
-        count = checked.invalid
+    def __init__(self, invalid: int, rows: int, errors: Sequence[Refusal] = ()) -> None:
         super().__init__(
-            f"{count:,} of {checked.rows + count:,} lines not valid, nothing ran; "
-            "fix the input, or use --on-invalid skip"
+            f"{invalid:,} of {rows:,} lines not valid, nothing ran; fix the input, or use --on-invalid skip"
         )
-        self.errors: list[Refusal] = checked.errors
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What a segment is estimated to be, for forecasts."""
-
-    rows: int
-    prompt_tokens: float
-    output_tokens: float
+        self.errors = tuple(errors)
 
 
 class Intake:

@@ -63,6 +63,7 @@ def make_shell(home: Path, model: Path) -> Shell:
     (home / "kernels").symlink_to(kernels)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GRISTMILL_")}
     ours = {
+        "GRISTMILL_BULK_WRITE_EVERY_S": "0.2",  # finished rows of a batch are seen so soon
         "GRISTMILL_HOME": str(home),
         "GRISTMILL_MODEL": str(model),
         "GRISTMILL_VISIBILITY_TIMEOUT_S": "3",  # what a killed worker held comes back after so long
@@ -186,7 +187,11 @@ def test_a_file_comes_back_in_order_and_a_second_time_costs_nothing(up: Shell, t
         file.write('{"custom_id": "long", "prompt": "x", "max_tokens": 900000}\n')
         file.write('{"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body":')
         file.write(' {"messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 3}}\n')
-    first = up.run("run", str(source), "-o", str(output), "--json")
+    refused = up.run("run", str(source), "-o", str(output), "--json")
+    assert (refused.returncode, output.exists()) == (2, False), "the token count of a row is looked at first"
+    assert "line 11: " in refused.stderr
+    args = ("run", str(source), "-o", str(output), "--on-invalid", "skip", "--json")
+    first = up.run(*args)
     assert first.returncode == 0, first.stderr
     summary = json.loads(first.stdout)
     assert (summary["rows"], summary["succeeded"], summary["failed"], summary["resumed"]) == (12, 11, 1, 0)
@@ -198,7 +203,7 @@ def test_a_file_comes_back_in_order_and_a_second_time_costs_nothing(up: Shell, t
     assert failed["response"]["body"]["error"]["code"] == "context_length_exceeded"
 
     before = output.read_bytes()
-    second = json.loads(up.run("run", str(source), "-o", str(output), "--json").stdout)
+    second = json.loads(up.run(*args).stdout)
     assert (second["resumed"], second["succeeded"]) == (12, 11)
     assert output.read_bytes() == before
 
@@ -218,6 +223,7 @@ def test_invalid_lines_go_to_the_error_file_if_so_wished(up: Shell, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert len(rows(output)) == 2
     errors = rows(tmp_path / "out.errors.jsonl")
+    assert [row["custom_id"] for row in errors] == ["line-3", "r0", "line-5"]
     assert [row["response"]["body"]["error"]["code"] for row in errors] == [
         "invalid_json_line",
         "duplicate_custom_id",
@@ -226,8 +232,12 @@ def test_invalid_lines_go_to_the_error_file_if_so_wished(up: Shell, tmp_path: Pa
 
 
 def finished(home: Path) -> dict[str, int]:
-    """Result objects of bulk rows, and when each was written."""
-    return {str(path): path.stat().st_mtime_ns for path in home.glob("results/results/run_*/*.json")}
+    """Finished rows of bulk runs, in the objects they came in, and when each was written."""
+    return {
+        row["id"]: path.stat().st_mtime_ns
+        for path in home.glob("results/batches/run_*/results/*/*.jsonl")
+        for row in map(json.loads, path.read_text().splitlines())
+    }
 
 
 def test_up_starts_a_killed_worker_again(up: Shell) -> None:

@@ -1,0 +1,31 @@
+"""Follow a batch: what happened so far, then what happens, until it is final."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...schemas.batch import BatchEvent, StatusChanged
+from ...schemas.events import EntryId
+from ..link import Link
+from .answers import find
+
+PAGE = 500
+SILENCE_S = 15.0
+"""Pub/sub promises nothing: so often the log is read, whatever the channel says."""
+
+
+def follow(link: Link, batch_id: str, last: EntryId | None) -> Iterator[tuple[EntryId, BatchEvent]]:
+    """Every event once, in order, from after ``last``. Raises JobNotFound, BrokerUnavailable."""
+    batches = link.state.batches
+    find(link, batch_id)
+    with batches.subscribe(batch_id) as channel:
+        while True:
+            page = batches.read_events(batch_id, last, PAGE)
+            for last, event in page:
+                yield last, event
+                if isinstance(event, StatusChanged) and event.status.final:
+                    return
+            if not page:
+                if find(link, batch_id).status.final:  # its log is over before it was followed
+                    return
+                channel.get(SILENCE_S)

@@ -1,0 +1,132 @@
+"""Run: a batch from an input to its answers while somebody waits, with workers of its own if need be.
+
+Nothing is queued before a worker is ready, and what a run leaves unfinished is paused: nobody else's worker
+takes it up. The same command goes on with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from ...schemas.batch import Batch, BatchStatus
+from ...schemas.errors import InvalidRequest, Transient
+from ..link import Link
+from ..settings import ProducerSettings
+from .answers import ended_before, find
+from .crew import Crew
+from .forecast import Forecast, Progress
+from .intake import Intake
+from .submission import Submission, Uploaded
+
+PATIENCE_S = 60.0
+"""How long a broker may be away in the middle of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a run asks of its surroundings, on each turn of its loop."""
+
+    stopping: Callable[[], bool]
+    report: Callable[[Progress], None]
+
+
+class Run:
+    """One input's. ``known``: as it stood before, if an earlier run began it."""
+
+    def __init__(self, link: Link, settings: ProducerSettings, intake: Intake, batch: Batch) -> None:
+        self._link, self._settings, self._intake = link, settings, intake
+        self._submission = Submission(link, intake, batch)
+        self.batch = self._submission.known or ended_before(link, batch.id) or batch
+        self.over = self.batch.status.final
+        """Nothing is left to do but to fetch the answers."""
+        self.resumed = self.batch.request_counts.completed + self.batch.request_counts.failed
+        """Rows that had ended before this run."""
+        self._trouble_since: float | None = None
+        if self.batch.status in (BatchStatus.CANCELLED, BatchStatus.EXPIRED, BatchStatus.CANCELLING):
+            raise InvalidRequest(
+                f"batch {batch.id} of this input was {self.batch.status}; see `gristmill batch results`, "
+                f"run the rest with `gristmill batch retry --failed {batch.id}`, or all again with --fresh"
+            )
+
+    def execute(self, crew: Crew, hooks: Hooks) -> bool:
+        """Until it is final: True; or until ``stopping``: False. Workers end with it.
+
+        Raises EngineUnavailable, Misconfigured, Transient: then it is paused, if anything was queued.
+        """
+        try:
+            if not crew.ready(hooks.stopping):
+                return False
+            uploaded = self._submit()
+            self._follow(crew, hooks, uploaded)
+        finally:
+            if not self.over:
+                with suppress(Transient):
+                    if self._link.state.batches.get(self.batch.id) is not None:
+                        self._link.state.batches.pause(self.batch.id)
+            crew.stop()
+            with suppress(Transient):
+                self.batch = self._now()
+        return self.over
+
+    def _submit(self) -> Uploaded:
+        batches, known = self._link.state.batches, self._submission.known
+        if known is not None and known.paused:
+            batches.resume(self.batch.id)
+        uploaded = self._submission.upload()
+        self._submission.open(uploaded)
+        return uploaded
+
+    def _follow(self, crew: Crew, hooks: Hooks, uploaded: Uploaded) -> None:
+        forecast, ended = Forecast(uploaded.parts), self.resumed
+        while not hooks.stopping():
+            try:
+                self.batch = self._now()
+                self._trouble_since = None
+            except Transient as exc:
+                self._endure(exc)
+            counts = self.batch.request_counts
+            progress = forecast.progress(self.batch)
+            hooks.report(progress)
+            if self.batch.status.final:
+                self.over = True
+                return
+            crew.watch(progress.ended > ended)
+            ended = counts.completed + counts.failed
+            time.sleep(self._settings.bulk_poll_s)
+
+    def _now(self) -> Batch:
+        return find(self._link, self.batch.id)
+
+    def _endure(self, exc: Transient) -> None:
+        """Wait for a broker that is away, but not for ever."""
+        now = time.monotonic()
+        self._trouble_since = self._trouble_since or now
+        if now - self._trouble_since > PATIENCE_S:
+            raise exc
+
+
+@contextmanager
+def only_run(settings: ProducerSettings, batch_id: str) -> Generator[None]:
+    """Be the only run of this batch on this machine; a kill lets go of it, too. Raises Transient."""
+    path = settings.home / "runs" / f"{batch_id}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            os.close(fd)
+            raise Transient("another `gristmill run` works on this input; wait for it, or end it") from exc
+        if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+            break
+        os.close(fd)  # its owner removed it as we opened it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)

@@ -1,0 +1,121 @@
+"""Batches as a user has them, with a real worker: every bad line is named, every good row is answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gristmill.producer.batch.intake import InvalidInput
+from gristmill.producer.batches import BatchHandle
+from gristmill.schemas.batch import BatchStatus
+from gristmill.schemas.batch_lines import OutputLine
+from gristmill.schemas.errors import EmptyFile, InvalidRequest
+
+from ..support.stack import Stack
+
+WAIT_S = 120
+
+FOR_THE_CLIENT: list[tuple[str | dict[str, Any], str]] = [
+    ("nonsense", "invalid_json_line"),
+    ('{"prompt": "hi"', "invalid_json_line"),
+    ({"custom_id": "a", "method": "POST", "url": "/v1/completions"}, "missing_required_parameter"),
+    (
+        {"custom_id": "b", "method": "GET", "url": "/v1/completions", "body": {"prompt": "x"}},
+        "invalid_method",
+    ),
+    ({"custom_id": "c", "method": "POST", "url": "/v1/embeddings", "body": {"input": "x"}}, "url_mismatch"),
+    ({"custom_id": "good-1", "prompt": "again"}, "duplicate_custom_id"),
+    ({"prompt": "hi", "model": "other"}, "model_not_found"),
+    ({"prompt": "hi", "regex": 7}, "invalid_request"),
+    ({"prompt": "hi", "structured_outputs": {"regex": 7}}, "invalid_schema"),
+    ({"prompt": "hi", "max_tokens": 0}, "invalid_request"),
+]
+FOR_THE_WORKER: list[tuple[str | dict[str, Any], str]] = [
+    ({"prompt": "hi", "max_tokens": 100_000}, "context_length_exceeded"),
+    ({"prompt": "hi", "structured_outputs": {"json": {"type": "nothing"}}}, "invalid_schema"),
+]
+
+
+def write(path: Path, bad: list[tuple[str | dict[str, Any], str]]) -> dict[int, str]:
+    """Good and bad lines by turns, with an empty one at the top. Returns the codes by line."""
+    lines, codes = [""], dict[int, str]()
+    for n, (line, code) in enumerate(bad, 1):
+        lines.append(json.dumps({"custom_id": f"good-{n}", "prompt": f"row {n}", "max_tokens": 2}))
+        lines.append(line if isinstance(line, str) else json.dumps(line))
+        codes[len(lines)] = code
+    path.write_text("\n".join(lines))
+    return codes
+
+
+def line_of(row: OutputLine) -> int:
+    return int(row.id.rpartition(".")[2])
+
+
+def code_of(row: OutputLine) -> str:
+    assert row.response is not None
+    return row.response.body["error"]["code"]
+
+
+def test_every_kind_of_bad_line_is_named_and_every_good_row_answered(
+    tiny_stack: Stack, tmp_path: Path
+) -> None:
+    tiny_stack.worker("--dtype", "float32")
+    batches, path = tiny_stack.client.batches, tmp_path / "in.jsonl"
+
+    codes = write(path, FOR_THE_CLIENT)
+    with pytest.raises(InvalidInput) as caught:
+        batches.submit(path)
+    assert {each.line: each.problem.code for each in caught.value.errors} == codes
+    assert batches.list() == [], "nothing was sent"
+
+    codes = write(path, FOR_THE_WORKER)
+    failed = batches.submit(path).wait(WAIT_S)
+    assert failed.status is BatchStatus.FAILED
+    assert {each.line: each.code for each in failed.errors} == codes
+    assert failed.usage.completion_tokens == 0, "nothing ran"
+
+    codes = write(path, FOR_THE_CLIENT + FOR_THE_WORKER)
+    handle = batches.submit(path, on_invalid="skip", input_order=True)
+    assert batches.submit(path, on_invalid="skip", input_order=True).id == handle.id, "submitted twice"
+    ended = handle.wait(WAIT_S)
+    assert ended.status is BatchStatus.COMPLETED
+    assert (ended.request_counts.completed, ended.request_counts.failed) == (len(codes), len(codes))
+    good, bad = list(handle.lines()), list(handle.lines("errors"))
+    assert [row.custom_id for row in good] == [f"good-{n}" for n in range(1, len(codes) + 1)]
+    assert [(line_of(row), code_of(row)) for row in bad] == list(codes.items())
+    told = {each.line for each in ended.errors}
+    assert told == {line for line, code in codes.items() if line > 2 * len(FOR_THE_CLIENT) + 1}
+
+    kinds = [event.kind for _, event in handle.follow()]
+    assert kinds.count("rows") >= 2
+    assert kinds[-1] == "status"
+
+    again = handle.retry()
+    assert handle.retry().id == again.id
+    assert again.wait(WAIT_S).request_counts.total == len(FOR_THE_WORKER), "what was refused here cannot run"
+    assert [row.custom_id for row in again.lines()] == [row.custom_id for row in good]
+    assert {line_of(row): code_of(row) for row in again.lines("errors")} == codes
+
+
+def test_rows_from_a_program_become_a_batch(tiny_stack: Stack, tmp_path: Path) -> None:
+    batches = tiny_stack.client.batches
+    tiny_stack.worker("--dtype", "float32")
+
+    def rows() -> Any:
+        for n in range(100):
+            row: Mapping[str, Any] = {"text": f"say {n % 5}", "id": n}
+            yield row
+
+    shape = {"template": "Please {text}.", "id_column": "id", "defaults": {"max_tokens": 2, "seed": 1}}
+    handle: BatchHandle = batches.submit(rows(), dedupe=True, **shape)
+    ended = handle.wait(WAIT_S)
+    assert (ended.status, ended.request_counts.completed) == (BatchStatus.COMPLETED, 100)
+    assert handle.download(str(tmp_path / "out.jsonl.gz")) == (100, 0)
+    assert {row.custom_id for row in handle.lines()} == {str(n) for n in range(100)}
+    with pytest.raises(InvalidRequest, match="no failed row"):
+        handle.retry()
+    with pytest.raises(EmptyFile):
+        batches.submit([])
