@@ -107,7 +107,7 @@ def block_bytes(
 
 
 def spare_bytes(device: torch.device, fraction: float) -> int:
-    """What the KV cache may take, asked right after the largest step has been run.
+    """What the KV cache may take, asked right after the largest step has been run (but see ``is_plentiful``).
 
     CUDA: ``fraction`` of the card, less the peak seen and what others hold. CPU: half of what is free once
     the step's peak is set aside, at most 4 GiB.
@@ -119,6 +119,11 @@ def spare_bytes(device: torch.device, fraction: float) -> int:
         others = total - free - reserved
         return int(total * fraction) - others - peak
     return min(CPU_LIMIT_BYTES, int(CPU_FRACTION * max(0, available_bytes() - step_peak_bytes())))
+
+
+def is_plentiful(device: torch.device, step_bytes: int) -> bool:
+    """Whether ``spare_bytes`` says the same after any step of up to ``step_bytes``: a CPU with memory."""
+    return device.type == "cpu" and CPU_FRACTION * (available_bytes() - step_bytes) >= CPU_LIMIT_BYTES
 
 
 def step_peak_bytes() -> int:

@@ -22,7 +22,7 @@ from .attention.native_backend import NativeAttention, unsupported
 from .attention.torch_backend import TorchAttention
 from .batch import Arrays, Batch, Coming, Fed, Feed, Piece, gather, guess_rows, upload
 from .graphs import Graphs, Record
-from .kv_cache import HostBlocks, KVCache, block_bytes, spare_bytes
+from .kv_cache import HostBlocks, KVCache, block_bytes, is_plentiful, spare_bytes
 from .kv_numbers import numbers_of
 from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
 from .layers.invariant import Make, invariant
@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 NO_ADAPTERS: Mapping[str, Adapter] = {}
 CPU_STEP_TOKENS = 512
 CUDA_STEP_TOKENS = 8192
+SMALL_STEP_TOKENS = 16
 SCORED_AT_ONCE = 32
 """Rows of a prompt whose logits exist at a time: bounds memory."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -90,6 +91,10 @@ class Weights(Protocol):
         ...
 
     def fetch(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+
+    def lend(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The same to look at, maybe the file's own pages: whoever keeps it makes a copy."""
+        ...
 
     def layer(
         self, modules: Sequence[str], bias: Tensor | None, dtype: torch.dtype, device: torch.device
@@ -264,13 +269,14 @@ class Runner:
 
     def _assembled(self, weights: Weights, settings: EngineSettings, library: Library | None) -> Decoder:
         fetch = partial(weights.fetch, dtype=self.dtype, device=self.device)
+        lend = partial(weights.lend, dtype=self.dtype, device=self.device)
         packed = partial(weights.layer, dtype=self.dtype, device=self.device)
         make, ops = self._linear(linear), self._elementwise(library)
         inner = quantizing(settings.quantize, weights.stored_as, make, unpack=self.deterministic)
         # Deterministic mode knows dense layers only: weights are unpacked on load then.
         packed = none_is if self.deterministic else packed
         across = self.ranks.across(self.shard)
-        return Decoder(self.shard.spec, fetch, ops, inner, packed, head=make, across=across)
+        return Decoder(self.shard.spec, fetch, ops, inner, packed, head=make, across=across, lend=lend)
 
     def _made_ours(self, fallback: Fallback, settings: EngineSettings) -> Fallback:
         """Tried, then with our linears. Raises ModelInvalid if our attention is not all that it needs."""
@@ -358,8 +364,15 @@ class Runner:
         )
 
     def _warm_up(self, settings: EngineSettings) -> int:
-        """Run the largest step this engine can be asked for, then count the blocks that fit beside it."""
-        work = _largest_step(self.step_tokens, settings.max_num_seqs, self.max_model_len, self.block_size)
+        """Run the largest step this engine can be asked for, then count the blocks that fit beside it.
+
+        A small step does where memory is plentiful: the largest takes as long as the weights to load.
+        """
+        tokens, seqs = self.step_tokens, settings.max_num_seqs
+        known = self.ranks.size == 1 and not isinstance(self._decoder, Fallback)
+        if known and is_plentiful(self.device, self._ample_step_bytes(seqs)):
+            tokens, seqs = min(tokens, SMALL_STEP_TOKENS), 1
+        work = _largest_step(tokens, seqs, self.max_model_len, self.block_size)
         try:
             self._use_cache(1 + max(max(piece.seq.block_table) for piece in work))
             self.forward(_WarmUp(work))
@@ -396,6 +409,17 @@ class Runner:
                 "runner.context_shortened", extra={"max_model_len": self.max_model_len, "blocks": blocks}
             )
         return blocks
+
+    def _ample_step_bytes(self, seqs: int) -> int:
+        """Several times what the largest step has been seen to take: eight copies in fp32 of all rows that a
+        layer and the head make."""
+        spec = self.spec
+        inner = spec.intermediate_size
+        if spec.moe:
+            inner += spec.moe.chosen * spec.moe.intermediate_size
+        widths = spec.hidden_size + spec.q_size + 2 * spec.kv_size + 2 * inner
+        logits = min(seqs, self.step_tokens) * spec.vocab_size
+        return 8 * torch.float32.itemsize * (self.step_tokens * widths + logits)
 
     def _fit_cache(self, num_blocks: int) -> int:
         """Allocate so many blocks, or half, or half of that … Returns how many. Raises Misconfigured."""

@@ -167,9 +167,9 @@ class Checkpoint:
             supported = f"{', '.join(most)} and {last} are" if most else f"{last} is"
             raise ModelInvalid(f"{self.directory}: tensor {name!r} is {kind}; {supported} supported")
 
-    def tensor(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A private copy of one tensor: the file may be replaced afterwards."""
-        return self._mapped(name).to(device=device, dtype=dtype, copy=True)
+    def tensor(self, name: str, dtype: torch.dtype, device: torch.device, *, copy: bool = True) -> Tensor:
+        """A private copy: the file may be replaced afterwards. Without ``copy`` maybe its own pages."""
+        return self._mapped(name).to(device=device, dtype=dtype, copy=copy)
 
     def part(
         self, name: str, dim: int, runs: Sequence[range], dtype: torch.dtype, device: torch.device

@@ -91,9 +91,11 @@ class Assembly:
         make: Make,
         quantized: Quantized,
         across: Across = ALONE,
+        lend: Fetch | None = None,
     ) -> None:
+        """``lend``: as ``fetch``, for weights that are copied anyway; what it gives may be the file's."""
         self.spec, self._fetch, self._ops, self._make = spec, fetch, ops, make
-        self._quantized, self._across = quantized, across
+        self._quantized, self._across, self._lend = quantized, across, lend or fetch
 
     def embedding(self) -> Embedding:
         spec, base = self.spec, self.spec.names.base
@@ -176,14 +178,14 @@ class Assembly:
         quantized = self._quantized(modules, bias)
         if quantized is not None:  # its rows stay where they are: what it says is put in order instead
             return quantized if joint.order is None else _then(quantized, _columns(joint.order))
-        weight = torch.cat([self._weight(module) for module in modules])
+        weight = torch.cat([self._lent_weight(module) for module in modules])  # a copy, of a single one, too
         if joint.order is not None:
             order = torch.tensor(joint.order, device=weight.device)
             weight, bias = weight[order], None if bias is None else bias[order]
         return self._make(weight, bias)
 
-    def _weight(self, module: str) -> Tensor:
-        weight = self._fetch(f"{module}.weight")
+    def _lent_weight(self, module: str) -> Tensor:
+        weight = self._lend(f"{module}.weight")
         return weight.T.contiguous() if self.spec.names.transposed else weight
 
     def _mlp(self, prefix: str, mlp: MlpJoints, index: int) -> Mlp:

@@ -30,13 +30,15 @@ class Decoder:
         quantized: Quantized = none_is,
         head: Make | None = None,
         across: Across = ALONE,
+        lend: Fetch | None = None,
     ) -> None:
         """``head`` makes the output layer, where that is to be made otherwise than ``make`` does.
 
         ``across``: how ranks that hold parts of the model work together; the other arguments are one's own.
+        ``lend``: see Assembly.
         """
         self.spec = spec
-        parts = Assembly(spec, fetch, ops, make, quantized, across)
+        parts = Assembly(spec, fetch, ops, make, quantized, across, lend)
         self._embed = parts.embedding()
         self._layers = [parts.layer(index) for index in range(spec.num_layers)]
         self._norm = parts.norm(spec.names.base + spec.names.norm)

@@ -37,6 +37,9 @@ class NarrowWeights:
             return torch.zeros_like(whole) if piece.elsewhere else whole
         return self._weights.part(piece.name, piece.dim, piece.runs, dtype, device)
 
+    def lend(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.fetch(name, dtype, device)
+
     def layer(
         self, modules: Sequence[str], bias: Tensor | None, dtype: torch.dtype, device: torch.device
     ) -> Linear | None:

@@ -62,6 +62,9 @@ class GgufWeights:
             values = values.float() - 1  # llama.cpp stores the whole weight
         return values.to(device=device, dtype=dtype, copy=True)
 
+    def lend(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.fetch(name, dtype, device)
+
     def layer(
         self, modules: Sequence[str], bias: Tensor | None, dtype: torch.dtype, device: torch.device
     ) -> Linear | None:

@@ -80,6 +80,12 @@ class ModelWeights:
             return self.packed(module, device).dense(dtype)
         return self._checkpoint.tensor(name, dtype, device)
 
+    def lend(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The same to look at: a dense weight may be the file's own pages."""
+        if name.removesuffix(".weight") in self._sites:
+            return self.fetch(name, dtype, device)
+        return self._checkpoint.tensor(name, dtype, device, copy=False)
+
     def part(
         self, name: str, dim: int, runs: Sequence[range], dtype: torch.dtype, device: torch.device
     ) -> Tensor:

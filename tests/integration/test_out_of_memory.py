@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from gristmill.engine.engine import Engine
+from gristmill.engine.kv_cache import CPU_LIMIT_BYTES, is_plentiful
 from gristmill.engine.memory import is_out_of_memory
 from gristmill.engine.messages import Output, Request
 from gristmill.engine.models.tiny import write_tiny
@@ -158,6 +159,32 @@ def test_no_memory_for_the_largest_step_names_the_knobs(model: Path, monkeypatch
     monkeypatch.setattr(Runner, "forward", lambda *_: ask_for_a_petabyte())
     with pytest.raises(Misconfigured, match="max_batch_prefill_tokens or max_num_seqs"):
         make_engine(model)
+
+
+@pytest.mark.parametrize("free_gib", [64, 8])
+def test_the_largest_step_is_tried_where_its_memory_would_be_missed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, free_gib: int
+) -> None:
+    """Where there is plenty the cache is the same without, and the start half a second shorter."""
+    sizes: list[int] = []
+    forward = Runner.forward
+
+    def seen(runner: Runner, plan: Any, *others: Any) -> torch.Tensor:
+        sizes.append(sum(work.count for work in plan.work))
+        return forward(runner, plan, *others)
+
+    monkeypatch.setattr(Runner, "forward", seen)
+    monkeypatch.setattr("gristmill.engine.kv_cache.available_bytes", lambda: free_gib * 1024**3)
+    assert make_engine(model).stats.total_blocks == 512
+    assert sizes == [16 if free_gib == 64 else STEP]
+
+
+def test_plenty_is_what_leaves_the_caches_limit_twice_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = 2**28
+    for free, enough in ((2 * CPU_LIMIT_BYTES + step, True), (2 * CPU_LIMIT_BYTES + step - 4, False)):
+        monkeypatch.setattr("gristmill.engine.kv_cache.available_bytes", lambda free=free: free)
+        assert is_plentiful(torch.device("cpu"), step) is enough
+        assert not is_plentiful(torch.device("cuda"), step), "a card's memory is all given away"
 
 
 @pytest.mark.parametrize(
