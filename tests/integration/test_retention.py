@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.backends.calls import EXPIRY_GRACE_S
 from gristmill.backends.recovery import recover
 from gristmill.backends.retention import LEFT_OVER_S, find_old, remove
 from gristmill.producer.cli import cli
@@ -19,7 +20,7 @@ from gristmill.schemas import keys
 from gristmill.schemas.batch import DAY_S, Batch, BatchOptions, BatchStatus, OpenedBatch
 from gristmill.schemas.errors import InvalidRequest, JobNotFound
 from gristmill.schemas.events import End
-from gristmill.schemas.job import JobState
+from gristmill.schemas.job import DEFAULT_JOB_TTL_S, JobState
 from gristmill.schemas.settings import Settings
 
 from ..support.batch_hand import Hand, numbers, open_batch
@@ -180,6 +181,15 @@ def test_many_objects_are_removed_from_s3_at_once(s3: S3Server) -> None:
     store.remove_many([])
     assert sorted(store.list()) == sorted(names[15:])
     assert sum(each.size for each in store.stored("batches/")) == 5
+
+
+def test_the_rules_for_buckets_are_rules_and_leave_batches_their_time(s3: S3Server) -> None:
+    rules = json.loads((Path(__file__).parents[2] / "infra" / "s3" / "lifecycle.json").read_text())
+    s3.client.put_bucket_lifecycle_configuration(Bucket=s3.bucket, LifecycleConfiguration=rules)
+    days = {rule["ID"]: rule["Expiration"]["Days"] for rule in rules["Rules"] if "Expiration" in rule}
+    batch = Batch(id="b", model="m")
+    assert days["gristmill-batches"] * DAY_S > batch.options.retention_s + batch.completion_window_s
+    assert days["gristmill-large-requests"] * DAY_S > DEFAULT_JOB_TTL_S + EXPIRY_GRACE_S
 
 
 # ---- recovery
