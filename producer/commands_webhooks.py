@@ -20,7 +20,7 @@ HELP = """Events sent to webhooks: what became of them, sending again, trying a 
 
 \b
 Examples:
-  gristmill webhooks list --state failed
+  gristmill webhooks list --failed
   gristmill webhooks show evt_0190…                    # every try, with what was answered
   gristmill webhooks replay evt_0190…
   gristmill webhooks replay --failed --since-h 48
@@ -52,14 +52,16 @@ def _since(command: Any) -> Any:
 
 
 @webhooks.command("list")
-@click.option("--state", type=click.Choice([each.value for each in DeliveryState]), help="Only these.")
+@click.option("--failed", "only", flag_value="failed", help="Only those that were given up.")
+@click.option("--pending", "only", flag_value="pending", help="Only those that are to be sent.")
+@click.option("--delivered", "only", flag_value="delivered", help="Only those that arrived.")
 @click.option("--limit", type=click.IntRange(1), default=LIMIT, show_default=True, help="At most so many.")
 @_endpoint
 @_since
 @connection
 @common
 def list_command(
-    state: str | None,
+    only: str | None,
     limit: int,
     endpoint: str | None,
     since_h: float | None,
@@ -69,12 +71,12 @@ def list_command(
     """Events, the newest first."""
     count = 0
     with client_of(urls) as client:
-        found = client.webhooks.list(state=state, endpoint=endpoint, since=_hours_ago(since_h))
+        found = client.webhooks.list(state=only, endpoint=endpoint, since=_hours_ago(since_h))
         for each in islice(found, limit):
             count += 1
             put(each.to_json()) if as_json else put(_line(each))
     if not count:
-        say("no events" + (" like that" if state or endpoint or since_h is not None else ""))
+        say("no events" + (" like that" if only or endpoint or since_h is not None else ""))
     elif count == limit:
         say(f"the newest {limit:,}; --limit shows more")
 
