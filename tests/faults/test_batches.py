@@ -86,7 +86,7 @@ class Range:
         open_batch(self.state, self.stack.store, rows[:40], rows[40:], batch=name, options=options)
         for number in (1, 2):
             self.send(segment_id(name, number))
-        self.state.batches.sent(name, [segment_id(name, 1), segment_id(name, 2)])
+        self.state.batches.sent(name, self.state.batches.unsent(name))
         return name
 
     def send(self, segment: str) -> None:
