@@ -45,6 +45,13 @@ Examples:
   gristmill batch submit s3://bucket/in.parquet --prompt-column question --chat --input-order
   gristmill batch submit prompts.jsonl --stop-after-failed 100 --meta team=search
 """
+RECOVER_HELP = """Go on with a batch whose record was lost with the state server. Its rows and its answers
+are in the result store; what has ended does not run again. The completion window begins anew.
+
+\b
+Examples:
+  gristmill batch recover batch_4be3…
+"""
 FOLLOW_HELP = """Show a batch's answers as they come, from the first, then how it ended.
 
 \b
@@ -270,6 +277,25 @@ def retry(batch_id: str, failed: bool, as_json: bool, **options: Any) -> int:  #
             put_json(_record(made.status()))
         else:
             put(made.id)
+    return 0
+
+
+@batch.command(help=RECOVER_HELP)
+@click.argument("batch_id", metavar="ID")
+@connection
+@common
+def recover(batch_id: str, as_json: bool, **options: Any) -> int:
+    """Make its record again; how much is left."""
+    from ..backends import recovery
+
+    with _Opened(options) as opened:
+        found = recovery.recover(opened.link.state.batches, opened.link.store, batch_id)
+    left = found.total - found.rows
+    if as_json:
+        fields = {"id": batch_id, "total": found.total, "ended": found.rows, "left": left}
+        put_json({**fields, "objects": found.objects, "doubled": found.doubled})
+    else:
+        put(f"{batch_id}  {found.rows:,} of {found.total:,} rows had ended; {left:,} go on")
     return 0
 
 

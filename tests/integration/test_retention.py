@@ -275,6 +275,25 @@ def test_recovering_may_be_interrupted_anywhere_and_repeated(fleet: Fleet) -> No
     raise AssertionError("it never came to an end")
 
 
+def test_the_command_says_what_goes_on(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(fleet, [1, 2], [3]).run(1, only=[2])
+    lose_everything(fleet)
+    command = [
+        "batch",
+        "recover",
+        BATCH,
+        "--broker",
+        fleet.valkey.url,
+        "--results",
+        fleet.store.url,
+        "--json",
+    ]
+    assert run_guarded(cli, command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["total"], told["ended"], told["left"]) == (3, 1, 2)
+    assert run_guarded(cli, [*command[:2], "batch_2", *command[3:]]) == 2
+
+
 def test_what_is_not_lost_is_not_recovered(fleet: Fleet) -> None:
     hand = begun(fleet, [1])
     with pytest.raises(InvalidRequest, match="is known and in_progress"):
