@@ -18,3 +18,10 @@ class LogLine(logging.Formatter):
         line = super().formatMessage(record)
         fields = {k: v for k, v in record.__dict__.items() if k not in STANDARD and v is not None}
         return " ".join([line, *(f"{name}={value}" for name, value in fields.items())])
+
+
+def log_to_stderr() -> None:
+    """Of this process, in these lines. Idempotent."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogLine())
+    logging.basicConfig(handlers=[handler])

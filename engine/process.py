@@ -25,6 +25,7 @@ from . import pipe
 from .messages import Abort, Add, Command, EngineInfo, Failed, Ready, Report, Request, Step, Stop, Taken
 from .parallel.launch import Followers, told_of
 from .parallel.link import RANK_GONE
+from .quick_torch import will_do
 from .settings import EngineSettings
 
 DIED = "engine_died"
@@ -98,7 +99,8 @@ class EngineProcess:
         """Start the process and return at once; ``wait_ready`` waits for the model to be loaded."""
         assert self._process is None, "an EngineProcess is started once"
         # -P: a file named like a module in the current directory must not take its place.
-        command = [sys.executable, "-P", "-m", str(__package__), str(self._child_sock.fileno())]
+        module = f"{__package__}.quick_start" if will_do(self._settings) else str(__package__)
+        command = [sys.executable, "-P", "-m", module, str(self._child_sock.fileno())]
         followers = self._followers
         environment = {**SPIN_BRIEFLY, **followers.environment, **os.environ}
         self._process = subprocess.Popen(

@@ -9,8 +9,10 @@ ours on a CPU has neither. Kernels on numbers are registered in C++, before.
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import importlib
+import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -18,7 +20,10 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .settings import EngineSettings
 
 LATER = frozenset(
     {
@@ -68,8 +73,33 @@ _reading: set[str] = set()
 _imported = False
 
 
+LIBRARIES = (("libtorch_global_deps.so", os.RTLD_NOW | os.RTLD_GLOBAL), ("libtorch_cpu.so", os.RTLD_NOW))
+"""As torch opens them, in its order."""
+
+
 class TorchIsOdd(Exception):
     """Something that a plain import has is missing; torch is half there, and only a new process helps."""
+
+
+def open_libraries() -> None:
+    """Have torch's shared libraries opened by a thread: a third of a second in which Python does others.
+
+    Through ctypes ``dlopen`` runs without the interpreter's lock; who imports torch meanwhile waits for
+    it. What cannot be opened is for the import to complain of.
+    """
+    spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return
+    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    dlopen = ctypes.CDLL(None).dlopen
+    dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+
+    def run() -> None:
+        for name, how in LIBRARIES:
+            if (folder / name).exists():
+                dlopen(os.fsencode(folder / name), how)
+
+    threading.Thread(target=run, name="open torch", daemon=True).start()
 
 
 def begin() -> None:
@@ -106,9 +136,13 @@ def left_out() -> list[str]:
     return [module.__name__ for module in _asked if isinstance(module, _Later)]
 
 
-def sees_a_gpu() -> bool:
-    """Whether a driver is there; then torch may end up on the card, and has more to be careful of."""
-    return any(Path(device).exists() for device in GPU_DRIVERS)
+def will_do(settings: EngineSettings) -> bool:
+    """Whether an engine on a CPU and on no other rank is asked for. With a driver there, torch may end up on
+    the card, and has more to be careful of."""
+    on_cpu = settings.device == "cpu" or not any(Path(driver).exists() for driver in GPU_DRIVERS)
+    return (
+        settings.quick_start and settings.tensor_parallel_size == 1 and settings.device != "cuda" and on_cpu
+    )
 
 
 class _Later(ModuleType):
