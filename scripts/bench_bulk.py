@@ -103,7 +103,11 @@ def servers(directory: Path, kind: str) -> Iterator[dict[str, str]]:
     results.mkdir()
     path = directory / "v.sock"
     valkey = [find_server(), "--unixsocket", str(path), "--port", "0", "--dir", str(directory)]
-    found = {"GRISTMILL_BROKER_URL": f"unix://{path}?db=0", "GRISTMILL_RESULTS_URL": results.as_uri()}
+    patient = {"GRISTMILL_COMMAND_TIMEOUT_S": "120"}  # on a machine that has other work
+    found = patient | {
+        "GRISTMILL_BROKER_URL": f"unix://{path}?db=0",
+        "GRISTMILL_RESULTS_URL": results.as_uri(),
+    }
     with ExitStack() as stack:
         stack.enter_context(process([*valkey, "--appendonly", "yes", "--save", "", "--loglevel", "warning"]))
         if kind == "s3":
@@ -393,9 +397,9 @@ def family(root: int) -> list[int]:
 
 def role_of(command: str) -> str:
     for word, role in (
-        ("multiprocessing", "engine"),
+        ("gristmill.engine", "engine"),
         ("gristmill.worker", "worker"),
-        ("valkey", "valkey"),
+        ("supervisor", "supervisor"),
         ("producer.cli", "producer"),
     ):
         if word in command:
