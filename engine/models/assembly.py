@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 import torch.nn.functional as nnf
@@ -15,9 +14,9 @@ from ..layers.across import ALONE, Across
 from ..layers.elementwise import Elementwise
 from ..layers.invariant import Make
 from ..layers.linear import Linear
-from ..native.products import Product
+from ..native.products import NormOf, Product
 from .layout import Joint, MlpJoints, MoeJoints, head_order, joints, layer_prefix, moe_joints
-from .mlp import Experts, FeedForward, Mlp, Summed
+from .mlp import Experts, FeedForward, Mlp, Norm, Summed
 from .spec import ModelSpec
 
 Fetch = Callable[[str], Tensor]
@@ -33,18 +32,14 @@ def none_is(_modules: Sequence[str], _bias: Tensor | None) -> None:
     """No weight of this checkpoint is quantized."""
 
 
-class Norm(Protocol):
-    """``x`` normed, or ``residual + x`` normed with the sum left in ``residual``."""
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One block. Query, key and value are one matrix, gate and up another: fewer, larger multiplications."""
 
     attention_norm: Norm
     qkv: Linear
+    qkv_normed: Norm | None
+    """attention_norm and qkv in one, for rows without adapters. None: there is no such."""
     on_qkv: Rowwise | None
     """What happens to queries, keys and values before attention, if it is not ``q_norm`` and ``k_norm``."""
     q_norm: Tensor | None
@@ -58,6 +53,8 @@ class Layer:
     mlp_norm: Norm | None
     """None: the MLP reads what attention reads."""
     mlp: FeedForward
+    mlp_normed: Norm | None
+    """mlp_norm and mlp in one, likewise."""
     mlp_post: Rowwise | None
 
 
@@ -125,9 +122,11 @@ class Assembly:
         linears = {place: self._linear(prefix, joint) for place, joint in joints(spec, index).items()}
         fused = spec.qk_norm == "head" and spec.norm == "rms"  # the form that attention kernels know
         moe = moe_joints(spec, index)
+        mlp, mlp_normed = self._mlp_and_normed(prefix, linears, moe, index)
         return Layer(
             attention_norm=self._norm_or_none(prefix, names.attention_norm) or _unnormed,
             qkv=linears["qkv"],
+            qkv_normed=self._normed(linears["qkv"], self._fusible(prefix, names.attention_norm)),
             on_qkv=self._on_qkv(prefix, fused),
             q_norm=self._head_weight(f"{prefix}{names.q_norm}.weight") if fused else None,
             k_norm=self._head_weight(f"{prefix}{names.k_norm}.weight") if fused else None,
@@ -135,11 +134,8 @@ class Assembly:
             attention_post=self._attention_post(prefix),
             parallel=spec.parallel,
             mlp_norm=self._norm_or_none(prefix, names.mlp_norm) or (None if spec.parallel else _unnormed),
-            mlp=self._whole(
-                self._experts(prefix, moe, index)
-                if moe
-                else self._made(linears["gate_up"], linears["down"], index)
-            ),
+            mlp=self._whole(mlp),
+            mlp_normed=mlp_normed,
             mlp_post=self._post(prefix, names.mlp_post_norm),
         )
 
@@ -150,6 +146,26 @@ class Assembly:
             return lambda x, residual=None: rms(x, weight, eps, residual)
         layer, bias = self._ops.layer_norm, self._fetch(f"{name}.bias") if self.spec.norm_bias else None
         return lambda x, residual=None: layer(x, weight, bias, eps, residual)
+
+    def _fusible(self, prefix: str, name: str | None) -> NormOf | None:
+        """A norm that products do themselves, and alike."""
+        if name is None or self.spec.norm != "rms" or not self._ops.native:
+            return None
+        return self._norm_weight(f"{prefix}{name}.weight"), self.spec.norm_eps
+
+    def _mlp_and_normed(
+        self, prefix: str, linears: Mapping[str, Linear], moe: MoeJoints | None, index: int
+    ) -> tuple[FeedForward, Norm | None]:
+        if moe:
+            return self._experts(prefix, moe, index), None
+        mlp = self._made(linears["gate_up"], linears["down"], index)
+        norm = self._fusible(prefix, self.spec.names.mlp_norm) if self._across.alone else None
+        return mlp, None if norm is None else mlp.after(norm)
+
+    def _normed(self, linear: Linear, norm: NormOf | None) -> Norm | None:
+        if norm is None or self.spec.parallel or not isinstance(linear, Product):
+            return None
+        return lambda x, residual=None: linear.normed(x, norm, residual)
 
     def _norm_or_none(self, prefix: str, name: str | None) -> Norm | None:
         return None if name is None else self.norm(prefix + name)
@@ -195,7 +211,7 @@ class Assembly:
         if self.spec.gated and self.spec.activation == "silu" and self._ops.native:
             halved = up.halved() if isinstance(up, Product) else None
             if halved is not None:
-                return Mlp(halved, down, self._activation(), index, halved.gated)
+                return Mlp(halved, down, self._activation(), index, halved)
         return Mlp(up, down, self._activation(), index)
 
     def _experts(self, prefix: str, moe: MoeJoints, index: int) -> Experts:

@@ -48,13 +48,17 @@ class Decoder:
         """Hidden states [wanted rows, hidden] of one step, for ``logits``; keys and values are cached."""
         attention.begin(batch)
         rows = adapted.fed
-        residual = self._embed(batch.tokens, batch.positions)
+        residual = x = self._embed(batch.tokens, batch.positions)
         last = len(self._layers) - 1
         update: Tensor | None = None  # what the previous half-layer adds to the residual
         for index, layer in enumerate(self._layers):
             # A norm given two adds the first to the second, in place, and norms the sum.
-            x = layer.attention_norm(residual) if update is None else layer.attention_norm(update, residual)
-            qkv = project(layer.qkv, x, rows, index, "qkv")
+            new, held = (residual, None) if update is None else (update, residual)
+            if layer.qkv_normed is not None and not rows:
+                qkv = layer.qkv_normed(new, held)
+            else:
+                x = layer.attention_norm(new, held)
+                qkv = project(layer.qkv, x, rows, index, "qkv")
             if layer.on_qkv is not None:
                 qkv = layer.on_qkv(qkv)
             update = attention.attend(index, qkv, layer.q_norm, layer.k_norm)
@@ -70,7 +74,10 @@ class Decoder:
                 update = update + layer.mlp(beside, rows)
             else:
                 assert layer.mlp_norm is not None, "a layer whose MLP reads nothing"
-                update = layer.mlp(layer.mlp_norm(update, residual), rows)
+                if layer.mlp_normed is not None and not rows:
+                    update = layer.mlp_normed(update, residual)
+                else:
+                    update = layer.mlp(layer.mlp_norm(update, residual), rows)
                 if layer.mlp_post is not None:
                     update = layer.mlp_post(update)
         assert update is not None, "a model without layers"

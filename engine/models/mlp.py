@@ -10,12 +10,19 @@ from torch import Tensor
 
 from ..layers.linear import Linear
 from ..lora.rows import Rows, project
+from ..native.products import NormOf, Product
 
 
 class FeedForward(Protocol):
     """[rows, hidden] → [rows, hidden]; ``rows``: which of them have an adapter."""
 
     def __call__(self, x: Tensor, rows: Sequence[Rows] = ()) -> Tensor: ...
+
+
+class Norm(Protocol):
+    """``x`` normed, or ``residual + x`` normed with the sum left in ``residual``; maybe more done with it."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
 
 class Mlp:
@@ -27,18 +34,25 @@ class Mlp:
         down: Linear,
         activate: Callable[[Tensor], Tensor],
         layer: int,
-        gated: Callable[[Tensor], Tensor] | None = None,
+        halved: Product | None = None,
     ) -> None:
-        """``gated``: activate(up(x)) in one, the same to the last bit."""
+        """``halved``: activate(up(x)) in one, the same to the last bit."""
         self._up, self._down, self._activate, self._layer = up, down, activate, layer
-        self._gated = gated
+        self._halved = halved
 
     def __call__(self, x: Tensor, rows: Sequence[Rows] = ()) -> Tensor:
-        if self._gated is not None and not rows:
-            inner = self._gated(x)
+        if self._halved is not None and not rows:
+            inner = self._halved.gated(x)
         else:
             inner = self._activate(project(self._up, x, rows, self._layer, "gate_up"))
         return project(self._down, inner, rows, self._layer, "down")
+
+    def after(self, norm: NormOf) -> Norm | None:
+        """The same of what is normed first, rows without adapters; None: not in one."""
+        halved, down = self._halved, self._down
+        if halved is None:
+            return None
+        return lambda x, residual=None: down(halved.gated(x, norm, residual))
 
 
 class Summed:

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "amx_unit.h"
-#include "vectors.h"
+#include "layers.h"
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 #define GM_VNNI 1
 #endif
@@ -202,6 +202,13 @@ template <class T> struct Finish {
   }
 };
 
+// An RMS norm of each row before it is multiplied, of residual + x if there is one, with the sum left there.
+template <class T> struct Norm {
+  const T* weight;                                                             // null: none
+  T* residual;
+  float eps;
+};
+
 struct Area {                                                                  // grows, 64 bytes aligned
   std::vector<uint8_t> held;
   uint8_t* take(size_t size) {
@@ -211,7 +218,8 @@ struct Area {                                                                  /
 };
 
 template <bool INT8, class T>
-void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> finish, int way, int threads) {
+void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> finish, Norm<T> norm, int way,
+             int threads) {
   static thread_local Area area;
   const int64_t panels = tiles(w.outputs, PANEL);
   const int64_t chunk = std::max<int64_t>(PANEL, CHUNK_BYTES / (w.steps * TILE_BYTES) / PANEL * PANEL);
@@ -225,9 +233,16 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> fi
     done.row_scales = row_scales;
 #pragma omp parallel num_threads(threads)
     {
+      static thread_local std::vector<T> normed;
+      if (norm.weight) normed.resize(inputs);
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < count; r++) {
         const T* row = x + (from + r) * inputs;
+        if (norm.weight) {
+          T* residual = norm.residual ? norm.residual + (from + r) * inputs : nullptr;
+          rms_norm_row(normed.data(), row, residual, norm.weight, inputs, norm.eps);
+          row = normed.data();
+        }
         if constexpr (INT8) row_scales[r] = round_row(tile_row(tiled, r, w.steps), row, inputs, w.steps);
         else copy_row(tile_row(tiled, r, w.steps), row, inputs, w.steps);
       }
@@ -284,21 +299,25 @@ void gm_pack(void* to, const void* weight, int outputs, int row_bytes, int threa
 }
 
 void gm_product_bf16(void* out, const void* x, const void* packed, const float* bias, int64_t rows, int outputs,
-                     int inputs, int form, int threads) {
+                     int inputs, int form, const void* norm, void* residual, float eps, int threads) {
   const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs * 2, TILE_BYTES))};
   product<false>((const bf16*)x, rows, inputs, w,
-                 Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, nullptr, nullptr}, AMX, threads);
+                 Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, nullptr, nullptr},
+                 Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, AMX, threads);
 }
 
 void gm_product_int8(int wide, void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,
-                     const float* bias, int64_t rows, int outputs, int inputs, int form, int way, int threads) {
+                     const float* bias, int64_t rows, int outputs, int inputs, int form, const void* norm, void* residual,
+                     float eps, int way, int threads) {
   const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES))};
   if (wide)
     product<true>((const float*)x, rows, inputs, w,
-                  Finish<float>{(float*)out, outputs, form, bias, nullptr, scales, ones}, way, threads);
+                  Finish<float>{(float*)out, outputs, form, bias, nullptr, scales, ones},
+                  Norm<float>{(const float*)norm, (float*)residual, eps}, way, threads);
   else
     product<true>((const bf16*)x, rows, inputs, w,
-                  Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, ones}, way, threads);
+                  Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, ones},
+                  Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, way, threads);
 }
 
 }  // extern "C"

@@ -29,13 +29,13 @@ AMX, VNNI = 1, 2
 PLAIN, HALVES, GATED = 0, 1, 2
 TOLERANCE = 2**-7
 """Of the largest result: a rounding to bf16."""
-_p, _i, _q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_p, _i, _q, _f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "gm_product_ways": (_i, (_i,)),
     "gm_packed_bytes": (_q, (_i, _i)),
     "gm_pack": (None, (_p, _p, _i, _i, _i)),
-    "gm_product_bf16": (None, (_p, _p, _p, _p, _q, *(_i,) * 4)),
-    "gm_product_int8": (None, (_i, *(_p,) * 6, _q, *(_i,) * 5)),
+    "gm_product_bf16": (None, (_p, _p, _p, _p, _q, _i, _i, _i, _p, _p, _f, _i)),
+    "gm_product_int8": (None, (_i, *(_p,) * 6, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
 }
 
 
@@ -65,6 +65,10 @@ class Products:
         return packed
 
 
+NormOf = tuple[Tensor, float]
+"""Of a row before it is multiplied: an RMS norm's weight, in the dtype of x, and its eps."""
+
+
 class Product:
     """x [rows, in] times a weight [out, in], packed."""
 
@@ -82,10 +86,17 @@ class Product:
         """[rows, out], in the dtype of ``x``."""
         return self._multiply(x, self._form, self._outputs)
 
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(first) * second for the halves [rows, out / 2] of what a call says: of a ``halved`` one."""
+    def normed(self, x: Tensor, norm: NormOf, residual: Tensor | None = None) -> Tensor:
+        """Of the RMS norm of ``x``, or of ``residual + x`` with the sum left in ``residual``."""
+        return self._multiply(x, self._form, self._outputs, norm, residual)
+
+    def gated(self, x: Tensor, norm: NormOf | None = None, residual: Tensor | None = None) -> Tensor:
+        """silu(first) * second for the halves [rows, out / 2] of what a call says: of a ``halved`` one.
+
+        With a norm: as ``normed``.
+        """
         assert self._form == HALVES
-        return self._multiply(x, GATED, self._outputs // 2)
+        return self._multiply(x, GATED, self._outputs // 2, norm, residual)
 
     def halved(self) -> Self | None:
         """The same, its halves worked on side by side: for ``gated``. None: they are no whole tiles."""
@@ -99,27 +110,33 @@ class Product:
         found._bias = None if self._bias is None else _paired(self._bias.view(-1, TILE)).flatten()
         return found
 
-    def _multiply(self, x: Tensor, form: int, width: int) -> Tensor:
+    def _multiply(
+        self, x: Tensor, form: int, width: int, norm: NormOf | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         rows, inputs = x.shape
         assert inputs == self._inputs, (x.shape, self._inputs)
         x = x.contiguous()
         out = x.new_empty(rows, width)
         bias = None if self._bias is None else self._bias.data_ptr()
-        self._run(out, x, bias, (rows, self._outputs, inputs, form))
+        before: tuple[int | float | None, ...] = (None, None, 0.0)
+        if norm is not None:
+            assert residual is None or residual.is_contiguous()
+            before = (norm[0].data_ptr(), None if residual is None else residual.data_ptr(), norm[1])
+        self._run(out, x, bias, (rows, self._outputs, inputs, form, *before))
         return out
 
-    def _run(self, out: Tensor, x: Tensor, bias: int | None, sizes: tuple[int, ...]) -> None:
+    def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
         raise NotImplementedError
 
 
 class Dense(Product):
     """A weight in bfloat16, on the matrix unit."""
 
-    def _run(self, out: Tensor, x: Tensor, bias: int | None, sizes: tuple[int, ...]) -> None:
+    def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
         assert x.dtype == torch.bfloat16, x.dtype
         ours = self._products
         where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr())
-        ours.library.gm_product_bf16(*where, bias, *sizes, ours.threads)
+        ours.library.gm_product_bf16(*where, bias, *rest, ours.threads)
 
 
 class Int8(Product):
@@ -134,12 +151,12 @@ class Int8(Product):
         self._way = products.int8_way if way is None else way
         assert self._way & products.int8_ways, (way, products.int8_ways)
 
-    def _run(self, out: Tensor, x: Tensor, bias: int | None, sizes: tuple[int, ...]) -> None:
+    def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
         assert x.dtype in (torch.float32, torch.bfloat16), x.dtype
         ours, (scales, ones) = self._products, self._arrays
         where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr(), scales.data_ptr(), ones.data_ptr())
         ours.library.gm_product_int8(
-            int(x.dtype == torch.float32), *where, bias, *sizes, self._way, ours.threads
+            int(x.dtype == torch.float32), *where, bias, *rest, self._way, ours.threads
         )
 
 

@@ -112,6 +112,25 @@ def test_gated_is_what_the_activation_makes_of_both_halves(
         assert torch.equal(halved.gated(x), library.silu_mul(layer(x)))
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_normed_is_the_product_of_the_norm(ours: Products, kernels: Path, *, added: bool) -> None:
+    """On and off, to the last bit, and the residual with it."""
+    x, weight, bias = case(37, 70, 96)
+    norm = torch.rand(70).bfloat16()
+    packed = Int8.nearest(weight, inputs=True)
+    layers = [products.Int8(ours, packed.codes, packed.scales, bias, way) for way in ways(ours)]
+    if ours.bf16:
+        layers += [products.Dense(ours, weight, bias)]
+    library = load(kernels, torch.bfloat16, 2)
+    assert library is not None
+    for layer in layers:
+        held = case(37, 70, 1, seed=1)[0] if added else None
+        also = None if held is None else held.clone()
+        expected = layer(library.rms_norm(x, norm, 1e-5, held))
+        assert torch.equal(layer.normed(x, (norm, 1e-5), also), expected)
+        assert held is None or torch.equal(held, also)
+
+
 def test_halves_that_are_no_whole_tiles_stay_together(ours: Products, way: int) -> None:
     _, weight, _ = case(1, 64, 48)
     packed = Int8.nearest(weight, inputs=True)
