@@ -1,8 +1,8 @@
-"""A batch while its workers are killed, frozen and handed the same message twice: its output is the clean
-run's.
+"""A batch while its workers are killed, frozen and handed the same message twice: its output is
+the clean run's.
 
-One stack for all: two workers live, and a third starts for each that dies. A row's text depends on its
-request alone, so that the sorted lines of a disturbed run are those of a clean one, byte for byte.
+One stack for all: two workers live, in deterministic mode, and a third starts for each that dies. A row's
+text depends on its request alone, so that the sorted lines of a disturbed run are those of a clean one.
 """
 
 from __future__ import annotations
@@ -35,12 +35,9 @@ ROWS, TOKENS = 60, 48
 SHORT, LONG = SamplingParams(max_tokens=4, seed=1, ignore_eos=True), SamplingParams(max_tokens=TOKENS, seed=2)
 POINTS = [
     ("after:Batches.validated", 1),
-    ("after:Batches.claim_segment", 2),
     ("after:Batches.begin_rows", 3),
     ("before:State.publish", 12),
-    ("after:State.publish", 20),
     ("after:FileStore.put_new", 2),
-    ("before:Batches.accept", 2),
     ("after:Batches.accept", 2),
     ("after:Batches.end_segment", 1),
 ]
@@ -65,7 +62,7 @@ class Range:
 
     def refill(self) -> None:
         """Two workers live."""
-        flags = ("--num-threads", "1", "--max-num-seqs", "8", "--max-total-tokens", "256")
+        flags = ("--num-threads", "1", "--max-num-seqs", "8", "--max-total-tokens", "256", "--deterministic")
         while len(self.living()) < 2:
             self.stack.worker(*flags, wait=False, env=self._env)
         for worker in self.living():

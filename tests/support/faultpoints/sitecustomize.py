@@ -199,14 +199,9 @@ The calls that end the log are told from others by their arguments: ``(done)``.
 
 
 BATCH_POINTS: dict[str, tuple[str, str]] = {
-    "after:Batches.claim_segment": ("gristmill.backends.batches:Batches.claim_segment", "no row has begun"),
     "after:Batches.begin_rows": (
         "gristmill.backends.batches:Batches.begin_rows",
         "begun in their logs alone",
-    ),
-    "before:Batches.accept": (
-        "gristmill.backends.batches:Batches.accept",
-        "an object that belongs to nothing",
     ),
     "after:Batches.accept": ("gristmill.backends.batches:Batches.accept", "joined; nobody here knows"),
     "after:Batches.end_segment": ("gristmill.backends.batches:Batches.end_segment", "over; not acknowledged"),
