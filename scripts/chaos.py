@@ -5,6 +5,7 @@ examples:
   scripts/chaos --seed 1 --jobs 200 --minutes 1              a short form
   scripts/chaos --seed 5 --jobs 150 --minutes 8 --model smollm2
   scripts/chaos --seed 1 --jobs 300 --minutes 1 --stack celery   stock Celery and kombu, for comparison
+  scripts/chaos --seed 1 --jobs 2000 --minutes 4 --bulk      one batch of so many rows; see below
   scripts/chaos --seed 7 --jobs 200 --minutes 1 --only kill_worker,cut_connections --keep
 
 First all jobs run in an engine in this process: the undisturbed texts. Then they are submitted over the time
@@ -29,6 +30,9 @@ Tokens are counted by the engines themselves, in a file, before they leave the p
 killed engines count too (GM_TEST_LEDGER in tests/support/faultpoints/sitecustomize.py). Keys that do not
 apply to a stack are null. Exit status 1 if lost, finished_twice or different is not 0; the directory is
 then kept.
+
+With --bulk the jobs are the rows of one batch. It runs twice, in peace and under faults, and the checksums of
+the sorted lines of both outputs must be equal: rows lost and doubled, kills, same_sha256, the time it took.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tests.support
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import chaos_bulk
 from chaos_celery import StockCelery
 from chaos_clients import Crowd
 from chaos_fleet import KINDS, Fault, Fleet, draw_faults
@@ -70,12 +75,14 @@ START_S, DRAIN_S = 180.0, 90.0
 def main() -> int:
     args = arguments()
     directory = Path(tempfile.mkdtemp(prefix="gm-chaos-"))
-    asked, said, model = prepare(args, directory)
     faults = [
         fault
         for fault in draw_faults(args.seed, 60 * args.minutes, LEASE_S, args.every)
         if not args.only or fault.name in args.only
     ]
+    if args.bulk:
+        return bulk(args, directory, faults)
+    asked, said, model = prepare(args, directory)
     run = Run(args, directory, model, asked)
     try:
         run.start()
@@ -92,6 +99,17 @@ def main() -> int:
     return 1 if bad else 0
 
 
+def bulk(args: argparse.Namespace, directory: Path, faults: Sequence[Fault]) -> int:
+    """The other form: see chaos_bulk.py."""
+    report, well = chaos_bulk.run(args, directory, faults)
+    print(json.dumps(report | {"commit": commit()}), flush=True)
+    if well and not args.keep:
+        shutil.rmtree(directory, ignore_errors=True)
+    else:
+        say(f"kept: {directory} (logs/, results/, events.log)")
+    return 0 if well else 1
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,6 +122,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stack", choices=sorted(STACKS), default="gristmill")
     parser.add_argument("--every", type=float, default=6.0, help="mean seconds between faults")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help=f"of {','.join(KINDS)}")
+    parser.add_argument("--bulk", action="store_true", help="the jobs are rows of one batch")
+    parser.set_defaults(lease_s=LEASE_S)
     parser.add_argument("--json", action="store_true", help="no progress on stderr")
     parser.add_argument("--keep", action="store_true", help="keep the directory with all logs")
     args = parser.parse_args()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -73,10 +73,21 @@ class Gristmill:
 
     ready_word = "worker.ready"
 
-    def __init__(self, broker: Valkey, directory: Path, model: Path, *, lease_s: float, small: bool) -> None:
+    def __init__(
+        self,
+        broker: Valkey,
+        directory: Path,
+        model: Path,
+        *,
+        lease_s: float,
+        small: bool,
+        flags: Sequence[str] = (),
+        env: Mapping[str, object] | None = None,
+    ) -> None:
         self.model, self._directory = model, directory
         self._lease_s, self._small = lease_s, small
-        self._settings = Settings(
+        self._flags, self._env = flags, dict(env or {})
+        self.settings = self._settings = Settings(
             broker_url=broker.url,
             results_url=f"file://{directory}/results",
             model=MODEL,
@@ -91,7 +102,7 @@ class Gristmill:
         argv = [sys.executable, "-P", "-m", "gristmill.worker", "run", "--model", str(self.model)]
         argv += ["--served-model-name", MODEL, "--dtype", "float32", "--health-port", "0"]
         argv += ["--num-threads", "1", "--max-num-seqs", "64" if self._small else "16"]
-        argv += ["--max-total-tokens", "1024"]
+        argv += ["--max-total-tokens", "1024", *self._flags]
         env = worker_env(
             self._directory,
             GRISTMILL_BROKER_URL=self._settings.broker_url,
@@ -99,6 +110,7 @@ class Gristmill:
             GRISTMILL_VISIBILITY_TIMEOUT_S=self._lease_s,
             GRISTMILL_LEASE_RENEW_EVERY_S=self._lease_s / RENEWALS,
             GRISTMILL_ENGINE_STALL_S=5 if self._small else 20,
+            **self._env,
         )
         return Worker(number, argv, env, self._directory / "logs" / f"worker-{number}.log")
 
