@@ -11,6 +11,11 @@ def kernel_target() -> str:
     return os.environ.get("KERNEL_TARGET", NATIVE)
 
 
+def is_arm() -> bool:
+    """Then it is emulated, whatever this machine is."""
+    return kernel_target().startswith("armv")
+
+
 def cpu_flags() -> set[str]:
     """What this CPU can do, as Linux calls it."""
     try:

@@ -22,8 +22,9 @@ from gristmill.engine.native.library import Library, load
 from gristmill.schemas.settings import default_home
 from torch import Tensor
 
+from ..support.emulated import EmulatedLibrary, arm
 from ..support.feeding import Fed, Piece
-from ..support.flavours import cpu_flags, kernel_target
+from ..support.flavours import cpu_flags, is_arm, kernel_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the kernels get their own number of threads
 
@@ -32,6 +33,8 @@ MAX_LEN = 1200
 
 
 def library(dtype: torch.dtype, threads: int = 1) -> Library:
+    if is_arm():
+        return EmulatedLibrary(arm(kernel_target()), dtype)
     found = load(default_home() / "kernels", dtype, threads, kernel_target())
     if found is None and find_compiler() is None:
         pytest.skip("no C++ compiler: the engine runs on torch here")

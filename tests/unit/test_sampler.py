@@ -21,7 +21,8 @@ from gristmill.schemas.settings import default_home
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ..support.flavours import kernel_target
+from ..support.emulated import EmulatedSampling, arm
+from ..support.flavours import is_arm, kernel_target
 
 # Rows this small are not worth a second thread, least of all on a busy machine.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +36,10 @@ def make(request: pytest.FixtureRequest) -> Make:
     """A sampler for a vocabulary of this size. Both kinds are one definition."""
     if request.param == "torch":
         return Sampler
-    native = load_sampling(default_home() / "kernels", 2, kernel_target())
+    kernels = default_home() / "kernels"
+    native = (
+        EmulatedSampling(arm(kernel_target())) if is_arm() else load_sampling(kernels, 2, kernel_target())
+    )
     if native is None:
         pytest.skip("no C++ compiler here")
     return lambda vocab: Sampler(vocab, native=native)
