@@ -108,10 +108,11 @@ class NativeAttention:
         assert qkv.is_contiguous()
         assert qkv.dtype == self._lib.dtype
         keys, values = self._places[layer]
-        data = qkv.data_ptr()
-        self._lib.rope_store_raw(
+        out = qkv.new_empty(len(qkv), self.spec.q_size)
+        self._lib.attend_raw(
             self._lib.wide,
-            data,
+            out.data_ptr(),
+            qkv.data_ptr(),
             keys,
             values,
             *self._where[self._kinds[layer]],
@@ -119,17 +120,6 @@ class NativeAttention:
             None if k_norm is None else k_norm.data_ptr(),
             self.spec.norm_eps,
             len(qkv),
-            *self._shape,
-            self._kind,
-            *self._scales[layer],
-        )
-        out = qkv.new_empty(len(qkv), self.spec.q_size)
-        self._lib.attend_raw(
-            self._lib.wide,
-            out.data_ptr(),
-            data,
-            keys,
-            values,
             *self._plan,
             self._windows[layer],
             *self._scoring,

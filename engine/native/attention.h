@@ -2,6 +2,7 @@
 #pragma once
 #include "amx.h"
 #include "kv_bytes.h"
+#include "rope.h"
 
 namespace {
 
@@ -126,10 +127,13 @@ template <class T> void run_merge(const Call<T>& c, const Merge& g, int h) {
 }
 
 template <class T>
-void attend_all(const Call<T>& c, const Item* items, int n_items, const Merge* merges, int n_merges, int threads) {
+void attend_all(const NewRows<T>& rows_in, const Call<T>& c, const Item* items, int n_items, const Merge* merges,
+                int n_merges, int threads) {
   const int n = n_items * c.s.kv_heads;
 #pragma omp parallel num_threads(threads)
   {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows_in.count; r++) rope_store_row(rows_in, r, c.s, c.packed);
     static thread_local Rows<T> rows;
 #if defined(GM_AMX)
     AmxGuard guard(use_amx(c));

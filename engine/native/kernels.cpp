@@ -3,11 +3,10 @@
 // Plain C functions over raw pointers: no torch headers, so that a build takes seconds on first use. One compilation of
 // all the headers here (build.py), each with one job; vectors.h says what a row is, kv_layout.h where the cache's are.
 //
-// `wide` selects fp32 over bf16; `kind` (kv_bytes.h) how keys and values are kept. Pointers that may be null: residual, q_norm, k_norm, merges, scratch, slopes,
-// and scales where keys and values are plain.
+// `wide` selects fp32 over bf16; `kind` (kv_bytes.h) how keys and values are kept. Pointers that may be null: residual,
+// q_norm, k_norm, merges, scratch, slopes, and scales where keys and values are plain.
 #include "attention.h"
 #include "layers.h"
-#include "rope.h"
 
 extern "C" {
 
@@ -28,36 +27,25 @@ void gm_silu_mul(int wide, void* out, const void* x, int64_t rows, int n, int th
     silu_mul_rows((bf16*)out, (const bf16*)x, rows, n, threads);
 }
 
-void gm_rope_store(int wide, void* qkv, void* keys, void* values, const int64_t* slots, const int64_t* positions,
-                   const float* cos, const float* sin, const void* q_norm, const void* k_norm, float eps, int64_t rows,
-                   int heads, int kv_heads, int dim, int block, int threads, int kind, float* key_scales,
-                   float* value_scales) {
-  const Shape s{heads, kv_heads, dim, block, (heads + 2 * kv_heads) * dim};
-  const Packed packed{kind, (uint8_t*)keys, (uint8_t*)values, key_scales, value_scales};
-  if (wide)
-    rope_store_rows((float*)qkv, (float*)keys, (float*)values, slots, positions, cos, sin, (const float*)q_norm,
-                    (const float*)k_norm, eps, rows, s, packed, threads);
-  else
-    rope_store_rows((bf16*)qkv, (bf16*)keys, (bf16*)values, slots, positions, cos, sin, (const bf16*)q_norm,
-                    (const bf16*)k_norm, eps, rows, s, packed, threads);
-}
-
-void gm_attend(int wide, void* out, const void* qkv, const void* keys, const void* values, const int32_t* items,
-               int n_items, const int32_t* merges, int n_merges, const int32_t* tables, int table_width, float* scratch,
-               int window, float scale, float cap, const float* slopes, int heads, int kv_heads, int dim, int block,
-               int threads, int uniform, int kind, const float* key_scales, const float* value_scales) {
+// New rows' keys are turned and stored with their values, and queries turned where they are; then all attend.
+void gm_attend(int wide, void* out, void* qkv, void* keys, void* values, const int64_t* slots, const int64_t* positions,
+               const float* cos, const float* sin, const void* q_norm, const void* k_norm, float eps, int64_t rows,
+               const int32_t* items, int n_items, const int32_t* merges, int n_merges, const int32_t* tables,
+               int table_width, float* scratch, int window, float scale, float cap, const float* slopes, int heads,
+               int kv_heads, int dim, int block, int threads, int uniform, int kind, float* key_scales,
+               float* value_scales) {
   const Scoring how{scale, cap, slopes, kind != PLAIN};
-  const Packed packed{kind, (uint8_t*)keys, (uint8_t*)values, (float*)key_scales, (float*)value_scales};
+  const Packed packed{kind, (uint8_t*)keys, (uint8_t*)values, key_scales, value_scales};
   const Shape s{heads, kv_heads, dim, block, (heads + 2 * kv_heads) * dim};
-  if (wide) {
-    Call<float> c{(const float*)qkv, (const float*)keys, (const float*)values, packed, (float*)out, tables, scratch,
-                  table_width, window, how, s, uniform != 0};
-    attend_all(c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
-  } else {
-    Call<bf16> c{(const bf16*)qkv, (const bf16*)keys, (const bf16*)values, packed, (bf16*)out, tables, scratch,
-                 table_width, window, how, s, uniform != 0};
-    attend_all(c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
-  }
+  auto run = [&](auto number) {
+    using T = decltype(number);
+    const NewRows<T> fresh{(T*)qkv, (T*)keys, (T*)values, slots, positions, cos, sin, (const T*)q_norm,
+                           (const T*)k_norm, eps, rows};
+    const Call<T> c{(const T*)qkv, (const T*)keys, (const T*)values, packed, (T*)out, tables, scratch,
+                    table_width, window, how, s, uniform != 0};
+    attend_all(fresh, c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
+  };
+  wide ? run(float()) : run(bf16());
 }
 
 }  // extern "C"

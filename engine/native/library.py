@@ -19,8 +19,10 @@ _p, _i, _q, _f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "gm_rms_norm": (_i, _p, _p, _p, _p, _q, _i, _f, _i),
     "gm_silu_mul": (_i, _p, _p, _q, _i, _i),
-    "gm_rope_store": (_i, _p, _p, _p, _p, _p, _p, _p, _p, _p, _f, _q, *(_i,) * 6, _p, _p),
-    "gm_attend": (_i, *(_p,) * 5, _i, _p, _i, _p, _i, _p, _i, _f, _f, _p, *(_i,) * 7, _p, _p),
+    "gm_attend": (
+        *(_i, *(_p,) * 10, _f, _q),
+        *(_p, _i, _p, _i, _p, _i, _p, _i, _f, _f, _p, *(_i,) * 7, _p, _p),
+    ),
 }
 
 
@@ -38,7 +40,7 @@ class Library(TorchElementwise):
             function = getattr(dll, name)
             function.argtypes, function.restype = types, None
         self._norm, self._silu = dll.gm_rms_norm, dll.gm_silu_mul
-        self.rope_store_raw, self.attend_raw = dll.gm_rope_store, dll.gm_attend
+        self.attend_raw = dll.gm_attend
         self.lanes: int = dll.gm_lanes()
         self.dtype, self.threads = dtype, threads
         self.wide = int(dtype == torch.float32)

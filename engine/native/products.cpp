@@ -307,8 +307,8 @@ void gm_product_bf16(void* out, const void* x, const void* packed, const float* 
 }
 
 void gm_product_int8(int wide, void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,
-                     const float* bias, int64_t rows, int outputs, int inputs, int form, const void* norm, void* residual,
-                     float eps, int way, int threads) {
+                     const float* bias, int64_t rows, int outputs, int inputs, int form, const void* norm,
+                     void* residual, float eps, int way, int threads) {
   const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES))};
   if (wide)
     product<true>((const float*)x, rows, inputs, w,

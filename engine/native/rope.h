@@ -41,39 +41,43 @@ inline void pack_token(const Packed& to, float* y, const T* v, const Shape& s, s
   std::memcpy(to.values + at + size_t(lane) * dim16, codes, dim16);
 }
 
-template <class T>
-void rope_store_rows(T* qkv, T* keys, T* values, const int64_t* slots, const int64_t* positions, const float* cos,
-                     const float* sin, const T* q_norm, const T* k_norm, float eps, int64_t rows, const Shape& s,
-                     const Packed& packed, int threads) {
+// What a step's new rows need before anybody attends to them.
+template <class T> struct NewRows {
+  T *qkv, *keys, *values;
+  const int64_t *slots, *positions;
+  const float *cos, *sin;
+  const T *q_norm, *k_norm;                                                    // or null
+  float eps;
+  int64_t count;
+};
+
+template <class T> void rope_store_row(const NewRows<T>& rows, int64_t r, const Shape& s, const Packed& packed) {
   const int half = s.dim / 2;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 3)
-  for (int64_t r = 0; r < rows; r++) {
-    float y[1024];                                                             // dim <= 1024: checked by the caller
-    const float *c = cos + positions[r] * half, *n = sin + positions[r] * half;
-    T* row = qkv + r * s.stride;
-    for (int h = 0; h < s.heads; h++) {
-      T* q = row + h * s.dim;
-      norm_rotate(y, q, q_norm, eps, c, n, s.dim);
-      for_lanes<T>(s.dim, [&](int i, int k) { put(q + i, load(y + i), k); });
+  float y[1024];                                                               // dim <= 1024: checked by the caller
+  const float *c = rows.cos + rows.positions[r] * half, *n = rows.sin + rows.positions[r] * half;
+  T* row = rows.qkv + r * s.stride;
+  for (int h = 0; h < s.heads; h++) {
+    T* q = row + h * s.dim;
+    norm_rotate(y, q, rows.q_norm, rows.eps, c, n, s.dim);
+    for_lanes<T>(s.dim, [&](int i, int k) { put(q + i, load(y + i), k); });
+  }
+  const int32_t block = int32_t(rows.slots[r] / s.block);
+  const int token = int(rows.slots[r] % s.block);
+  for (int h = 0; h < s.kv_heads; h++) {
+    const T *k = row + (s.heads + h) * s.dim, *v = k + s.kv_heads * s.dim;
+    const size_t at = s.at(&block, h, token);
+    norm_rotate(y, k, rows.k_norm, rows.eps, c, n, s.dim);
+    std::fill(y + s.dim, y + s.dim16(), 0.f);                                  // the padding dimensions
+    if (packed.kind) {
+      pack_token<T>(packed, y, v, s, at, Packed::scale_at(s, &block, h, token), token % LANES);
+      continue;
     }
-    const int32_t block = int32_t(slots[r] / s.block);
-    const int token = int(slots[r] % s.block);
-    for (int h = 0; h < s.kv_heads; h++) {
-      const T *k = row + (s.heads + h) * s.dim, *v = k + s.kv_heads * s.dim;
-      const size_t at = s.at(&block, h, token);
-      norm_rotate(y, k, k_norm, eps, c, n, s.dim);
-      std::fill(y + s.dim, y + s.dim16(), 0.f);                                // the padding dimensions
-      if (packed.kind) {
-        pack_token<T>(packed, y, v, s, at, Packed::scale_at(s, &block, h, token), token % LANES);
-        continue;
-      }
-      write_key(keys + at, y, s, token % LANES);
-      if constexpr (std::is_same_v<T, float>) {
-        std::memcpy(y, v, s.dim * sizeof(float));
-        write_value(values + at, y, s, token % LANES);
-      } else {
-        write_value(values + at, v, s, token % LANES);
-      }
+    write_key(rows.keys + at, y, s, token % LANES);
+    if constexpr (std::is_same_v<T, float>) {
+      std::memcpy(y, v, s.dim * sizeof(float));
+      write_value(rows.values + at, y, s, token % LANES);
+    } else {
+      write_value(rows.values + at, v, s, token % LANES);
     }
   }
 }
