@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ..schemas.events import EntryId
@@ -19,12 +20,17 @@ from .link import Link
 
 if TYPE_CHECKING:
     from ..backends.state import AsyncState
+    from ..schemas.batch import Batch, BatchStatus
+    from ..schemas.batch_lines import OutputLine
     from ..schemas.dead import DeadLetter
+    from .batch.answers import Kind
+    from .batches import Batches, BatchHandle, Source
     from .dead import Dead, DeadJob
     from .stream import Chunk, Item
 
 
 T = TypeVar("T")
+LINES_AT_ONCE = 200
 
 
 class AsyncLink:
@@ -65,6 +71,13 @@ class AsyncLink:
         from .dead import Dead
 
         return await asyncio.to_thread(lambda: do(Dead(self._link)))
+
+    @property
+    def batches(self) -> Batches:
+        """What they are asked by, in threads."""
+        from .batches import Batches
+
+        return Batches(self._link)
 
     async def close(self) -> None:
         """Let go of what was opened."""
@@ -203,6 +216,82 @@ class AsyncDead:
         return await self._link.dead(lambda dead: dead.purge(letters))
 
 
+class AsyncBatchHandle:
+    """See BatchHandle; the same calls, in threads."""
+
+    def __init__(self, handle: BatchHandle) -> None:
+        self._handle = handle
+        self.id, self.warnings = handle.id, handle.warnings
+
+    async def status(self) -> Batch:
+        """See BatchHandle.status."""
+        return await asyncio.to_thread(self._handle.status)
+
+    async def wait(self, timeout_s: float | None = None) -> Batch:
+        """See BatchHandle.wait."""
+        from .batches import pauses, still_running
+
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        for pause_s in pauses():
+            batch = await self.status()
+            if batch.status.final:
+                return batch
+            left_s = pause_s if deadline is None else deadline - time.monotonic()
+            if left_s <= 0:
+                break
+            await asyncio.sleep(min(pause_s, left_s))
+        raise still_running(self.id, timeout_s)
+
+    async def lines(self, kind: Kind = "output") -> AsyncIterator[OutputLine]:
+        """See BatchHandle.lines."""
+        lines = self._handle.lines(kind)
+        while page := await asyncio.to_thread(lambda: list(islice(lines, LINES_AT_ONCE))):
+            for line in page:
+                yield line
+
+    async def download(self, output: str, errors: str | None = None) -> tuple[int, int]:
+        """See BatchHandle.download."""
+        return await asyncio.to_thread(self._handle.download, output, errors)
+
+    async def cancel(self) -> BatchStatus:
+        """See BatchHandle.cancel."""
+        return await asyncio.to_thread(self._handle.cancel)
+
+    async def pause(self) -> BatchStatus:
+        """See BatchHandle.pause."""
+        return await asyncio.to_thread(self._handle.pause)
+
+    async def resume(self) -> BatchStatus:
+        """See BatchHandle.resume."""
+        return await asyncio.to_thread(self._handle.resume)
+
+    async def retry(self) -> AsyncBatchHandle:
+        """See BatchHandle.retry."""
+        return AsyncBatchHandle(await asyncio.to_thread(self._handle.retry))
+
+    def __repr__(self) -> str:
+        return f"AsyncBatchHandle({self.id!r})"
+
+
+class AsyncBatches:
+    """See Batches."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    async def submit(self, source: Source, **asked: Any) -> AsyncBatchHandle:
+        """See Batches.submit."""
+        return AsyncBatchHandle(await asyncio.to_thread(lambda: self._batches.submit(source, **asked)))
+
+    def get(self, batch_id: str) -> AsyncBatchHandle:
+        """See Batches.get."""
+        return AsyncBatchHandle(self._batches.get(batch_id))
+
+    async def list(self, after: str | None = None, limit: int = 20) -> list[Batch]:
+        """See Batches.list."""
+        return await asyncio.to_thread(self._batches.list, after, limit)
+
+
 class AsyncClient:
     """See Client. Belongs to one event loop."""
 
@@ -277,6 +366,11 @@ class AsyncClient:
     async def queue_is_paused(self, status: JobStatus) -> bool:
         """See Client.queue_is_paused."""
         return await self._link.queue_is_paused(status)
+
+    @property
+    def batches(self) -> AsyncBatches:
+        """See Client.batches."""
+        return AsyncBatches(self._link.batches)
 
     @property
     def dead(self) -> AsyncDead:

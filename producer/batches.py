@@ -50,6 +50,19 @@ class Wishes:
     """A batch of its own, although the same input was submitted before."""
 
 
+def pauses() -> Iterator[float]:
+    """Between two looks at a batch, in seconds; for ever."""
+    pause_s = POLL_FIRST_S
+    while True:
+        yield pause_s
+        pause_s = min(POLL_MAX_S, POLL_GROWTH * pause_s)
+
+
+def still_running(batch_id: str, timeout_s: float | None) -> WaitTimeout:
+    """The error for somebody whose patience ran out."""
+    return WaitTimeout(f"batch {batch_id} has not ended after {timeout_s:g} s; it goes on, ask again later")
+
+
 class BatchHandle:
     """One batch: its id and a connection. Reads nothing before you ask."""
 
@@ -72,17 +85,18 @@ class BatchHandle:
         from .batch.forecast import Forecast
         from .progress import show_progress, silent
 
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        pause_s, forecast = POLL_FIRST_S, Forecast()
+        deadline, forecast = None if timeout_s is None else time.monotonic() + timeout_s, Forecast()
         with (show_progress if progress else silent)() as report:
-            while not (batch := self.status()).status.final:
+            for pause_s in pauses():
+                batch = self.status()
+                if batch.status.final:
+                    return batch
                 report(forecast.progress(batch))
                 left_s = pause_s if deadline is None else deadline - time.monotonic()
                 if left_s <= 0:
-                    raise WaitTimeout(f"batch {self.id} has not ended after {timeout_s:g} s; it goes on")
+                    break
                 time.sleep(min(pause_s, left_s))
-                pause_s = min(POLL_MAX_S, POLL_GROWTH * pause_s)
-        return batch
+        raise still_running(self.id, timeout_s)
 
     def follow(self, after: EntryId | str | None = None) -> Iterator[tuple[EntryId, BatchEvent]]:
         """What happens to it, from the beginning or from after an id, until it is final."""

@@ -24,7 +24,7 @@ from .core import Submission
 from .link import Link
 
 if TYPE_CHECKING:
-    from .batches import Batches
+    from .batches import Batches, BatchHandle, Source
     from .dead import Dead
     from .stream import Chunk, Item
     from .webhooks import Webhooks
@@ -230,6 +230,10 @@ class Client:
     def queue_is_paused(self, status: JobStatus) -> bool:
         """Whether the queue of a waiting job is paused; False if its status does not say which that is."""
         return self._link.queue_is_paused(status)
+
+    def submit_batch(self, source: Source, **asked: Any) -> BatchHandle:
+        """``batches.submit``."""
+        return self.batches.submit(source, **asked)
 
     @property
     def batches(self) -> Batches:

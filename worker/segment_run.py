@@ -19,7 +19,7 @@ from functools import partial
 from ..backends.batches import Accepted, Batches, SegmentClaim, Standing
 from ..backends.calls import Entry
 from ..backends.store import ResultStore
-from ..schemas.batch import BatchStatus, child_segment, row_id
+from ..schemas.batch import BatchStatus, child_segment, row_id, row_of
 from ..schemas.batch_lines import default_custom_id, error_line, output_line
 from ..schemas.errors import BadInput, GristmillError
 from ..schemas.events import Started
@@ -93,7 +93,8 @@ class _Next:
 class SegmentRun:
     """Law: a row of the segment is in exactly one place: it has ended in an accepted object, it was given
     away, or it waits in ``_rows`` or ``_next``, is in ``_running``, or is on its way through ``_over`` and
-    the writer.
+    the writer; or it is a copy of a row between ``_next`` and the writer, and waits in ``_copies`` for its
+    answer. What is handed back or split apart from the row it copies is run by itself.
     """
 
     def __init__(self, floor: Floor, engine: EngineClient, claim: SegmentClaim, rows: SegmentRows) -> None:
@@ -104,6 +105,9 @@ class SegmentRun:
         self._ends_at = self._began_at + claim.expires_at - claim.now
         self._rows, self._next = rows, deque[_Next]()
         self._running: dict[str, RowSlot] = {}
+        self._open = set[int]()
+        """Rows between ``_next`` and the writer."""
+        self._copies: dict[int, list[Job]] = {}
         self._over: deque[RowSlot] = deque()
         self._news = threading.Condition()
         self._told = False
@@ -257,6 +261,8 @@ class SegmentRun:
         chosen: list[_Next] = []
         while room is not None and len(self._rows) + len(self._next):
             row = self._next.popleft() if self._next else self._prepare()
+            if row is None:
+                continue
             tokens = len(row.fit.prompt_ids) if row.fit else 0
             sequences = row.job.sampling.choices if row.job else 0
             if row.fit is not None and not room.take(tokens, sequences):
@@ -268,19 +274,35 @@ class SegmentRun:
 
     def _prepare_ahead(self) -> None:
         while len(self._next) < AHEAD and len(self._rows) and not self._told:
-            self._next.append(self._prepare())
+            if (row := self._prepare()) is not None:
+                self._next.append(row)
 
-    def _prepare(self) -> _Next:
+    def _prepare(self) -> _Next | None:
+        """The next row. None: it is a copy of one that is under way, and waits for that one's answer."""
         line, body = self._rows.take()
         job: Job | None = None
         try:
             job = parse_row(body)
-            return _Next(line, job, fit=self._floor.admission.fit(job))
+            return None if self._set_aside(line, job) else self._fitted(line, job)
         except BadInput as exc:
             return _Next(line, job, error=exc)
         except BaseException as exc:
             log.critical("row.crashed", exc_info=exc, extra={"job_id": row_id(self._batch_id, line)})
             return _Next(line, job, error=_mistake(exc))
+
+    def _fitted(self, line: int, job: Job) -> _Next:
+        self._open.add(line)
+        try:
+            return _Next(line, job, fit=self._floor.admission.fit(job))
+        except BadInput as exc:
+            return _Next(line, job, error=exc)
+
+    def _set_aside(self, line: int, job: Job) -> bool:
+        where = row_of(job.copy_of or "")
+        if where is None or where[1] not in self._open or line in self._stopped:
+            return False
+        self._copies.setdefault(where[1], []).append(job)
+        return True
 
     def _begin(self, chosen: list[_Next]) -> None:
         lines = [row.line for row in chosen]
@@ -345,7 +367,7 @@ class SegmentRun:
         if slot.how is not None:  # fenced
             self.end(slot.how)
             return
-        self._finish(_line_of(slot), generation)
+        self._finish(_line_of(slot.job), generation)
 
     def _finish(self, line: int, generation: Generation) -> None:
         job = generation.job
@@ -358,11 +380,28 @@ class SegmentRun:
             return
         self._floor.metrics.on_row(result)
         self._writer.add(Ended(line, said, result.state, result.usage))
+        for copy in self._end(line):
+            number = _line_of(copy)
+            if line in self._stopped:  # that one alone
+                self._next.append(self._fitted(number, copy))
+                continue
+            own = result.model_copy(update={"job_id": copy.id, "custom_id": copy.custom_id})
+            said = output_line(own, copy.custom_id or default_custom_id(number)).to_line()
+            self._writer.add(
+                Ended(number, said, result.state, Usage())
+            )  # what was computed was computed once
 
     def _refuse(self, line: int, job: Job | None, exc: GristmillError) -> None:
         custom_id = (job.custom_id if job else None) or default_custom_id(line)
         said = error_line(row_id(self._batch_id, line), custom_id, ErrorInfo.of(exc)).to_line()
         self._writer.add(Ended(line, said, JobState.FAILED, Usage()))
+        for copy in self._end(line):
+            self._refuse(_line_of(copy), copy, exc)
+
+    def _end(self, line: int) -> list[Job]:
+        """A row is with the writer; its copies."""
+        self._open.discard(line)
+        return self._copies.pop(line, [])
 
     # ---- neighbours
 
@@ -417,7 +456,7 @@ class SegmentRun:
         if self._how is None and (self._ending is not None or not left):
             self._say(partial(floor.batches.end_segment, self.id, self._attempt))
             return Disposition.ACK
-        lines = [_line_of(slot) for slot in running]
+        lines = [_line_of(slot.job) for slot in running]
         unsent = self._how is None and self._paused
         self._say(partial(floor.batches.release, self.id, self._attempt, lines, unsent=unsent))
         return Disposition.ACK if unsent else Disposition.REQUEUE
@@ -427,8 +466,8 @@ class SegmentRun:
             self._floor.patiently(call)
 
 
-def _line_of(slot: RowSlot) -> int:
-    return int(slot.job.id.rpartition(".")[2])
+def _line_of(job: Job) -> int:
+    return int(job.id.rpartition(".")[2])
 
 
 def _mistake(exc: BaseException) -> BadInput:

@@ -225,6 +225,38 @@ def test_a_row_is_asked_after_as_any_job_is(floor: Floor, state: State, settings
         assert bad.cancel() is JobState.CANCELLED, "final is final"
 
 
+def test_rows_that_ask_for_the_same_are_computed_once(floor: Floor, state: State) -> None:
+    first = row(1)
+    copies = [row(line, prompt="row 1", copy_of=first.id) for line in (2, 3)]
+    alone = row(5, copy_of=row(9).id)
+    run_batch(state, floor.store, [first, *copies, row(4), alone])
+    delivery = floor.deliver_segment()
+    floor.wait(first, row(4), alone)
+    assert copies[0].id not in floor.engine.submitted
+    floor.finish(first, row(4), alone)
+    assert delivery.result(10) is Disposition.ACK
+    lines = lines_of(state, floor.store)
+    assert [line["custom_id"] for line in lines] == ["c1", "c2", "c3", "c4", "c5"]
+    assert len({line["response"]["body"]["choices"][0]["text"] for line in lines[:3]}) == 1
+    batch = state.batches.get(BATCH)
+    assert batch is not None
+    assert (batch.request_counts.completed, batch.usage.completion_tokens) == (5, 3)
+
+
+def test_copies_of_a_row_that_was_cancelled_alone_are_computed(floor: Floor, state: State) -> None:
+    rows = [row(1), row(2, prompt="row 1", copy_of=row(1).id), row(3, prompt="row 1", copy_of=row(1).id)]
+    run_batch(state, floor.store, rows)
+    delivery = floor.deliver_segment()
+    floor.wait(rows[0])
+    state.batches.cancel_row(BATCH, 1)
+    floor.handler.cancel(rows[0].id)
+    floor.wait(*rows[1:])
+    floor.finish(*rows[1:])
+    assert delivery.result(10) is Disposition.ACK
+    lines = lines_of(state, floor.store)
+    assert [line["error"] and line["error"]["code"] for line in lines] == ["batch_cancelled", None, None]
+
+
 def test_a_cancelled_batch_keeps_what_has_ended(floor: Floor, state: State) -> None:
     rows = [row(line) for line in range(1, 19)]
     run_batch(state, floor.store, rows)
