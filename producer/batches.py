@@ -258,6 +258,7 @@ def describe(
         endpoint=checked.endpoint or "/v1/completions",
         tenant=settings.tenant,
         input=name,
+        input_digest=checked.digest,
         completion_window_s=asked.completion_window_s or settings.job_ttl_s,
         metadata=dict(asked.metadata or {}),
         options=options,

@@ -28,6 +28,7 @@ COMMANDS = {
     "run": ("commands_run", "Run a file of requests, everything embedded."),
     "up": ("commands_up", "Broker and workers in the foreground; others connect to it."),
     "batch": ("commands_batch", "Submit a file and leave; look, steer and fetch later."),
+    "plan": ("commands_plan", "What a file would take: rows, tokens, time, money."),
     "submit": ("commands_jobs", "Send one job."),
     "follow": ("commands_jobs", "Show a job's text as it is made."),
     "status": ("commands_jobs", "Where a job stands."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -16,6 +17,7 @@ from ..schemas.model_names import served_name
 from . import batches, core, local_model
 from .batch import output as outputs
 from .batch.answers import Answers
+from .batch.cache import Cache
 from .batch.crew import Crew
 from .batch.download import download
 from .batch.intake import Intake, InvalidInput
@@ -53,6 +55,7 @@ Examples:
 @click.option("--errors", metavar="FILE", help="Rows that failed; default: OUTPUT's name with .errors.jsonl.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True)
 @click.option("--any-order", is_flag=True, help="Answers as they came; default: in the order of the input.")
+@click.option("--cache", metavar="FILE", help="Keep answers there, and take them for rows that ask the same.")
 @click.option("--fresh", is_flag=True, help="Forget earlier runs over this file; run every row.")
 @input_flags
 @engine_knobs
@@ -76,8 +79,13 @@ def run(source: str, output: str, errors: str | None, workers: int, as_json: boo
         link.state.ping()
         link.store.check()
         model = _Model(asked, settings, link, options["revision"])
-        with read_or_say(source, asked, settings, model.names, as_json) as intake:
-            job = _begin(link, settings, intake, asked, model.name(intake.checked.model), source)
+        with (
+            read_or_say(source, asked, settings, model.names, as_json) as intake,
+            Cache(options["cache"]) if options["cache"] else nullcontext() as cache,
+        ):
+            name = model.name(intake.checked.model)
+            batch = batches.describe(intake, asked, name, settings, "run_", source)
+            job = _begin(link, settings, intake, batch, cache)
             with (
                 only_run(settings, job.batch.id),
                 _crew(link, settings, job, model, workers, options) as crew,
@@ -143,12 +151,9 @@ def show_problems(problems: Iterable[LineProblem], as_json: bool) -> None:
             put_json(each.model_dump())
 
 
-def _begin(
-    link: Link, settings: ProducerSettings, intake: Intake, asked: Wishes, model: str, source: str
-) -> Run:
+def _begin(link: Link, settings: ProducerSettings, intake: Intake, batch: Batch, cache: Cache | None) -> Run:
     """What an earlier run has left, or a new batch. One that was refused by a worker is tried anew."""
-    batch = batches.describe(intake, asked, model, settings, "run_", source)
-    while (job := Run(link, settings, intake, batch)).batch.status is BatchStatus.FAILED:
+    while (job := Run(link, settings, intake, batch, cache)).batch.status is BatchStatus.FAILED:
         batch = batch.model_copy(update={"id": intake.batch_id("run_", "after", batch.id)})
     return job
 
@@ -178,8 +183,11 @@ def _execute(
         if batch.status is BatchStatus.FAILED:
             show_problems(batch.errors, as_json)
             raise InvalidInput(batch.problems, batch.request_counts.total)
+        if failure is not None and batch.created_at is None:  # nothing was sent
+            raise failure
         if batch.created_at is not None:
             download(Answers(link, batch), output, errors, link.settings)
+            job.keep_answers()
     summary = _summary(batch, job, intake, time.monotonic() - started)
     summary |= {"complete": job.over, "output": output, "errors": errors, "logs": crew.logs}
     if as_json:

@@ -117,6 +117,8 @@ class Batch(Answer):
     tenant: Tenant = DEFAULT_TENANT
     input: str = ""
     """What the input was called: a path, a URL, a file's id."""
+    input_digest: str = ""
+    """Of its rows as they are sent: the same input has the same, in whatever form."""
     completion_window_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = DAY_S
     metadata: dict[str, str] = Field(default_factory=dict[str, str], max_length=16)
     options: BatchOptions = BatchOptions()

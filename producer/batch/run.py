@@ -14,14 +14,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ...schemas.batch import Batch, BatchStatus
-from ...schemas.errors import InvalidRequest, Transient
+from ...schemas.errors import InvalidRequest, JobNotFound, Transient
 from ..link import Link
 from ..settings import ProducerSettings
-from .answers import ended_before, find
+from .answers import Answers, ended_before, find
+from .cache import Cache
 from .crew import Crew
 from .forecast import Forecast, Progress
 from .intake import Intake
-from .submission import Submission, Uploaded
+from .submission import OwnRows, Submission, Uploaded
 
 PATIENCE_S = 60.0
 """How long a broker may be away in the middle of a run."""
@@ -38,7 +39,15 @@ class Hooks:
 class Run:
     """One input's. ``known``: as it stood before, if an earlier run began it."""
 
-    def __init__(self, link: Link, settings: ProducerSettings, intake: Intake, batch: Batch) -> None:
+    def __init__(
+        self,
+        link: Link,
+        settings: ProducerSettings,
+        intake: Intake,
+        batch: Batch,
+        cache: Cache | None = None,
+    ) -> None:
+        self._cache = cache
         self._link, self._settings, self._intake = link, settings, intake
         self._submission = Submission(link, intake, batch)
         self.batch = self._submission.known or ended_before(link, batch.id) or batch
@@ -64,22 +73,37 @@ class Run:
             uploaded = self._submit()
             self._follow(crew, hooks, uploaded)
         finally:
-            if not self.over:
-                with suppress(Transient):
-                    if self._link.state.batches.get(self.batch.id) is not None:
-                        self._link.state.batches.pause(self.batch.id)
+            self._pause()
             crew.stop()
             with suppress(Transient):
-                self.batch = self._now()
+                self.batch = self._link.state.batches.get(self.batch.id) or self.batch
         return self.over
+
+    def _pause(self) -> None:
+        """What is left of it; nothing is, if it was never opened."""
+        with suppress(Transient, JobNotFound):
+            if not self.over:
+                self._link.state.batches.pause(self.batch.id)
+
+    def keep_answers(self) -> None:
+        """In the cache, if there is one."""
+        if self._cache is not None:
+            self._cache.keep(self.batch, Answers(self._link, self.batch).lines("output"))
 
     def _submit(self) -> Uploaded:
         batches, known = self._link.state.batches, self._submission.known
         if known is not None and known.paused:
             batches.resume(self.batch.id)
-        uploaded = self._submission.upload()
+        uploaded = self._upload()
         self._submission.open(uploaded)
         return uploaded
+
+    def _upload(self) -> Uploaded:
+        cache, batch = self._cache, self.batch
+        if cache is None:
+            return self._submission.upload()
+        own = OwnRows(self._link.store, batch.id)
+        return self._submission.upload(lambda row: cache.taken(batch, own, row), own)
 
     def _follow(self, crew: Crew, hooks: Hooks, uploaded: Uploaded) -> None:
         forecast, ended = Forecast(uploaded.parts), self.resumed

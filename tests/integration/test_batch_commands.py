@@ -1,0 +1,201 @@
+"""`gristmill batch …` and `plan` on a real server and a real store; nobody runs the rows."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gristmill.backends.state import State, WorkerInfo
+from gristmill.producer import AsyncClient
+from gristmill.producer.batch.cache import Cache
+from gristmill.producer.batch.crew import Crew
+from gristmill.producer.batch.cutting import Part
+from gristmill.producer.batch.forecast import Forecast
+from gristmill.producer.batch.submission import OwnRows, Submission
+from gristmill.producer.batches import BatchHandle, Wishes, describe, read
+from gristmill.producer.cli import cli
+from gristmill.producer.console import run_guarded
+from gristmill.producer.link import Link
+from gristmill.producer.settings import producer_settings
+from gristmill.schemas.batch import Batch, BatchStatus, RequestCounts
+from gristmill.schemas.batch_lines import OutputLine, Response
+from gristmill.schemas.errors import EngineUnavailable, WaitTimeout
+from gristmill.schemas.result import Usage
+from gristmill.schemas.settings import Settings
+
+from ..support.valkey import Valkey
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    valkey: Valkey,
+    state: State,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Run:
+    """(exit code, stdout, stderr) of a command line, on a broker where a silent somebody serves "tiny"."""
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("GRISTMILL_BROKER_URL", valkey.url)
+    monkeypatch.delenv("GRISTMILL_MODEL", raising=False)
+    state.register("w1", WorkerInfo(models=("tiny",), host="here", pid=1, version="0"), 600)
+
+    def run_it(*args: object, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        capfd.readouterr()
+        code = run_guarded(cli, [str(arg) for arg in args])
+        return code, *capfd.readouterr()
+
+    return run_it
+
+
+def rows(count: int, **fields: Any) -> bytes:
+    return b"".join(
+        json.dumps({"custom_id": f"r{n}", "prompt": f"row {n}", "max_tokens": 100} | fields).encode() + b"\n"
+        for n in range(count)
+    )
+
+
+def test_a_batch_is_submitted_once_however_often_it_is_asked_for(run: Run, state: State) -> None:
+    code, out, err = run("batch", "submit", "-", "--meta", "team=search", stdin=rows(100))
+    batch_id = out.strip()
+    assert (code, batch_id[:6]) == (0, "batch_"), err
+    assert run("batch", "submit", "-", "--meta", "team=search", stdin=rows(100))[1].strip() == batch_id
+    found = json.loads(run("batch", "show", batch_id, "--json")[1])
+    assert (found["status"], found["request_counts"]["total"]) == ("validating", 100)
+    assert found["metadata"] == {"team": "search"}
+    assert state.batches.unsent(batch_id) == {}, "a segment has no message"
+
+    other = run("batch", "submit", "-", "--fresh", stdin=rows(100))[1].strip()
+    listed = [json.loads(line)["id"] for line in run("batch", "list", "--json")[1].splitlines()]
+    assert listed == [other, batch_id]
+    assert run("batch", "list", "--after", other)[1].startswith(batch_id)
+
+    assert "paused" in run("batch", "pause", batch_id)[2]
+    assert "paused" not in run("batch", "resume", batch_id)[2]
+    assert json.loads(run("batch", "cancel", batch_id, "--json")[1])["status"] == "cancelling"
+    code, _, err = run("batch", "retry", "--failed", batch_id)
+    assert (code, "wait for its end" in err) == (2, True)
+    assert run("batch", "results", batch_id)[:2] == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "word"),
+    [
+        (("batch", "show", "batch_nobody"), b"", "[job_not_found]"),
+        (("batch", "follow", "batch_nobody"), b"", "[job_not_found]"),
+        (("batch", "results", "batch_nobody"), b"", "[job_not_found]"),
+        (("batch", "cancel", "batch_nobody"), b"", "[job_not_found]"),
+        (("batch", "submit", "-"), b"\n", "[empty_file]"),
+        (("batch", "submit", "-"), b"nonsense\n", "line 1: not JSON"),
+        (("batch", "submit", "-", "--model", "nope"), rows(1), "[model_not_found]"),
+        (("batch", "submit", "-", "--meta", "team"), rows(1), "write KEY=VALUE"),
+        (("batch", "submit", "-", "--template", "{a}", "--prompt-column", "b"), rows(1), "not both"),
+        (("batch", "submit", "nothing.jsonl"), b"", "cannot read"),
+    ],
+)
+def test_an_error_is_one_line_with_its_code(run: Run, args: tuple[str, ...], stdin: bytes, word: str) -> None:
+    code, out, err = run(*args, stdin=stdin)
+    assert (code, out) == (2, "")
+    assert word in err
+
+
+def test_a_plan_tells_rows_tokens_time_and_money(run: Run) -> None:
+    data = rows(100) + rows(1, custom_id="again")
+    args = ("plan", "-", "--tokens-per-s", "101", "--price-per-hour", "36", "--dedupe", "--json")
+    said = json.loads(run(*args, stdin=data)[1])
+    assert (said["rows"], said["copies"], said["completion_tokens"]) == (101, 1, 10_100)
+    assert said["seconds"] == pytest.approx(100, rel=0.05)
+    assert said["price"] == pytest.approx(1.0, rel=0.05)
+    code, out, _ = run("plan", "-", stdin=data)
+    assert (code, "not known yet" in out) == (0, True)
+
+
+def test_a_run_whose_worker_does_not_start_leaves_nothing_behind(
+    run: Run, state: State, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It left rows in the queue that the next `gristmill up` ran before anything else."""
+
+    def fail(*_: object) -> bool:
+        raise EngineUnavailable("the worker died 4 times in a row")
+
+    monkeypatch.setattr(Crew, "ready", fail)
+    code, _, err = run("run", "-", "-o", tmp_path / "out.jsonl", stdin=rows(3))
+    assert (code, "[engine_unavailable]" in err) == (75, True), err
+    assert state.batches.list() == []
+
+
+def test_a_row_that_was_answered_before_is_taken_from_the_cache(
+    run: Run, state: State, settings: Settings, tmp_path: Path
+) -> None:
+    """A batch of three rows, two of which an earlier batch has asked for."""
+    (tmp_path / "results").mkdir()
+    ours = producer_settings(settings.model_copy(update={"results_url": f"file://{tmp_path}/results"}))
+    link, path = Link(ours), str(tmp_path / "cache.sqlite")
+
+    def submit(count: int) -> Batch:
+        asked = Wishes(model="tiny")
+        requests = [{"prompt": f"row {n}", "custom_id": f"{count}-{n}"} for n in range(count)]
+        with read(requests, asked, ours) as intake, Cache(path) as cache:
+            batch = describe(intake, asked, "tiny", ours, "run_", "")
+            own = OwnRows(link.store, batch.id)
+            Submission(link, intake, batch).run(lambda row: cache.taken(batch, own, row), own)
+            return batch
+
+    first = submit(2)
+    lines = [
+        OutputLine(
+            id=f"batch_req_{first.id}.{n}",
+            custom_id="x",
+            response=Response(status_code=200, request_id="r", body={"choices": [f"answer {n}"]}),
+        ).to_line()
+        for n in (1, 2)
+    ]
+    with Cache(path) as cache:
+        cache.keep(first, lines)
+    again = BatchHandle(link, submit(3).id)
+    assert again.status().request_counts.completed == 2
+    said = {row.custom_id: row.response and row.response.body["choices"] for row in again.lines()}
+    assert said == {"3-0": ["answer 1"], "3-1": ["answer 2"]}
+    link.close()
+
+
+async def test_the_async_client_has_the_same_calls(state: State, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    state.register("w1", WorkerInfo(models=("tiny",), host="here", pid=1, version="0"), 600)
+    ours = settings.model_copy(update={"results_url": f"file://{tmp_path}/results"})
+    async with AsyncClient(ours) as client:
+        handle = await client.batches.submit([{"prompt": "one"}, {"prompt": "two"}])
+        assert (await handle.status()).request_counts.total == 2
+        assert [each.id for each in await client.batches.list()] == [handle.id]
+        with pytest.raises(WaitTimeout):
+            await client.batches.get(handle.id).wait(0.1)
+        await handle.pause()
+        assert (await handle.status()).paused
+        assert [line async for line in handle.lines()] == []
+        assert await handle.cancel() is BatchStatus.CANCELLING
+
+
+def test_a_forecast_learns_how_long_outputs_are() -> None:
+    """Long rows come first: by rows alone the rest would seem to take four times as long as it does."""
+    parts = [Part(10, 0.0, 1000.0), Part(90, 0.0, 1000.0)]
+    forecast = Forecast(parts)
+
+    def after(seconds: float, ended: int, tokens: int) -> Any:
+        counts = RequestCounts(total=100, completed=ended)
+        usage = Usage(completion_tokens=tokens)
+        batch = Batch(id="b", model="m", status=BatchStatus.IN_PROGRESS, request_counts=counts, usage=usage)
+        return forecast.progress(batch, seconds)
+
+    assert after(0.0, 0, 0).eta_s is None
+    assert after(50.0, 0, 0).eta_s is None, "it waits for a worker"
+    half = after(60.0, 10, 100)
+    assert (half.tokens_per_s, half.eta_s, half.live) == (10.0, 10.0, True), "outputs are a tenth as long"
