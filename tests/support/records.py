@@ -12,6 +12,7 @@ from gristmill.schemas.batch import (
     BatchOptions,
     BatchStatus,
     LineProblem,
+    OpenedBatch,
     Phase,
     RequestCounts,
     ResultObject,
@@ -53,6 +54,13 @@ from gristmill.schemas.result import (
 from gristmill.schemas.sampling import SamplingParams
 from gristmill.schemas.status import JobStatus, ModelInfo, WorkerInfo
 from gristmill.schemas.tools import Function, PastCall, Toolbox, ToolCall
+from gristmill.schemas.webhook import (
+    DeliveryState,
+    WebhookDelivery,
+    WebhookEndpoint,
+    WebhookEvent,
+    WebhookTry,
+)
 from gristmill.schemas.wire import Answer, Record
 from hypothesis import strategies as st
 
@@ -63,6 +71,7 @@ IDS = st.lists(st.integers(0, 2**20), max_size=8).map(tuple)
 TIME = st.floats(0, 4e9, allow_nan=False)
 JOB_ID = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}(\.[0-9]{1,4})?", fullmatch=True)
 TENANT = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)
+URL = st.from_regex(r"https?://[a-z]{1,9}(\.[a-z]{1,9})?(:[1-9][0-9]{1,3})?(/[a-z%-]{0,9})?", fullmatch=True)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
@@ -197,6 +206,7 @@ def jobs(draw: st.DrawFn) -> Job:
         idempotency_key=draw(maybe(NAME)),
         retry_of=draw(maybe(JOB_ID)),
         metadata=draw(st.dictionaries(TEXT, TEXT, max_size=4)),
+        webhook=draw(maybe(URL)),
         **prompt,
     )
 
@@ -365,7 +375,8 @@ batch_options = st.builds(
     stop_after_failed=maybe(st.integers(1, 2**40)),
     stop_after_share=maybe(st.floats(0, 1, exclude_min=True)),
     input_order=st.booleans(),
-    webhook=maybe(TEXT),
+    webhook=maybe(URL),
+    webhook_every_percent=maybe(st.integers(1, 99)),
     retention_s=st.floats(0, 1e6, exclude_min=True),
 )
 batch_files = st.builds(BatchFile, name=NAME, rows=COUNT, bytes=COUNT, sha256=NAME)
@@ -392,6 +403,7 @@ BATCHES: dict[type[Record], st.SearchStrategy[Any]] = {
         created_at=maybe(TIME),
         output=maybe(NAME),
     ),
+    OpenedBatch: st.builds(OpenedBatch, batch=st.builds(Batch, id=TENANT, model=NAME), segments=st.just(())),
     Segment: st.builds(Segment, phase=st.sampled_from(Phase), id=JOB_ID),
     SegmentInfo: st.builds(
         SegmentInfo,
@@ -450,6 +462,35 @@ BATCHES: dict[type[Record], st.SearchStrategy[Any]] = {
     ),
 }
 RECORDS |= BATCHES
+
+tries = st.builds(WebhookTry, n=COUNT, at=TIME, ms=COUNT, status=maybe(COUNT), code=maybe(NAME), reason=TEXT)
+RECORDS |= {
+    WebhookEvent: st.builds(WebhookEvent, id=NAME, type=NAME, created_at=COUNT, data=OBJECT),
+    WebhookTry: tries,
+    WebhookDelivery: st.builds(
+        WebhookDelivery,
+        id=NAME,
+        type=NAME,
+        endpoint=URL,
+        state=st.sampled_from(DeliveryState),
+        created_at=TIME,
+        next_at=maybe(TIME),
+        ended_at=maybe(TIME),
+        tries=COUNT,
+        why=TEXT,
+        data=OBJECT,
+        log=st.lists(tries, max_size=2).map(tuple),
+    ),
+    WebhookEndpoint: st.builds(
+        WebhookEndpoint,
+        url=URL,
+        failures=COUNT,
+        since=maybe(TIME),
+        held_until=maybe(TIME),
+        disabled_at=maybe(TIME),
+        why=TEXT,
+    ),
+}
 
 
 def public_records() -> set[type[Record]]:
