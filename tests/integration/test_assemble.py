@@ -143,7 +143,8 @@ def test_a_death_before_any_call_costs_nothing_but_time(
     monkeypatch.setattr(line_merge, "FAN_IN", 3)
     pieces = dealt(store, 40, 5)
     expected: bytes | None = None
-    for calls in range(1, 1000):
+    every = 1 if isinstance(store, FileStore) else 11  # requests take a while on a machine with other work
+    for calls in range(1, 1000, every):
         dying: Any = Dying(store, calls)
         with suppress(Died):
             assemble(dying, OUTPUT, pieces, in_order=in_order, scratch=scratch)
