@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 AHEAD = 32
 """Rows whose prompts are tokens already, so that a free place is filled at once."""
+BEGIN_AT_ONCE = 256
+"""Rows that cannot run take no room."""
 LOOK_S = 1.0
 """How often a run looks around although nobody told it to: room may come unheard."""
 STANDING_EVERY_S = 5.0
@@ -221,6 +223,9 @@ class SegmentRun:
                 self._take_standing(standing)
         if self._ends_at <= now:
             self._stop_all(FinishReason.EXPIRED)
+        if self._ending is not None:  # some may have begun just as it was said
+            for row in list(self._running):
+                self._floor.end_early(row, self._ending)
         if not self._over_and_out and not self._writer.full:
             self._begin_rows()
             self._prepare_ahead()
@@ -251,15 +256,14 @@ class SegmentRun:
     def _stop_all(self, reason: FinishReason) -> None:
         if self._ending is None:
             self._ending = reason
-            for row in list(self._running):
-                self._floor.end_early(row, reason)
+            self.poke()
 
     # ---- rows begin
 
     def _begin_rows(self) -> None:
         room = self._floor.room()
         chosen: list[_Next] = []
-        while room is not None and len(self._rows) + len(self._next):
+        while room is not None and len(self._rows) + len(self._next) and len(chosen) < BEGIN_AT_ONCE:
             row = self._next.popleft() if self._next else self._prepare()
             if row is None:
                 continue

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from gristmill.schemas.dead import DeadLetter
 from gristmill.schemas.events import Crashed, Trial
-from gristmill.schemas.job import JobState
+from gristmill.schemas.job import Job, JobState
 from gristmill.schemas.queues import queue_names
 from gristmill.schemas.result import Result
+from gristmill.schemas.sampling import SamplingParams
 from gristmill.schemas.status import WorkerInfo
 
+from ..support.batches import BATCH, lines_of, row, run_batch
 from ..support.faults import poison
 from ..support.stack import Stack
 from ..support.waiting import wait_until
@@ -69,6 +71,29 @@ def check_given_up(stack: Stack, job_id: str, code: str, strikes: int = 3) -> No
     status = stack.state.status(job_id)
     assert status is not None
     assert status.state is JobState.FAILED
+
+
+def test_a_poison_row_of_a_batch_is_an_error_line_and_its_neighbours_succeed(stack: Stack) -> None:
+    def asked(line: int, *prompt: int) -> Job:
+        sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+        return row(line, prompt=None, prompt_ids=prompt, sampling=sampling)
+
+    rows = [asked(1, 1, 101, 7), asked(2, 1, 2, TOKEN, 3), asked(3, 1, 103, 7)]
+    run_batch(stack.state, stack.store, rows)
+    stack.worker(wait=False, env=poison(TOKEN) | {"GRISTMILL_MAX_ATTEMPTS": "1"})
+    batches = stack.state.batches
+
+    def final() -> bool:
+        batch = batches.get(BATCH)
+        return batch is not None and batch.status.final
+
+    wait_until(final, DEADLINE_S, "the batch has ended")
+    first, bad, third = lines_of(stack.state, stack.store)
+    assert bad["response"]["body"]["error"]["code"] == "max_attempts"
+    assert "gristmill dead" not in bad["response"]["body"]["error"]["message"]
+    for line in (first, third):
+        assert line["response"]["body"]["usage"]["completion_tokens"] == TOKENS
+    assert dead_letters(stack) == []
 
 
 def test_twenty_neighbours_of_a_poison_row_succeed(stack: Stack, tmp_path: Path) -> None:
