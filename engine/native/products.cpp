@@ -41,6 +41,10 @@ void pack(uint8_t* to, const uint8_t* weight, int outputs, int row_bytes, int th
         std::memset(tile, 0, TILE_SIZE);
         for (int n = 0; n < 16 && p * PANEL + half * 16 + n < outputs; n++) {
           const uint8_t* row = weight + (p * PANEL + half * 16 + n) * row_bytes;
+          if ((s + 1) * TILE_BYTES <= row_bytes) {                             // whole: sizes the compiler knows
+            for (int k = 0; k < 16; k++) std::memcpy(tile + k * TILE_BYTES + n * 4, row + s * TILE_BYTES + k * 4, 4);
+            continue;
+          }
           for (int k = 0; k < 16; k++) {
             const int at = int(s) * TILE_BYTES + k * 4;
             if (at < row_bytes) std::memcpy(tile + k * TILE_BYTES + n * 4, row + at, std::min(4, row_bytes - at));
