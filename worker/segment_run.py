@@ -384,9 +384,10 @@ class SegmentRun:
             return
         self._floor.metrics.on_row(result)
         self._writer.add(Ended(line, said, result.state, result.usage))
+        alone = self._ending is None and result.state in (JobState.CANCELLED, JobState.EXPIRED)
         for copy in self._end(line):
             number = _line_of(copy)
-            if line in self._stopped:  # that one alone
+            if alone:  # that row was stopped, and not its batch
                 self._next.append(self._fitted(number, copy))
                 continue
             own = result.model_copy(update={"job_id": copy.id, "custom_id": copy.custom_id})
