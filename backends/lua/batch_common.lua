@@ -58,8 +58,8 @@ local function needs_message(segment)
 end
 
 -- Queue the event for the batch's webhook, if it has one. `part`: which of several of a kind.
-local function tell_webhook(kind, part)
-  local is = redis.call('HMGET', BATCH, 'webhook', 'created_at', 'spec', 'status', 'reason', 'output', 'error_output')
+local function tell_webhook(kind, status, part)
+  local is = redis.call('HMGET', BATCH, 'webhook', 'created_at', 'spec', 'reason', 'output', 'error_output')
   if not is[1] then
     return
   end
@@ -69,8 +69,8 @@ local function tell_webhook(kind, part)
     n[i] = tonumber(count or 0)
   end
   local data = {
-    id = B, status = is[4], output = is[6] or nil, error_output = is[7] or nil,
-    reason = is[5] and cjson.decode(is[5]) or nil,
+    id = B, status = status, output = is[5] or nil, error_output = is[6] or nil,
+    reason = is[4] and cjson.decode(is[4]) or nil,
     request_counts = {total = n[1], completed = n[2], failed = n[3]},
     usage = {prompt_tokens = n[4], completion_tokens = n[5], cached_tokens = n[6], total_tokens = n[4] + n[5]},
   }
@@ -83,11 +83,11 @@ local function tell_webhook(kind, part)
 end
 
 local function become(status)
+  if FINAL[status] or (status == 'in_progress' and redis.call('HEXISTS', BATCH, 'webhook_every') == 1) then
+    tell_webhook(status, status)  -- first: nothing becomes final without its event
+  end
   redis.call('HSET', BATCH, 'status', status, status .. '_at', NOW)
   tell_status()
-  if FINAL[status] or (status == 'in_progress' and redis.call('HEXISTS', BATCH, 'webhook_every') == 1) then
-    tell_webhook(status)
-  end
 end
 
 -- Every so many percent of its rows, if somebody wants to know. All of them is for the end to tell.
@@ -100,7 +100,7 @@ local function tell_progress()
   local step = percent - percent % is[1]
   if step > tonumber(is[5] or 0) and percent < 100 then
     redis.call('HSET', BATCH, 'webhook_told', step)
-    tell_webhook('progress', step)
+    tell_webhook('progress', is[6], step)
   end
 end
 

@@ -10,6 +10,9 @@ if FINAL[was[1]] then
   return 0
 end
 
+if was[3] then  -- first, so that whatever fails here leaves nothing final without its event
+  put_event(ARGV[6], ARGV[7], was[3], ARGV[8])
+end
 local time = clock()
 local attempt, seq = tonumber(was[2] or '0'), 1
 local top = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
@@ -33,7 +36,4 @@ end
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 redis.call('PUBLISH', KEYS[2], id .. ' ' .. ARGV[2])
-if was[3] then
-  put_event(ARGV[6], ARGV[7], was[3], ARGV[8])
-end
 return 1
