@@ -243,8 +243,8 @@ def _say_summary(summary: dict[str, Any]) -> None:
 
 
 def default_errors(output: str) -> str | None:
-    """``answers.jsonl.gz`` → ``answers.errors.jsonl.gz``. With stdout, failed rows go there too: None."""
-    if output == STANDARD:
+    """``answers.jsonl.gz`` → ``answers.errors.jsonl.gz``. None: they go to stdout, or a device, too."""
+    if output == STANDARD or outputs.special(output):
         return None
     folder, slash, name = output.rpartition("/")
     packed = PurePosixPath(name).suffix if name.endswith((".gz", ".zst", ".zstd")) else ""

@@ -70,10 +70,14 @@ def check_target(name: str, what: str, settings: Settings) -> None:
     if is_object(name):
         Object(name, settings).check()
         return
-    path = Path(name)
-    directory = path.absolute().parent
+    path = _real(name)
+    directory = path.parent
     if path.is_dir():
         raise Misconfigured(f"{what} {name} is a directory; name a file")
+    if special(name):
+        if not os.access(name, os.W_OK):
+            raise Misconfigured(f"{what} {name} cannot be written to")
+        return
     if not directory.is_dir():
         raise Misconfigured(f"{what} {name}: there is no directory {directory}; make it first")
     try:
@@ -84,10 +88,21 @@ def check_target(name: str, what: str, settings: Settings) -> None:
 
 
 def remove(name: str) -> None:
-    """Take away the file of an earlier run that has nothing to say any more. Not from a bucket."""
-    if name != STANDARD and "://" not in name:
+    """Take away the file of an earlier run that has nothing to say any more; no object, and no device."""
+    if name != STANDARD and "://" not in name and not special(name):
         with suppress(OSError):
             Path(name).unlink()
+
+
+def special(name: str) -> bool:
+    """Whether it is a device or a pipe, like /dev/null: written into, and never replaced."""
+    path = Path(name)
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _real(name: str) -> Path:
+    """Where a file is, for it is replaced there; a link to it stays."""
+    return Path(os.path.realpath(name))
 
 
 def _target(name: str, settings: Settings) -> Target:
@@ -95,7 +110,9 @@ def _target(name: str, settings: Settings) -> Target:
 
     if name == STANDARD:
         return _Standard()
-    return Object(name, settings).create() if is_object(name) else _File(Path(name))
+    if is_object(name):
+        return Object(name, settings).create()
+    return _File(Path(name) if special(name) else _real(name))
 
 
 class _Standard:
@@ -111,13 +128,13 @@ class _Standard:
 
 
 class _File:
-    """Written aside, then renamed."""
+    """Written aside, then renamed; what is ``special`` is written as it is."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self._aside = None if special(str(path)) else path.with_name(f".{path.name}.{os.getpid()}.part")
         with self._errors():
-            self._file: BinaryIO = self._aside.open("wb")
+            self._file: BinaryIO = (self._aside or path).open("wb")
 
     def write(self, data: bytes) -> None:
         with self._errors():
@@ -126,6 +143,9 @@ class _File:
     def finish(self) -> None:
         with self._errors():
             self._file.flush()
+            if self._aside is None:
+                self._file.close()
+                return
             os.fsync(self._file.fileno())
             self._file.close()
             if self._path.exists():
@@ -135,8 +155,9 @@ class _File:
     def abandon(self) -> None:
         with suppress(OSError):
             self._file.close()
-        with suppress(OSError):
-            self._aside.unlink()
+        if self._aside is not None:
+            with suppress(OSError):
+                self._aside.unlink()
 
     @contextmanager
     def _errors(self) -> Generator[None]:
