@@ -17,7 +17,7 @@ from ...schemas.batch import Batch, BatchStatus
 from ...schemas.errors import InvalidRequest, JobNotFound, Transient
 from ..link import Link
 from ..settings import ProducerSettings
-from .answers import Answers, ended_before, find
+from .answers import Answers, find
 from .cache import Cache
 from .crew import Crew
 from .forecast import Forecast, Progress
@@ -50,7 +50,7 @@ class Run:
         self._cache = cache
         self._link, self._settings, self._intake = link, settings, intake
         self._submission = Submission(link, intake, batch)
-        self.batch = self._submission.known or ended_before(link, batch.id) or batch
+        self.batch = self._submission.known or batch
         self.over = self.batch.status.final
         """Nothing is left to do but to fetch the answers."""
         self.resumed = self.batch.request_counts.completed + self.batch.request_counts.failed

@@ -33,6 +33,7 @@ from ...schemas.batch import (
 )
 from ...schemas.batch_lines import OutputLine, error_line
 from ..link import Link
+from .answers import ended_before
 from .check import Refusal
 from .cutting import Cut, Part, Sent
 from .intake import Intake, Taken
@@ -62,8 +63,9 @@ class Submission:
 
     def __init__(self, link: Link, intake: Intake, batch: Batch) -> None:
         self._link, self._intake, self.batch = link, intake, batch
-        self.known = self._batches.get(batch.id)
-        """Where it stood before, if it was submitted before."""
+        self.known = self._batches.get(batch.id) or ended_before(link, batch.id)
+        """Where it stood before, if it was submitted before. Its files may have outlived its record: a second
+        output would not fit where the first one lies."""
 
     @property
     def _batches(self) -> Batches:
@@ -112,12 +114,14 @@ class Submission:
             self._batches.sent(self.batch.id, unsent)
 
     def _put(self, cut: Cut) -> SegmentInfo:
-        """A segment's input. One that an earlier try has left is replaced while nobody knows the batch."""
+        """A segment's input. One that an earlier try has left is replaced, unless its batch is open by now:
+        somebody else submits the same, and a worker may be about to read it.
+        """
         name = segment_id(self.batch.id, cut.number)
         target, store = keys.segment_object(name), self._link.store
         if self.known is None:
             body = b"".join(self._lines(cut.rows))
-            if not store.put_new(target, body):
+            if not store.put_new(target, body) and self._batches.get(self.batch.id) is None:
                 store.remove(target)
                 store.put_new(target, body)
         return SegmentInfo(id=name, input=target, rows=len(cut.rows), first=cut.first, last=cut.last)

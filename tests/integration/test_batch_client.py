@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 from gristmill.producer.batch.intake import InvalidInput
-from gristmill.producer.batches import BatchHandle
-from gristmill.schemas.batch import BatchStatus
+from gristmill.producer.batch.submission import Submission
+from gristmill.producer.batches import BatchHandle, Wishes, describe, read
+from gristmill.producer.link import Link
+from gristmill.producer.settings import producer_settings
+from gristmill.schemas import keys
+from gristmill.schemas.batch import BatchStatus, segment_id
 from gristmill.schemas.batch_lines import OutputLine
+from gristmill.schemas.batch_manifest import BatchManifest
 from gristmill.schemas.errors import EmptyFile, InvalidRequest
 
 from ..support.stack import Stack
@@ -119,3 +124,26 @@ def test_rows_from_a_program_become_a_batch(tiny_stack: Stack, tmp_path: Path) -
         handle.retry()
     with pytest.raises(EmptyFile):
         batches.submit([])
+
+
+def test_a_batch_that_somebody_opened_meanwhile_is_left_alone(tiny_stack: Stack) -> None:
+    link = Link(tiny_stack.settings)
+    settings = producer_settings(link.settings)
+    with read([{"prompt": "a"}], Wishes(), settings) as intake:
+        batch = describe(intake, Wishes(), "m", settings, "batch_", "")
+        one, other = Submission(link, intake, batch), Submission(link, intake, batch)
+        one.run()
+        name = keys.segment_object(segment_id(batch.id, 1))
+        there = link.store.get(name)
+        other.run()
+        assert link.store.get(name) == there, "a worker may be reading it"
+
+        manifest = BatchManifest(batch=batch.id, status="completed", total=1, completed=1, created_at=1.0)
+        link.store.put_new(keys.batch_file(batch.id, "manifest.json"), manifest.to_json().encode())
+        assert link.state.batches.delete(batch.id)
+        again = Submission(link, intake, batch)
+        again.run()
+        assert link.state.batches.get(batch.id) is None, "its output stands already"
+        assert again.known is not None
+        assert again.known.status is BatchStatus.COMPLETED
+    link.close()
