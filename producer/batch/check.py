@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...schemas.batch import MAX_REPORTED, LineProblem
-from ...schemas.batch_lines import claimed_custom_id, default_custom_id, fields_of
+from ...schemas.batch_lines import MAX_CUSTOM_ID_CHARS, claimed_custom_id, default_custom_id, fields_of
 from ...schemas.errors import (
     BadInput,
     DuplicateCustomId,
@@ -193,8 +193,8 @@ def _add_refused(refusal: Refusal, rules: Rules, found: Checked, spool: Spool) -
 def refuse(number: int, record: Record, exc: BadInput) -> Refusal:
     """The error with what its record says of itself."""
     claimed = claimed_custom_id(record) if isinstance(record, bytes) else None
-    if isinstance(record, dict) and isinstance(record.get("custom_id"), str):
-        claimed = record["custom_id"]
+    if isinstance(record, dict) and isinstance(said := record.get("custom_id"), str):
+        claimed = said if len(said) <= MAX_CUSTOM_ID_CHARS else None
     return Refusal(number, claimed or default_custom_id(number), ErrorInfo.of(exc))
 
 

@@ -21,7 +21,7 @@ from .check import Checked, Refusal, Rules
 from .copies import Copies
 from .cutting import Cut, Sent, cut, with_copies
 from .order import in_order, windows, work_s
-from .records import Record, read_records
+from .records import Record, as_line, read_records
 from .sources import FileName, open_input
 from .spool import Spool, Spooled
 from .twins import Twins
@@ -70,8 +70,8 @@ class Intake:
             return self.take(read_records(file, name.form, limit))
 
     def take_requests(self, requests: Iterable[Mapping[str, Any]]) -> Checked:
-        """Requests as a program has them, numbered from 1."""
-        return self.take((number, dict(each)) for number, each in enumerate(requests, 1))
+        """Requests as a program has them, numbered from 1: what a line of JSON may say, they may."""
+        return self.take((number, as_line(each)) for number, each in enumerate(requests, 1))
 
     def take(self, records: Iterable[tuple[int, Record]]) -> Checked:
         """All records of an input."""

@@ -21,6 +21,8 @@ TOKENS_PER_MESSAGE = 4.0
 UNSAID_OUTPUT_TOKENS = 256.0
 """What a row is taken to generate that names no number."""
 MOST_MOLDS = 512
+MOLDS_CHARS = 8_000_000
+"""Of what molds are known by: rows may bring a schema of a hundred thousand characters each."""
 
 _PLACE = {"v", "id", "model", "submitted_at", "expires_at", "custom_id"}
 """What a job owes to its place in a batch."""
@@ -106,6 +108,7 @@ class Molds:
     def __init__(self, settings: Settings, defaults: Mapping[str, Any]) -> None:
         self._settings, self._defaults = settings, defaults
         self._molds: dict[tuple[str, str], _Mold] = {}
+        self._chars = 0
 
     def make(self, number: int, fields: dict[str, Any]) -> Made:
         """A row of its fields, as ``made(parse_fields(…))``. Raises what that raises."""
@@ -118,8 +121,10 @@ class Molds:
         if mold is None:
             row = made(parse_fields(fields, number, self._defaults), self._settings)
             assert row.body.startswith(head), "a job does not begin with its text"
-            if len(self._molds) >= MOST_MOLDS:
+            if len(self._molds) >= MOST_MOLDS or self._chars >= MOLDS_CHARS:
                 self._molds.clear()
+                self._chars = 0
+            self._chars += len(key[1])
             self._molds[key] = _Mold(row.body[len(head) :], row)
             return row
         return replace(mold.row, custom_id=custom_id, body=head + mold.rest, prompt_tokens=tokens)
@@ -132,7 +137,8 @@ def _parts(fields: dict[str, Any], number: int) -> tuple[str, str, Any, tuple[st
         if "body" in fields or "method" in fields:
             return None
         said: Any = fields
-        custom_id: Any = fields.get("custom_id") or default_custom_id(number)
+        custom_id: Any = fields.get("custom_id")
+        custom_id = default_custom_id(number) if custom_id is None else custom_id
         name = "prompt" if "prompt" in fields else "messages"
         if name == "prompt" and "messages" in fields:
             return None

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 
 from ...schemas.errors import BadInput, InvalidJson, InvalidRequest
 from ...schemas.sampling import SamplingParams
-from ...schemas.wire import shown
+from ...schemas.wire import loads, shown
 from .sources import Form, pyarrow_parquet
 
 Record = bytes | int | dict[str, Any] | BadInput
@@ -64,6 +64,14 @@ def read_lines(file: Lines, limit_bytes: int) -> Iterator[tuple[int, bytes | int
         while not piece.endswith(b"\n") and (piece := file.readline(1 << 20)):
             size += len(piece)
         yield number, size
+
+
+def as_line(fields: Mapping[str, Any]) -> Record:
+    """A program's mapping as the line of JSON that says the same."""
+    try:
+        return json.dumps(dict(fields)).encode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        return InvalidJson(f"not to be written as JSON: {exc}")
 
 
 # ---- tables
@@ -118,8 +126,8 @@ def _value(name: str, cell: str) -> Any:
     if name not in _FIELDS or name in _TEXTS:
         return cell
     try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
+        return loads(cell)
+    except InvalidJson:
         return cell
 
 

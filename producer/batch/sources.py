@@ -24,6 +24,8 @@ from ...schemas.errors import BadInput, InvalidRequest, Misconfigured
 from ...schemas.settings import Settings
 
 CHUNK_BYTES = 1 << 17
+ZSTD_BYTES = 1 << 12
+"""Of packed zstd at a time. Four of them may stand for 128 KiB: these are unpacked to 128 MiB at most."""
 STANDARD = "-"
 """Standard input, or standard output."""
 
@@ -122,23 +124,24 @@ class _Zstd(io.RawIOBase):
     def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
         self._raw, self._decompressor = raw, decompressor
         self._frame: Any = None
-        self._packed, self._ready = b"", b""
+        self._packed = self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
         while not self._ready:
-            self._packed = self._packed or self._raw.read(CHUNK_BYTES)
+            self._packed = self._packed or memoryview(self._raw.read(CHUNK_BYTES))
             if not self._packed:
                 if self._frame is not None:
                     raise EOFError("it ends in the middle of a frame")
                 return 0
             self._frame = self._frame or self._decompressor.decompressobj()
-            self._ready = self._frame.decompress(self._packed)
-            self._packed = b""
+            piece, self._packed = self._packed[:ZSTD_BYTES], self._packed[ZSTD_BYTES:]
+            self._ready = memoryview(self._frame.decompress(piece))
             if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
+                rest = len(self._frame.unused_data)
+                self._packed, self._frame = memoryview(bytes(piece[len(piece) - rest :]) + self._packed), None
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from gristmill.producer.batch.check import CODES, Checked, Rules, check, line_limit
 from gristmill.producer.batch.copies import Copies
+from gristmill.producer.batch.intake import Intake
 from gristmill.producer.batch.records import Shape, read_records
 from gristmill.producer.batch.sources import FileName, Form, Packing, open_input
 from gristmill.producer.batch.spool import Spool, Spooled
@@ -81,6 +83,8 @@ BAD_LINES = [
     (b'{"prompt": "' + b"x" * 10_000_000 + b'"}\n', "invalid_request"),
     (b'{"prompt": "hi", "model": "other"}\n', "model_not_found"),
     (b'{"custom_id": "first", "prompt": "hi"}\n', "duplicate_custom_id"),
+    (b'{"custom_id": "", "prompt": "hi"}\n', "invalid_request"),
+    (b'{"custom_id": 0, "prompt": "hi"}\n', "invalid_request"),
 ]
 
 
@@ -145,11 +149,17 @@ def test_a_column_or_a_template_becomes_the_prompt(stack: ExitStack) -> None:
         ("a,b,c", "invalid_request"),
         ('"never closed', "invalid_json_line"),
         ("caf\udce9,x", "invalid_json_line"),
+        ("long," + 70_000 * "x", "invalid_request"),
     ],
 )
 def test_a_bad_row_of_a_table_has_its_line(stack: ExitStack, line: str, code: str) -> None:
     table = f"prompt,custom_id\nok,1\n{line}\n".encode(errors="surrogateescape")
     assert Read(stack, table, Form.CSV).problems == [(3, code)]
+
+
+def test_half_a_surrogate_pair_in_a_cell_is_a_bad_row(stack: ExitStack) -> None:
+    cell = '"[{""role"": ""user"", ""content"": ""\\ud800""}]"'
+    assert Read(stack, f"messages,n\n{cell},1\n".encode(), Form.CSV).problems == [(2, "invalid_request")]
 
 
 @pytest.mark.parametrize("template", ["{0.x}", "{a!r}", "{a:>9}", "{", "{}"])
@@ -205,6 +215,20 @@ def test_a_packed_file_is_read_whole_or_refused(tmp_path: Path, suffix: str, pac
         path.write_bytes(broken)
         with pytest.raises(BadInput, match="not whole"), open_input(name, SETTINGS) as file:
             file.read()
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_read_in_pieces(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    packer, path = zstandard.ZstdCompressor(level=19).compressobj(), tmp_path / "in.zst"
+    path.write_bytes(b"".join(packer.compress(bytes(1 << 20)) for _ in range(512)) + packer.flush())
+    assert path.stat().st_size < 20_000
+    tracemalloc.start()
+    try:
+        with open_input(FileName.of(str(path)), SETTINGS) as file:
+            assert sum(map(len, iter(lambda: file.read(1 << 20), b""))) == 1 << 29
+        assert tracemalloc.get_traced_memory()[1] < 300 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -284,6 +308,15 @@ def test_a_set_of_lines_counts_each_once() -> None:
         True,
         False,
     )
+
+
+def test_a_program_may_say_what_a_line_may_and_no_more() -> None:
+    with Intake(Rules(SETTINGS)) as intake:
+        line = json.loads(batch_line())
+        said = [line, {"prompt": "p", "stop": ("x",)}, {"prompt": "p", "max_tokns": 3}]
+        found = intake.take_requests([*said, {"prompt": "\ud800"}, {"prompt": object()}, {"prompt": b"p"}])
+        assert (found.rows, [each.line for each in found.errors]) == (2, [3, 4, 5, 6])
+        assert [each.problem.code for each in found.errors] == ["invalid_request", *["invalid_json_line"] * 3]
 
 
 def test_an_empty_input_has_neither_rows_nor_errors(stack: ExitStack) -> None:
