@@ -22,7 +22,7 @@ if seg ~= '' then
   end
   joined, before = state, redis.call('HGET', state, 'joined')
 else
-  local early = is[1] == 'validating' or is[1] == 'in_progress'
+  local early = (is[1] == 'validating' or is[1] == 'in_progress') and not is[2]
   local may = attempt == '' and early or (attempt ~= '' and is[2] == attempt)
   if not may or FINAL[is[1]] then
     return {'fenced'}

@@ -17,7 +17,9 @@ redis.call('HINCRBY', BATCH, 'validated', ARGV[4])
 redis.call('HINCRBY', BATCH, 'planned_tokens', ARGV[5])
 redis.call('HINCRBY', BATCH, 'problems', ARGV[6])
 if ARGV[8] then
-  redis.call('RPUSH', ERRORS, unpack(ARGV, 8))
+  for i = 8, #ARGV do  -- one by one: Lua unpacks no more than 8,000
+    redis.call('RPUSH', ERRORS, ARGV[i])
+  end
   redis.call('LTRIM', ERRORS, 0, ARGV[7] - 1)
   keep(ERRORS)
 end

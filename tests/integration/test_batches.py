@@ -241,6 +241,18 @@ def test_problems_make_a_batch_fail_before_anything_runs_unless_they_are_skipped
         assert state.batches.delete(BATCH)
 
 
+def test_as_many_problems_are_told_as_a_batch_may_ask_for(state: State) -> None:
+    batch = opened(state, 10_000, options=BatchOptions(max_errors=10_000))
+    claim = claimed(state)
+    found = [LineProblem(code="invalid_request", message="no", line=line) for line in range(1, 10_001)]
+    told = {"rows": 0, "tokens": 0, "problems": found, "count": 10_000, "told": 10_000}
+    assert state.batches.validated(claim.info.id, claim.attempt, **told)
+    assert state.batches.begin(batch) is BatchStatus.FAILED
+    record = state.batches.get(BATCH)
+    assert record is not None
+    assert [problem.line for problem in record.errors] == list(range(1, 10_001))
+
+
 def test_a_cancelled_batch_takes_what_its_workers_have_and_the_rest_from_its_keeper(state: State) -> None:
     batch = running(state, 2, 2)
     claim = claimed(state)
@@ -268,7 +280,7 @@ def test_a_cancelled_batch_takes_what_its_workers_have_and_the_rest_from_its_kee
 def test_a_batch_whose_time_is_up_ends_as_expired(settings: Settings) -> None:
     clock = Clock()
     with State(connect(settings.broker, settings), settings, clock=clock) as state:
-        batch = running(state, 1, completion_window_s=60.0)
+        batch = running(state, 1, completion_window_s=60.0, request_counts=RequestCounts(total=2))
         claim = claimed(state)
         assert not state.batches.expire(BATCH)
         assert state.batches.begin_finalize(BATCH, "me", 60) is None
@@ -277,6 +289,7 @@ def test_a_batch_whose_time_is_up_ends_as_expired(settings: Settings) -> None:
         assert state.batches.expire(BATCH)
         assert state.batches.begin_finalize(BATCH, "me", 60) is BatchStatus.EXPIRED
         assert state.batches.accept(claim.info.id, claim.attempt, [rows_of(1)]) is None
+        assert state.batches.add(BATCH, [rows_of(2, kind="errors")]) is None, "a client comes too late, too"
         late = rows_of(1, kind="errors", expired=pack_lines([1]))
         assert isinstance(state.batches.add(BATCH, [late], "me"), Accepted)
         assert state.batches.complete(batch, "me") is BatchStatus.EXPIRED
