@@ -113,7 +113,7 @@ class RowWriter:
 
     @property
     def idle(self) -> bool:
-        """Everything that was added has joined, or never will."""
+        """Everything that was added has joined."""
         return not self._piles and not self._pile.rows
 
     def stop(self) -> None:
@@ -134,11 +134,12 @@ class RowWriter:
             answer = self._write(pile.rows)
             if isinstance(answer, bool):  # we close
                 return
+            if answer is None:  # these never join: not idle for a moment, which would look like the end
+                self._on_answer(None)
+                return
             with self._changed:
                 del self._piles[0]
             self._on_answer(answer)
-            if answer is None:
-                return
 
     def _write(self, rows: list[Ended]) -> Accepted | Literal[False] | None:
         """None: fenced. False: we close."""

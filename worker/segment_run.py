@@ -459,16 +459,18 @@ class SegmentRun:
             return Disposition.DROP
         left = len(self._rows) + len(self._next)
         if self._how is None and (self._ending is not None or not left):
-            self._say(partial(floor.batches.end_segment, self.id, self._attempt))
-            return Disposition.ACK
+            return self._after(partial(floor.batches.end_segment, self.id, self._attempt))
         lines = [_line_of(slot.job) for slot in running]
         unsent = self._how is None and self._paused
-        self._say(partial(floor.batches.release, self.id, self._attempt, lines, unsent=unsent))
-        return Disposition.ACK if unsent else Disposition.REQUEUE
+        after = self._after(partial(floor.batches.release, self.id, self._attempt, lines, unsent=unsent))
+        return after if unsent else Disposition.REQUEUE
 
-    def _say(self, call: Callable[[], bool]) -> None:
-        if self._floor.publisher.healthy:
-            self._floor.patiently(call)
+    def _after(self, call: Callable[[], bool]) -> Disposition:
+        """What becomes of the delivery: it may go once the server has heard us, and the segment was ours."""
+        said = self._floor.patiently(call) if self._floor.publisher.healthy else None
+        if said is None:
+            return Disposition.REQUEUE
+        return Disposition.ACK if said else Disposition.DROP
 
 
 def _line_of(job: Job) -> int:

@@ -53,10 +53,10 @@ class Segments:
     def handle(self, segment_id: str) -> Disposition:
         """Run one delivered segment to its end. Called on a pool thread, which it blocks meanwhile."""
         hand = _Hand(segment_id)
-        with self._lock:
-            first = self._hands.setdefault(segment_id, hand)
-        if first is not hand:  # redelivered to the worker that still runs it: both deliveries end alike
-            return first.disposition.result()
+        while (first := self._take(hand)) is not hand:  # redelivered to the worker that still runs it
+            before = first.disposition.result()
+            if before is not Disposition.ACK:  # else this message may be a later one, for what comes next
+                return before
         disposition = Disposition.DROP
         try:
             disposition = self._attempt(hand)
@@ -67,6 +67,11 @@ class Segments:
                 del self._hands[segment_id]
             hand.disposition.set_result(disposition)
         return disposition
+
+    def _take(self, hand: _Hand) -> _Hand:
+        """Take a segment in hand. Returns ``hand``, or the one that has it already."""
+        with self._lock:
+            return self._hands.setdefault(hand.id, hand)
 
     def _attempt(self, hand: _Hand) -> Disposition:
         floor = self._floor
@@ -98,7 +103,8 @@ class Segments:
         log.error("segment.input_missing", extra={"segment": claim.info.id, "object": name})
         text = f"{name} is not in the result store; submit the batch again"
         reason = ErrorInfo(code="input_missing", message=text)
-        self._floor.patiently(partial(self._floor.batches.cancel, claim.batch.id, reason))
+        if self._floor.patiently(partial(self._floor.batches.cancel, claim.batch.id, reason)) is None:
+            return Disposition.REQUEUE
         self._floor.patiently(partial(self._floor.batches.end_segment, claim.info.id, claim.attempt))
         return Disposition.ACK
 

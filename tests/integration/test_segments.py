@@ -18,7 +18,7 @@ from gristmill.engine.messages import Output
 from gristmill.engine.tokenizer import Tokenizer
 from gristmill.producer import Client
 from gristmill.schemas.batch import BatchOptions, BatchStatus, row_id, segment_id
-from gristmill.schemas.errors import StoreUnavailable
+from gristmill.schemas.errors import BrokerUnavailable, StoreUnavailable
 from gristmill.schemas.events import Delta, Released, Started
 from gristmill.schemas.grammar import GrammarSpec
 from gristmill.schemas.job import Job, JobState
@@ -286,6 +286,51 @@ def test_a_paused_batch_ends_what_runs_and_gets_another_message_later(floor: Flo
     assert delivery.result(10) is Disposition.ACK
     assert len(lines_of(state, floor.store)) == 17
     assert list(state.batches.unsent(BATCH)) == [S1]
+
+
+def test_a_message_goes_only_once_the_server_knows_that_it_needs_another(
+    floor: Floor, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(line) for line in range(1, 31)]
+    run_batch(state, floor.store, rows)
+
+    def away(*_: Any, **__: Any) -> bool:
+        floor.handler._closing.set()
+        raise BrokerUnavailable("away")
+
+    monkeypatch.setattr(state.batches, "release", away)
+    delivery = floor.deliver_segment()
+    wait_until(lambda: len(floor.engine.submitted) == 17, 10, "the engine is full")
+    state.batches.pause(BATCH)
+    floor.handler.cancel(BATCH)
+    floor.finish(*rows[:17])
+    assert delivery.result(10) is Disposition.REQUEUE
+
+
+def test_a_segments_next_message_is_not_spent_on_the_end_of_its_last_one(
+    floor: Floor, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = open_batch(state, floor.store, [row(1)])
+    said = state.batches.validated
+    deliveries: list[Future[Disposition]] = []
+
+    def validated(*args: Any, **fields: Any) -> bool:
+        """The answer is late: the segment has its next message by then."""
+        answer = said(*args, **fields)
+        assert state.batches.begin(batch) is BatchStatus.IN_PROGRESS
+        first, waits = floor.handler.segments._hands[S1].disposition, threading.Event()
+        result = first.result
+        monkeypatch.setattr(first, "result", lambda *_: waits.set() or result())
+        deliveries.append(floor.deliver_segment())
+        assert waits.wait(10)
+        return answer
+
+    monkeypatch.setattr(state.batches, "validated", validated)
+    assert floor.deliver_segment().result(10) is Disposition.ACK
+    floor.wait(row(1))
+    floor.finish(row(1))
+    assert deliveries[0].result(10) is Disposition.ACK
+    assert len(lines_of(state, floor.store)) == 1
 
 
 def test_rows_wait_for_a_store_that_is_away_and_no_new_ones_are_lost(
