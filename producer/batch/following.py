@@ -18,6 +18,7 @@ def follow(link: Link, batch_id: str, last: EntryId | None) -> Iterator[tuple[En
     """Every event once, in order, from after ``last``. Raises JobNotFound, BrokerUnavailable."""
     batches = link.state.batches
     find(link, batch_id)
+    final = False
     with batches.subscribe(batch_id) as channel:
         while True:
             page = batches.read_events(batch_id, last, PAGE)
@@ -25,7 +26,10 @@ def follow(link: Link, batch_id: str, last: EntryId | None) -> Iterator[tuple[En
                 yield last, event
                 if isinstance(event, StatusChanged) and event.status.final:
                     return
-            if not page:
-                if find(link, batch_id).status.final:  # its log is over before it was followed
-                    return
+            if page:
+                continue
+            if final:  # its log is over before it was followed
+                return
+            final = find(link, batch_id).status.final  # then what it said last may have come meanwhile
+            if not final:
                 channel.get(SILENCE_S)
