@@ -138,11 +138,21 @@ class Courier:
         limits = Limits(free, self._settings.webhook_per_endpoint, (free + 1) // 2, under_way)
         taken, next_s = self._outbox.claim(limits, LEASE_S, GIVE_UP_S)
         for sending in taken:
-            with self._changed:
-                self._under_way[sending.endpoint] += 1
-                self._threads += 1
-            threading.Thread(target=self._send, args=(sending,), name="webhook", daemon=True).start()
+            self._begin(sending)
         return len(taken), next_s
+
+    def _begin(self, sending: Sending) -> None:
+        """On a thread. Where the system gives none, it comes again when its lease is over."""
+        with self._changed:
+            self._under_way[sending.endpoint] += 1
+            self._threads += 1
+        try:
+            threading.Thread(target=self._send, args=(sending,), name="webhook", daemon=True).start()
+        except RuntimeError as exc:
+            log.warning("webhook.no_thread", extra={"event": sending.event.id, "reason": str(exc)})
+            with self._changed:
+                self._under_way[sending.endpoint] -= 1
+                self._threads -= 1
 
     def _wait_idle(self, timeout_s: float) -> None:
         with self._changed:

@@ -508,6 +508,24 @@ def test_a_keeper_killed_in_the_middle_of_a_delivery_sends_it_again_with_the_sam
     assert (found.state, found.tries, [each.n for each in found.log]) == (DeliveryState.DELIVERED, 2, [2])
 
 
+def test_a_system_without_threads_to_spare_delays_events_and_loses_none(
+    post: Post, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        post.ended(receiver.url())
+    courier = post.courier(webhook_threads=4, webhook_per_endpoint=4)
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert courier.step()[0] == 3
+    post.clock.advance(LEASE_S + 1)
+    assert courier.drain() == 3
+    assert len(set(receiver.ids)) == 3
+
+
 def test_a_late_failure_of_a_try_whose_lease_ran_out_changes_nothing(post: Post, receiver: Receiver) -> None:
     job = post.ended(receiver.url())
     slow, quick = post.courier(), post.courier()
