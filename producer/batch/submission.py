@@ -42,6 +42,7 @@ OBJECT_BYTES = 8 * 1024 * 1024
 UPLOADS = 4
 """Segments on their way to the store, and in memory."""
 SENT_AT_ONCE = 50
+ALL = 1_000_000
 ADDED_AT_ONCE = 4
 CLIENT = "client"
 DAY_S = 86_400.0
@@ -107,11 +108,16 @@ class Submission:
             self._send()
 
     def _send(self) -> None:
-        """A message for each segment that has none. A keeper would do it half a minute later."""
-        while unsent := self._batches.unsent(self.batch.id, SENT_AT_ONCE):
-            for each in unsent:  # in the order in which they asked
+        """A message for each segment that has none. A keeper would do it half a minute later.
+
+        One that asks again meanwhile, since the batch was paused, is a keeper's to send once that goes on.
+        """
+        unsent = list(self._batches.unsent(self.batch.id, ALL).items())  # in the order in which they asked
+        for start in range(0, len(unsent), SENT_AT_ONCE):
+            page = dict(unsent[start : start + SENT_AT_ONCE])
+            for each in page:
                 send_segment(self._link.app, self.batch, each, Phase.VALIDATE)
-            self._batches.sent(self.batch.id, unsent)
+            self._batches.sent(self.batch.id, page)
 
     def _put(self, cut: Cut) -> SegmentInfo:
         """A segment's input. One that an earlier try has left is replaced, unless its batch is open by now:

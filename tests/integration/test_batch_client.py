@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.backends.batches import NoClaim
+from gristmill.producer.batch import following, submission
+from gristmill.producer.batch.answers import find
 from gristmill.producer.batch.intake import InvalidInput
 from gristmill.producer.batch.submission import Submission
 from gristmill.producer.batches import BatchHandle, Wishes, describe, read
 from gristmill.producer.link import Link
 from gristmill.producer.settings import producer_settings
 from gristmill.schemas import keys
-from gristmill.schemas.batch import BatchStatus, segment_id
+from gristmill.schemas.batch import Batch, BatchStatus, Phase, StatusChanged, segment_id
 from gristmill.schemas.batch_lines import OutputLine
 from gristmill.schemas.batch_manifest import BatchManifest
 from gristmill.schemas.errors import EmptyFile, InvalidRequest
@@ -146,4 +149,39 @@ def test_a_batch_that_somebody_opened_meanwhile_is_left_alone(tiny_stack: Stack)
         assert link.state.batches.get(batch.id) is None, "its output stands already"
         assert again.known is not None
         assert again.known.status is BatchStatus.COMPLETED
+    link.close()
+
+
+def test_a_paused_batchs_messages_are_sent_once_and_its_end_is_told(
+    tiny_stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Link(tiny_stack.settings)
+    batches, settings, sent = link.state.batches, producer_settings(link.settings), list[str]()
+
+    def send(_app: Any, batch: Batch, segment: str, _phase: Phase) -> None:
+        """A worker has it at once."""
+        sent.append(segment)
+        assert len(sent) < 3, "again and again"
+        batches.pause(batch.id)
+        assert batches.claim_segment(segment, "w1") == NoClaim("paused")
+
+    monkeypatch.setattr(submission, "send_segment", send)
+    with read([{"prompt": "a"}], Wishes(), settings) as intake:
+        batch = describe(intake, Wishes(), "m", settings, "batch_", "")
+        Submission(link, intake, batch).run()
+    assert len(sent) == 1
+    assert list(batches.unsent(batch.id)) == sent, "a keeper sends it when the batch goes on"
+
+    def found(link: Link, batch_id: str) -> Batch:
+        """It ends after its log was read, and before its status is."""
+        if batches.cancel(batch.id) is BatchStatus.CANCELLING and batches.begin_finalize(batch.id, "k", 60):
+            batches.complete(batch, "k")
+        return find(link, batch_id)
+
+    events = following.follow(link, batch.id, None)
+    heard = [next(events)[1]]
+    monkeypatch.setattr(following, "find", found)
+    heard += [event for _, event in events]
+    assert isinstance(heard[-1], StatusChanged)
+    assert heard[-1].status is BatchStatus.CANCELLED
     link.close()
