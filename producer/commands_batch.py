@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from ..schemas.batch import Batch, BatchStatus, RowsEnded
+from ..schemas.batch import Batch, BatchStatus, RowsEnded, StatusChanged
 from ..schemas.errors import InvalidRequest
 from . import batches
 from .batch.answers import Answers
 from .batch.download import download
 from .batch.following import follow as follow_events
-from .batch.forecast import Forecast
+from .batch.forecast import Forecast, Progress
 from .batch.intake import InvalidInput
 from .batch.output import check_target
 from .batches import BatchHandle
@@ -213,13 +213,19 @@ def follow(batch_id: str, after: str | None, as_json: bool, **options: Any) -> i
             if isinstance(event, RowsEnded):
                 for line in object_lines(opened.link.store, event.object):
                     put(line.decode())
-                done = forecast.progress(handle.status())
-                say(f"{done.ended:,}/{done.rows:,} rows, {rest(done)}")
-            elif event.kind == "status":
-                say(_status(handle.status()))
+                _say_rows(event, forecast.progress(handle.status()))
+            elif isinstance(event, StatusChanged):
+                say(f"{event.status}, paused" if event.paused else event.status)
         ended = handle.status()
         show_problems(ended.errors, False)
         return 0 if ended.status is BatchStatus.COMPLETED else 2
+
+
+def _say_rows(event: RowsEnded, now: Progress) -> None:
+    """How far it was with these rows; speed and rest only if that is where it stands."""
+    ended = event.counts.completed + event.counts.failed
+    speed = f", {rest(now)}" if ended == now.ended else ""
+    say(f"{ended:,}/{event.counts.total:,} rows{speed}")
 
 
 @batch.command(help="Fetch a batch's answers; of one that still runs, those that have ended.")

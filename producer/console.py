@@ -31,7 +31,8 @@ STDOUT_FD = 1
 HINTS = {
     "broker_unavailable": "`gristmill doctor` checks the broker, the state server and the store",
     "store_unavailable": "`gristmill doctor` checks the result store",
-    "job_not_found": "ids look like job_0190… or run_….12; GRISTMILL_BROKER_URL says where it is looked up",
+    "job_not_found": "ids look like job_0190…, batch_4be3… or batch_4be3….12; "
+    "GRISTMILL_BROKER_URL says where it is looked up",
     "wait_timeout": "`gristmill status ID` shows where it stands",
     "internal_error": "this is a bug; run it again with --debug and report the trace",
 }
