@@ -81,10 +81,33 @@ def _csv(file: BinaryIO, delimiter: str, limit_bytes: int) -> Iterator[tuple[int
     csv.field_size_limit(limit_bytes)
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     try:
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
-        yield from _table(_head(rows), rows)
+        lines = _TextLines(text, limit_bytes)
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        yield from _table(_head(rows), rows, lines)
     finally:
         text.detach()  # the file is its opener's
+
+
+class _TextLines:
+    """Those of a table. One over the limit is an error that has its number, and is not held in memory."""
+
+    def __init__(self, text: io.TextIOWrapper, limit_chars: int) -> None:
+        self._text, self._limit = text, limit_chars
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(self._limit + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        if len(line) <= self._limit or line.endswith(("\n", "\r")):
+            return line
+        while line and not line.endswith(("\n", "\r")):
+            line = self._text.readline(1 << 20)
+        raise csv.Error(f"a line of more than {self._limit:,} characters")
 
 
 def _head(rows: Any) -> list[str]:
@@ -97,9 +120,9 @@ def _head(rows: Any) -> list[str]:
     return head
 
 
-def _table(head: Sequence[str], rows: Any) -> Iterator[tuple[int, Record]]:
+def _table(head: Sequence[str], rows: Any, lines: _TextLines) -> Iterator[tuple[int, Record]]:
     while True:
-        number = rows.line_num + 1
+        number = lines.number + 1
         try:
             cells = next(rows, None)
         except csv.Error as exc:
@@ -139,7 +162,7 @@ def _parquet(file: BinaryIO) -> Iterator[tuple[int, Record]]:
             for row in piece.to_pylist():
                 number += 1
                 yield number, {name: value for name, value in row.items() if value is not None}
-    except (ValueError, OSError) as exc:  # pyarrow's own are one or the other
+    except (ValueError, OSError, NotImplementedError) as exc:  # pyarrow's own are one of them
         raise BadInput(f"cannot read Parquet after row {number:,}: {exc}") from exc
 
 

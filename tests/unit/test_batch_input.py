@@ -157,6 +157,26 @@ def test_a_bad_row_of_a_table_has_its_line(stack: ExitStack, line: str, code: st
     assert Read(stack, table, Form.CSV).problems == [(3, code)]
 
 
+def test_a_line_of_a_table_that_never_ends_is_not_held_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'prompt\nok\n"two\nlines"\n')
+        for _ in range(32):
+            file.write(b"x" * (1 << 20))
+        file.write(b"\nok\n")
+    name = FileName.of(str(path))
+    tracemalloc.start()
+    try:
+        with open_input(name, SETTINGS) as file:
+            found = list(read_records(file, name.form, 100_000))
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert [number for number, _ in found] == [2, 3, 5, 6]
+    assert isinstance(found[2][1], BadInput)
+    assert found[3][1] == {"prompt": "ok"}
+
+
 def test_half_a_surrogate_pair_in_a_cell_is_a_bad_row(stack: ExitStack) -> None:
     cell = '"[{""role"": ""user"", ""content"": ""\\ud800""}]"'
     assert Read(stack, f"messages,n\n{cell},1\n".encode(), Form.CSV).problems == [(2, "invalid_request")]
