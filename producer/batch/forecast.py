@@ -16,6 +16,8 @@ from .order import OUTPUT_TOKENS_PER_S, PROMPT_TOKENS_PER_S
 LIVE_SHARE = 0.05
 """From this part of the rows on, what was measured counts, and not what was guessed."""
 SAMPLES, SAMPLE_S = 120, 2.0
+JOIN_S = 10.0
+"""How often a worker hands over what has ended, unless it was told otherwise."""
 PROMPT_WEIGHT = OUTPUT_TOKENS_PER_S / PROMPT_TOKENS_PER_S
 """What a token of a prompt costs, in tokens of output."""
 
@@ -76,10 +78,13 @@ class Forecast:
         )
 
     def _note(self, batch: Batch, now: float) -> None:
-        """A sample every few seconds; none from before anything ran."""
-        idle = len(self._samples) == 1 and self._samples[0][1].usage == batch.usage
-        if idle:
-            self._samples.clear()
+        """A sample every few seconds. Of the time before anything has ended, as much as answers wait until
+        they join a batch, many at a time: the first ones took that, and not the time since the last look.
+        """
+        while (
+            self._samples and self._samples[0][1].usage == batch.usage and now - self._samples[0][0] > JOIN_S
+        ):
+            self._samples.popleft()
         if not self._samples or now - self._samples[-1][0] >= SAMPLE_S:
             self._samples.append((now, batch))
 
@@ -98,7 +103,8 @@ class Forecast:
         """(estimate of the first ``ended`` rows, of all). Without estimates rows count alike."""
         if self._rows[-1] == 0:
             return float(ended), float(total)
-        ended = min(ended, self._rows[-1])
+        refused = total - self._rows[-1]  # are in no segment, and end first
+        ended = min(max(ended - refused, 0), self._rows[-1])
         place = min(bisect_right(self._rows, ended), len(self._rows) - 1)
         rows = self._rows[place] - self._rows[place - 1]
         share = (ended - self._rows[place - 1]) / rows if rows else 1.0
