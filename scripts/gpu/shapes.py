@@ -118,6 +118,10 @@ class RandomWeights:
             return torch.ones(shape, dtype=dtype, device=device)
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02)
 
+    def lend(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Each is drawn for whoever asks."""
+        return self.fetch(name, dtype, device)
+
     def layer(
         self, modules: Sequence[str], bias: Tensor | None, dtype: torch.dtype, device: torch.device
     ) -> None:

@@ -36,7 +36,7 @@ SHORT, LONG = SamplingParams(max_tokens=4, seed=1, ignore_eos=True), SamplingPar
 POINTS = [
     ("after:Batches.validated", 1),
     ("after:Batches.begin_rows", 3),
-    ("before:State.publish", 12),
+    ("before:State.publish", 3),
     ("after:FileStore.put_new", 2),
     ("after:Batches.accept", 2),
     ("after:Batches.end_segment", 1),
