@@ -53,9 +53,7 @@ def find_old(store: ResultStore, state: State, settings: Settings, now: float) -
         why = f"kept for {settings.results_keep_s / DAY_S:g} days"
         yield from _ended(store, state, "result", now, settings.results_keep_s, why)
     yield from _ended(store, state, "request", now, settings.job_ttl_s + EXPIRY_GRACE_S, "its job has ended")
-    for batch_id, group in groupby(store.stored("batches/"), key=lambda each: each.name.split("/")[1]):
-        if (old := _old_batch(store, state, batch_id, _Sum.of(group), now)) is not None:
-            yield old
+    yield from _old_batches(store, state, now)
 
 
 def remove(store: ResultStore, old: Old) -> None:
@@ -115,11 +113,30 @@ class _Sum:
         return whole
 
 
-def _old_batch(store: ResultStore, state: State, batch_id: str, whole: _Sum, now: float) -> Old | None:
-    """A batch that is known is never old: the state server forgets it when its time is over."""
-    if state.batches.get(batch_id) is not None:
-        return None
+def _old_batches(store: ResultStore, state: State, now: float) -> Iterator[Old]:
+    """Those whose time is over, but for what a batch that stays is a retry of: both are read as one."""
+    found: dict[str, tuple[Old | None, str | None]] = {}
+    for batch_id, group in groupby(store.stored("batches/"), key=lambda each: each.name.split("/")[1]):
+        found[batch_id] = _looked_at(store, state, batch_id, _Sum.of(group), now)
+    read: set[str] = set()
+    for old, before in list(found.values()):
+        while old is None and before is not None and before not in read:
+            read.add(before)
+            before = found.get(before, (None, None))[1]
+    for batch_id, (old, _) in found.items():
+        if old is not None and batch_id not in read:
+            yield old
+
+
+def _looked_at(
+    store: ResultStore, state: State, batch_id: str, whole: _Sum, now: float
+) -> tuple[Old | None, str | None]:
+    """What is to go of it, and what it is a retry of. A batch that is known is never old: the state server
+    forgets it when its time is over."""
+    if (known := state.batches.get(batch_id)) is not None:
+        return None, known.retry_of
     age, opened = now - whole.newest, _opened(store, batch_id)
+    before = None if opened is None else opened.retry_of
     if opened is None:
         keep_s, why = UNOPENED_S, "it was never opened"
     elif store.exists(keys.batch_file(batch_id, "manifest.json")):
@@ -128,7 +145,9 @@ def _old_batch(store: ResultStore, state: State, batch_id: str, whole: _Sum, now
     else:  # it failed, or its record was lost: then it may be recovered for as long as it would have run
         keep_s = opened.options.retention_s + opened.completion_window_s
         why = f"nothing is known of it, and it has no files after {keep_s / DAY_S:g} days"
-    return Old("batch", f"batches/{batch_id}/", whole.objects, whole.size, age, why) if age > keep_s else None
+    if age <= keep_s:
+        return None, before
+    return Old("batch", f"batches/{batch_id}/", whole.objects, whole.size, age, why), before
 
 
 def _opened(store: ResultStore, batch_id: str) -> Batch | None:

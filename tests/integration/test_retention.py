@@ -118,6 +118,15 @@ def test_a_batch_goes_whole_when_its_retention_is_over_and_not_while_it_is_known
     assert list(fleet.store.root.rglob("*")) == []
 
 
+def test_a_batch_stays_for_as_long_as_one_that_makes_its_failed_rows_again(fleet: Fleet) -> None:
+    opened(fleet, [[1]], id="batch_1", options=BatchOptions(retention_s=1 * DAY_S))
+    opened(fleet, [[1]], id="batch_2", retry_of="batch_1", options=BatchOptions(retention_s=1 * DAY_S))
+    opened(fleet, [[1]], id="batch_3", retry_of="batch_2", options=BatchOptions(retention_s=9 * DAY_S))
+    lose_everything(fleet)
+    assert old(fleet, 5) == {}
+    assert set(old(fleet, 11)) == {f"batches/batch_{number}/" for number in (1, 2, 3)}
+
+
 def test_a_batch_that_was_lost_before_its_end_is_kept_for_as_long_as_it_might_be_recovered(
     fleet: Fleet,
 ) -> None:
