@@ -349,9 +349,10 @@ class SegmentRun:
     def _start(self, slots: list[RowSlot]) -> None:
         floor = self._floor
         for slot in slots:
+            if floor.slots.take(slot) is not slot:  # a run that was fenced and does not know it has the row
+                self.end(Disposition.REQUEUE)
+                return
             self._running[slot.job.id] = slot
-            taken = floor.slots.take(slot)
-            assert taken is slot, f"row {slot.job.id} runs here already"
         with floor.publisher.lock:  # so that hand_back's flush finds them, or they find that we are closing
             if floor.closing.is_set():
                 self.end(Disposition.REQUEUE)
