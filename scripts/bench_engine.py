@@ -6,8 +6,8 @@ which helps it and which it could not know; only tokens that were asked for coun
 process, once before and once after, so that a machine that drifts is seen.
 
 With the name of a knob, that knob on and off instead, in two engine processes that take turns
-(``bench_pairs.py``): the prefix cache on W2, speculation on rows that copy or on W1, deterministic mode
-on W1.
+(``bench_pairs.py``): the prefix cache on W2, speculation on rows that copy or on W1; on W1 deterministic
+mode, our matrix products beside oneDNN's in bf16 and int8, and int8 beside bf16.
 """
 
 from __future__ import annotations

@@ -37,6 +37,11 @@ COMPARISONS = {
     "speculation": Comparison({}, {"speculate": 0}, "copies", copies),
     "speculation_w1": Comparison({}, {"speculate": 0}, "w1", w1),
     "deterministic": Comparison({"deterministic": True}, {}, "w1", w1),
+    "products": Comparison({}, {"native_products": False}, "w1", w1),
+    "products_int8": Comparison(
+        {"quantize": "int8"}, {"quantize": "int8", "native_products": False}, "w1", w1
+    ),
+    "int8": Comparison({"quantize": "int8"}, {}, "w1", w1),
 }
 
 
