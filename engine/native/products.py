@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -69,7 +70,7 @@ NormOf = tuple[Tensor, float]
 """Of a row before it is multiplied: an RMS norm's weight, in the dtype of x, and its eps."""
 
 
-class Product:
+class Product(ABC):
     """x [rows, in] times a weight [out, in], packed."""
 
     def __init__(
@@ -125,8 +126,9 @@ class Product:
         self._run(out, x, bias, (rows, self._outputs, inputs, form, *before))
         return out
 
+    @abstractmethod
     def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
-        raise NotImplementedError
+        """The kernel. ``rest``: rows, outputs, inputs, form, the norm's weight, the residual, eps."""
 
 
 class Dense(Product):
