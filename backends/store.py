@@ -321,6 +321,10 @@ def _link(aside: Path, path: Path) -> bool:
         os.link(aside, path)
     except FileExistsError:
         created = False
+    except FileNotFoundError:
+        if not path.exists():
+            raise StoreUnavailable(f"{path}: another writer began it after this one; it is tried again") from None
+        created = False
     else:
         created = True
     _sync_folder(path.parent)  # also for the other's file: False, too, means that one is durable
