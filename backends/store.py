@@ -323,7 +323,9 @@ def _link(aside: Path, path: Path) -> bool:
         created = False
     except FileNotFoundError:
         if not path.exists():
-            raise StoreUnavailable(f"{path}: another writer began it after this one; it is tried again") from None
+            raise StoreUnavailable(
+                f"{path}: another writer began it after this one; it is tried again"
+            ) from None
         created = False
     else:
         created = True
