@@ -11,13 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from gristmill.backends.outbox import Outbox
 from gristmill.backends.redis import connect
+from gristmill.keeper import courier as couriers
+from gristmill.keeper import guard
 from gristmill.keeper import post as http
 from gristmill.keeper.courier import GIVE_UP_S, LEASE_S, RETRY_AFTER_MAX_S, SCHEDULE_S, Courier
 from gristmill.keeper.guard import Guard, resolve
@@ -32,6 +35,7 @@ from gristmill.schemas.webhook import DeliveryState, EventType, WebhookDelivery,
 from openai import OpenAI
 from standardwebhooks import Webhook
 
+from ..support.dying import Died, Dying
 from ..support.fleet import Fleet
 from ..support.journal import Attempt, make_job
 from ..support.receiver import Authority, Got, Receiver, receiving
@@ -506,6 +510,90 @@ def test_a_keeper_killed_in_the_middle_of_a_delivery_sends_it_again_with_the_sam
     assert receiver.ids == [event_id(EventType.JOB_COMPLETED, job.id)] * 2
     found = post.delivery(job)
     assert (found.state, found.tries, [each.n for each in found.log]) == (DeliveryState.DELIVERED, 2, [2])
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a receiver answers to an event, time after time, and where that leaves it."""
+
+    answers: tuple[int, ...]
+    events: int
+    end: DeliveryState
+
+
+COURSES = {
+    "delivered at once": Course((200,), 2, DeliveryState.DELIVERED),
+    "delivered at the second try": Course((500, 200), 2, DeliveryState.DELIVERED),
+    "gone": Course((410,), 1, DeliveryState.FAILED),
+}
+
+
+@contextmanager
+def doomed(post: Post, life: list[int]) -> Iterator[Courier]:
+    """A courier that dies before a call: of the outbox, the resolver or a socket. Its threads are one with
+    it: they run where they start."""
+    opened: list[socket.socket] = []
+    start, connect_to = threading.Thread.start, Dying(http, 0, life)._connect
+
+    def run_at_once(thread: threading.Thread) -> None:
+        (thread.run if thread.name == "webhook" else lambda: start(thread))()
+
+    def connects(*args: Any) -> Any:
+        opened.append(connect_to(*args))
+        return Dying(opened[-1], 0, life)
+
+    allow = load_keeper_settings(webhook_allow="127.0.0.0/8,::1").webhook_allow
+    courier = post.courier(guard=Guard(allow, look_up=Dying(guard, 0, life).resolve))
+    courier._outbox = cast("Outbox", Dying(post.outbox, 0, life))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", run_at_once)
+        patch.setattr(http, "_connect", connects)
+        yield courier
+    for each in opened:  # as the system does for the dead
+        each.close()
+
+
+@pytest.mark.parametrize("course", COURSES.values(), ids=COURSES)
+def test_a_courier_may_die_before_any_call_and_each_event_still_arrives_and_ends(
+    post: Post, receiver: Receiver, course: Course, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls = http.tls_context()  # slow to make, and unused: once for all couriers
+    monkeypatch.setattr(couriers, "tls_context", lambda _: tls)
+    receiver.answer = lambda got: (
+        course.answers[min(receiver.ids.count(got.id), len(course.answers)) - 1],
+        {},
+    )
+    repeated = 0
+    for calls in range(1, 200):
+        jobs = [post.ended(receiver.url(f"/{calls}")) for _ in range(course.events)]
+        life = [calls]
+        with doomed(post, life) as courier, suppress(Died):
+            for _ in course.answers:
+                courier.drain()
+                post.clock.advance(SCHEDULE_S[1] + 1)
+        for _ in range(len(course.answers) + 1):
+            post.clock.advance(LEASE_S + 1)
+            post.courier().drain()
+
+        for job in jobs:
+            wanted = event_id(EventType.JOB_COMPLETED, job.id)
+            came = [got for got in receiver.got if got.id == wanted]
+            assert len(came) >= len(course.answers), f"dead before call {calls}: it is lost"
+            assert len({got.body for got in came}) == 1
+            for got in came:
+                assert Webhook(SECRET).verify(got.body, got.headers)["data"]["id"] == job.id
+            assert post.delivery(job).state is course.end, f"dead before call {calls}"
+            repeated += len(came) - len(course.answers)
+            assert life[0] <= 0 or len(came) == len(course.answers), "undisturbed, it comes once"
+        assert {got.id for got in receiver.got if got.path == f"/{calls}"} == {
+            event_id(EventType.JOB_COMPLETED, job.id) for job in jobs
+        }
+        counts = post.outbox.counts()
+        assert (counts.pending, counts.delivered + counts.failed) == (0, calls * course.events)
+        if life[0] > 0:
+            assert repeated, "who dies after the answer came has not told of it"
+            return
+    raise AssertionError("it never came to an end")
 
 
 def test_a_system_without_threads_to_spare_delays_events_and_loses_none(

@@ -1,4 +1,5 @@
-"""A store whose user dies before a given call: nothing that it does then arrives, tidying up included."""
+"""What is called by somebody who dies before a given call: nothing that it does then arrives, tidying up
+included."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ class Died(BaseException):
 
 
 class Dying:
-    """A store, or an object writer of it: the ``calls``-th call and all later ones do nothing."""
+    """A store, say, or an object writer of it: the ``calls``-th call and all later ones do nothing. Those
+    with the same ``life`` count together."""
 
     def __init__(self, real: Any, calls: int, life: list[int] | None = None) -> None:
         self._real, self._life = real, [calls] if life is None else life
