@@ -8,6 +8,7 @@ import pytest
 # Before torch is loaded: on shared cores, threads that spin for each other make every step 20 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from .support.command_line import run
 from .support.journal import settings, state
 from .support.model import kernels, smollm2
 from .support.played import played, tokenizer
@@ -26,6 +27,7 @@ __all__ = [
     "one_thread",
     "played",
     "relay",
+    "run",
     "s3",
     "s3_proxy",
     "settings",

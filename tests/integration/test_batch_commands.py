@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +15,6 @@ from gristmill.producer.batch.cutting import Part
 from gristmill.producer.batch.forecast import Forecast
 from gristmill.producer.batch.submission import OwnRows, Submission
 from gristmill.producer.batches import BatchHandle, Wishes, describe, read
-from gristmill.producer.cli import cli
-from gristmill.producer.console import run_guarded
 from gristmill.producer.link import Link
 from gristmill.producer.settings import producer_settings
 from gristmill.schemas.batch import Batch, BatchStatus, RequestCounts
@@ -28,33 +23,7 @@ from gristmill.schemas.errors import EngineUnavailable, WaitTimeout
 from gristmill.schemas.result import Usage
 from gristmill.schemas.settings import Settings
 
-from ..support.valkey import Valkey
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(
-    valkey: Valkey,
-    state: State,
-    settings: Settings,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Run:
-    """(exit code, stdout, stderr) of a command line, on a broker where a silent somebody serves "tiny"."""
-    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("GRISTMILL_BROKER_URL", valkey.url)
-    monkeypatch.delenv("GRISTMILL_MODEL", raising=False)
-    state.register("w1", WorkerInfo(models=("tiny",), host="here", pid=1, version="0"), 600)
-
-    def run_it(*args: object, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-        capfd.readouterr()
-        code = run_guarded(cli, [str(arg) for arg in args])
-        return code, *capfd.readouterr()
-
-    return run_it
+from ..support.command_line import Run
 
 
 def rows(count: int, **fields: Any) -> bytes:
