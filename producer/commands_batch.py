@@ -18,7 +18,7 @@ from .batch.forecast import Forecast, Progress
 from .batch.intake import InvalidInput
 from .batch.output import check_target
 from .batches import BatchHandle
-from .commands_run import default_errors, show_problems
+from .commands_run import default_errors, show_problems, show_refusal
 from .console import common, connection, put, put_json, say, warn
 from .core import local_time
 from .input_flags import asked_for, input_flags
@@ -113,7 +113,7 @@ def submit(source: str, as_json: bool, **options: Any) -> int:
         try:
             made = batches.submit(opened.link, source, asked, opened.settings)
         except InvalidInput as exc:
-            show_problems([each.problem for each in exc.errors], as_json)
+            show_refusal(exc, [each.problem for each in exc.errors], as_json)
             raise
         for sentence in made.warnings:
             warn(sentence)
@@ -241,8 +241,10 @@ def results(batch_id: str, output: str, errors: str | None, as_json: bool, **opt
         check_target(output, "--output", opened.settings)
         found = opened.handle(batch_id).status()
         good, bad = download(Answers(opened.link, found), output, errors, opened.settings)
-        if as_json and output != "-":
-            put_json({"batch": found.id, "status": found.status, "output": good, "errors": bad})
+        if as_json:
+            summary = {"batch": found.id, "status": found.status, "output": good, "errors": bad}
+            say(json.dumps(summary)) if output == "-" else put_json(summary)
+            return 0
         say(f"{good:,} answers, {bad:,} failed rows; the batch is {_status(found)}")
     return 0
 

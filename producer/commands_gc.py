@@ -69,5 +69,15 @@ def gc(dry_run: bool, as_json: bool, **options: str | float | None) -> None:
                 put(f"{old.kind:<9} {old.name}  {held}: {old.why}")
     finally:
         link.close()
+    if as_json:
+        put_json(
+            {
+                "kind": "total",
+                "found": kinds.total(),
+                "objects": objects,
+                "bytes": size,
+                "removed": not dry_run,
+            }
+        )
     what = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())) or "nothing"
     say(f"{'would go' if dry_run else 'gone'}: {what}; {objects:,} objects, {size:,} bytes")

@@ -136,7 +136,7 @@ def read_or_say(
     try:
         intake = batches.read(source, asked, settings, models)
     except InvalidInput as exc:
-        show_problems([each.problem for each in exc.errors], as_json)
+        show_refusal(exc, [each.problem for each in exc.errors], as_json)
         raise
     for each in intake.checked.errors:
         warn(str(each))
@@ -149,6 +149,14 @@ def show_problems(problems: Iterable[LineProblem], as_json: bool) -> None:
         say_error(f"line {each.line}: {each.message} [{each.code}]")
         if as_json:
             put_json(each.model_dump())
+
+
+def show_refusal(exc: InvalidInput, problems: Iterable[LineProblem], as_json: bool) -> None:
+    """The same of an input that does not run for it; the last object says that this was all."""
+    show_problems(problems, as_json)
+    if as_json:
+        said = {"complete": False, "rows": exc.rows, "succeeded": 0, "failed": 0, "invalid": exc.invalid}
+        put_json(said)
 
 
 def _begin(link: Link, settings: ProducerSettings, intake: Intake, batch: Batch, cache: Cache | None) -> Run:
@@ -181,8 +189,9 @@ def _execute(
                 failure = exc
         batch = job.batch
         if batch.status is BatchStatus.FAILED:
-            show_problems(batch.errors, as_json)
-            raise InvalidInput(batch.problems, batch.request_counts.total)
+            refused = InvalidInput(batch.problems, batch.request_counts.total)
+            show_refusal(refused, batch.errors, as_json)
+            raise refused
         if failure is not None and batch.created_at is None:  # nothing was sent
             raise failure
         if batch.created_at is not None:

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 
-from ..schemas.errors import InvalidRequest, WaitTimeout, WebhookFailed, WebhookNotFound
+from ..schemas.errors import InvalidRequest, Misconfigured, WaitTimeout, WebhookFailed, WebhookNotFound
 from ..schemas.webhook import (
     DeliveryState,
     EventType,
@@ -77,7 +77,8 @@ class Webhooks:
 
     def test(self, url: str, timeout_s: float = 60.0) -> WebhookDelivery:
         """Have a ``webhook.test`` event sent the way all others go, and wait for what comes of it. It is sent
-        once. Raises InvalidRequest (the URL), WebhookFailed, WaitTimeout.
+        once. Raises InvalidRequest (the URL), Misconfigured (there is no secret to sign with), WebhookFailed,
+        WaitTimeout.
         """
         try:
             check_url(url)
@@ -94,6 +95,8 @@ class Webhooks:
         reason = (
             found.log[-1].reason if found.log else f"{found.why}; `gristmill webhooks enable` switches it on"
         )
+        if found.why == "no_secret":
+            raise Misconfigured(f"nothing was sent: {reason}")
         raise WebhookFailed(f"{found.endpoint} did not take it: {reason}", found.why)
 
     def _nobody_tried(self, url: str, timeout_s: float) -> str:

@@ -42,7 +42,7 @@ class InvalidInput(BadInput):
         super().__init__(
             f"{invalid:,} of {rows:,} lines not valid, nothing ran; fix the input, or use --on-invalid skip"
         )
-        self.errors = tuple(errors)
+        self.invalid, self.rows, self.errors = invalid, rows, tuple(errors)
 
 
 class Intake:

@@ -53,7 +53,8 @@ def test_a_batch_is_submitted_once_however_often_it_is_asked_for(run: Run, state
     assert json.loads(run("batch", "cancel", batch_id, "--json")[1])["status"] == "cancelling"
     code, _, err = run("batch", "retry", "--failed", batch_id)
     assert (code, "wait for its end" in err) == (2, True)
-    assert run("batch", "results", batch_id)[:2] == (0, "")
+    code, out, err = run("batch", "results", batch_id, "--json")
+    assert (code, out, json.loads(err)["status"]) == (0, "", "cancelling"), "stdout is for the answers"
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,9 @@ def test_invalid_lines_are_named_and_nothing_runs(run: Run, source: Path, tmp_pa
         assert word in err
     assert not (tmp_path / "out.jsonl").exists()
     code, out, _ = run("run", source, "-o", tmp_path / "out.jsonl", "--json")
-    assert [json.loads(line)["line"] for line in out.splitlines()] == [2, 3, 4]
+    *told, last = map(json.loads, out.splitlines())
+    assert [each["line"] for each in told] == [2, 3, 4]
+    assert (last["complete"], last["rows"], last["invalid"]) == (False, 4, 3)
 
 
 def test_what_cannot_work_is_said_before_any_work(run: Run, source: Path, tmp_path: Path) -> None:

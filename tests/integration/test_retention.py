@@ -170,12 +170,15 @@ def test_gc_says_what_would_go_and_takes_it_away_when_told_to(
     url = fleet.store.url
     command = ["gc", "--broker", fleet.valkey.url, "--results", url, "--results-older-than", "30d", "--json"]
     assert run_guarded(cli, [*command, "--dry-run"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    told, total = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (total["found"], total["bytes"], total["removed"]) == (1, 2, False)
     assert (told["kind"], told["name"], told["bytes"], told["removed"]) == ("result", name, 2, False)
     assert fleet.store.exists(name)
     assert run_guarded(cli, command) == 0
-    assert json.loads(capsys.readouterr().out)["removed"] is True
+    assert [json.loads(line)["removed"] for line in capsys.readouterr().out.splitlines()] == [True, True]
     assert not fleet.store.exists(name)
+    assert run_guarded(cli, command) == 0
+    assert json.loads(capsys.readouterr().out)["found"] == 0, "nothing is an answer, too"
     assert run_guarded(cli, [*command[:-2], "soon"]) == 2
 
 

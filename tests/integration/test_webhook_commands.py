@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,17 @@ def test_a_receiver_is_tried_out_the_way_all_events_go(
         assert "it answered 500 [webhook_failed]" in said
     assert shell.json("endpoints") == [], "a test harms no endpoint"
     assert "not public" in shell.run("test", "https://10.0.0.1/", code=75)[1]
+
+
+def test_a_trial_without_a_secret_is_not_worth_another_try(
+    shell: Shell, settings: Settings, receiver: Receiver
+) -> None:
+    with closing(open_outbox(settings)) as outbox:
+        courier = Courier(outbox, load_keeper_settings(webhook_allow="127.0.0.1,::1"))
+        courier.start(lambda: True)
+        said = shell.run("test", receiver.url(), code=2)[1]
+        courier.stop()
+    assert "GRISTMILL_WEBHOOK_SECRET" in said
 
 
 def test_the_readmes_receiver_and_our_listener_take_what_is_sent(
