@@ -21,7 +21,7 @@ from .batches import BatchHandle
 from .commands_run import default_errors, show_problems, show_refusal
 from .console import common, connection, put, put_json, say, warn
 from .core import local_time
-from .input_flags import asked_for, input_flags
+from .input_flags import asked_for, input_flags, order_flag
 from .link import Link
 from .progress import rest
 from .sampling_flags import GroupedCommand
@@ -88,7 +88,7 @@ class _Opened:
 
 @batch.command(help=SUBMIT_HELP, cls=GroupedCommand)
 @click.argument("source", metavar="INPUT|-")
-@click.option("--input-order", is_flag=True, help="The output's lines in the order of the input's.")
+@order_flag(by_default=False)
 @click.option("--webhook", metavar="URL", help="Told how it ended.")
 @click.option("--stop-after-failed", type=click.IntRange(1), help="Cancel it once so many rows have failed.")
 @click.option("--stop-after-share", type=click.FloatRange(0, 1, min_open=True), help="… such a share of all.")

@@ -25,7 +25,7 @@ from .batch.run import Hooks, Run, only_run
 from .batch.sources import STANDARD, refuse_same_files
 from .batches import Wishes
 from .console import Interrupts, common, connection, put_json, say, say_error, warn
-from .input_flags import asked_for, input_flags
+from .input_flags import asked_for, input_flags, order_flag
 from .knobs import engine_knobs, worker_flags
 from .link import EMBEDDED, Link
 from .progress import duration, show_progress
@@ -54,7 +54,7 @@ Examples:
 @click.option("-o", "--output", required=True, metavar="FILE|-", help="Answers of rows that succeeded.")
 @click.option("--errors", metavar="FILE", help="Rows that failed; default: OUTPUT's name with .errors.jsonl.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True)
-@click.option("--any-order", is_flag=True, help="Answers as they came; default: in the order of the input.")
+@order_flag(by_default=True)
 @click.option("--cache", metavar="FILE", help="Keep answers there, and take them for rows that ask the same.")
 @click.option("--fresh", is_flag=True, help="Forget earlier runs over this file; run every row.")
 @input_flags
@@ -72,7 +72,7 @@ def run(source: str, output: str, errors: str | None, workers: int, as_json: boo
     for what, name in (("--output", output), ("--errors", errors)):
         if name is not None:
             outputs.check_target(name, what, settings)
-    asked = asked_for(options, input_order=not options["any_order"])
+    asked = asked_for(options, input_order=options["input_order"])
     asked = replace(asked, fresh=options["fresh"])
     link = Link(settings)
     try:

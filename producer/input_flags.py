@@ -44,6 +44,16 @@ ON_INVALID = click.option(
 )
 
 
+def order_flag(by_default: bool) -> Callable[[F], F]:
+    """In which order the output's lines stand; who waits for them wants another default than who does not."""
+    return click.option(
+        "--input-order/--any-order",
+        default=by_default,
+        show_default=True,
+        help="The output's lines in the order of the input's, or as they came, which is done sooner.",
+    )
+
+
 def input_flags(command: F) -> F:
     """The options above, and the sampling that serves rows which do not say."""
     command = sampling_flags(*FOR_ROWS)(command)

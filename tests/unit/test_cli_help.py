@@ -7,6 +7,8 @@ import shlex
 import pytest
 from click import Command
 from gristmill.producer import commands_jobs as jobs
+from gristmill.producer.commands_batch import submit as batch_submit
+from gristmill.producer.commands_run import run
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,17 @@ def test_the_examples_of_a_command_are_ones_it_takes(command: Command) -> None:
         )
         assert words[:2] == ["gristmill", command.name]
         assert command.make_context("gristmill", words[2:], resilient_parsing=True).params
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "default"),
+    [(run, ["in.jsonl", "-o", "-"], True), (batch_submit, ["in.jsonl"], False)],
+)
+def test_run_and_batch_submit_have_the_same_flags_for_the_order_of_answers(
+    command: Command, args: list[str], default: bool
+) -> None:
+    said = [
+        command.make_context("x", [*args, *flags]).params["input_order"]
+        for flags in ((), ("--input-order",), ("--any-order",))
+    ]
+    assert said == [default, True, False]
