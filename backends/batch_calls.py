@@ -95,6 +95,7 @@ STANDING, CANCEL, CANCEL_ROW, PAUSE, EXPIRE = map(
 BEGIN_FINALIZE, COMPLETE, ROW, DELETE, SENT = map(
     _script, ("batch_begin_finalize", "batch_complete", "batch_row", "batch_delete", "batch_sent")
 )
+SILENT, ASK = map(_script, ("batch_silent", "batch_ask"))
 LIST, DEFER = Script.of(lua("batch_list")), Script.of(lua("batch_defer"))
 DUE = Script.of(lua("clock") + lua("batch_due"), timed=True)
 
@@ -426,6 +427,17 @@ def unsent(batch_id: str, limit: int) -> Call[dict[str, int]]:
 
 def sent(batch_id: str, marks: Mapping[str, int]) -> Call[int]:
     return Call((batch_id, *(part for each in marks.items() for part in each)), int, SENT)
+
+
+def silent(batch_id: str) -> Call[dict[str, int]]:
+    def parse(reply: list[bytes]) -> dict[str, int]:
+        return {name.decode(): int(attempt) for name, attempt in zip(reply[::2], reply[1::2], strict=True)}
+
+    return Call((batch_id,), parse, SILENT)
+
+
+def ask(batch_id: str, attempts: Mapping[str, int]) -> Call[int]:
+    return Call((batch_id, *(part for each in attempts.items() for part in each)), int, ASK)
 
 
 def segments(batch_id: str) -> Call[list[SegmentInfo]]:

@@ -226,6 +226,18 @@ class Batches:
 
     # ---- for keepers
 
+    def silent(self, batch_id: str) -> dict[str, int]:
+        """Segments that need a message and should have one, and that no live worker runs; each with the last
+        attempt at it. Looks at all segments.
+        """
+        return self._run(batch_calls.silent(batch_id))
+
+    def ask(self, batch_id: str, attempts: Mapping[str, int]) -> int:
+        """These of ``silent`` have lost their messages: they need others, but for those of which something
+        has been heard since. Returns how many.
+        """
+        return self._run(batch_calls.ask(batch_id, attempts)) if attempts else 0
+
     def due(self, limit: int) -> tuple[float, list[DueBatch]]:
         """The server's time, and batches that need a look."""
         return self._run(batch_calls.due(limit))

@@ -9,7 +9,7 @@ Nobody above this module knows which it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -40,6 +40,7 @@ __all__ = [
     "close",
     "counts",
     "depth",
+    "lacking",
     "make_app",
     "pause",
     "paused",
@@ -184,6 +185,12 @@ def counts(app: Celery, queue: str) -> tuple[int, int]:
     """``depth``, and how many are claimed."""
     with broker_errors(), queues_of(app) as queues:
         return queues.counts(queue)
+
+
+def lacking(app: Celery, queue: str, tenant: str, ids: Collection[str]) -> set[str]:
+    """Those tasks of ``ids`` that plainly have no message, waiting or claimed."""
+    with broker_errors(), queues_of(app) as queues:
+        return queues.lacking(queue, tenant, ids)
 
 
 def pause(app: Celery, queue: str, *, paused: bool) -> None:

@@ -9,7 +9,7 @@ redis-py's exceptions pass through: kombu and Celery act on them; ``broker.py`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,10 @@ from .script import Script, lua, run_script
 SWEEP_LIMIT = 500
 """Claims handed back by one sweep, so that a sweep never blocks the server for long."""
 PRUNE_BYTES = 1 << 20
-"""Looked at by one prune, but for the last message: see SWEEP_LIMIT."""
+"""Looked at by one prune, but for the last message: see SWEEP_LIMIT. By one page of a search, too."""
+SEEK_PAGE = 200
+SEEK_LIMIT = 20_000
+"""Messages of one tenant that a search looks through: some hundred milliseconds, in short calls."""
 DEAD_LIMIT = 10_000
 """Dead letters a queue keeps; older ones go."""
 DEAD_TTL_S = 30 * 86_400
@@ -192,6 +195,23 @@ class MessageQueue:
         args = (queue, tenant, start, count, PRUNE_BYTES, keys.state("%s"))
         return Pruned(*map(int, run_script(self.client, PRUNE, *args)))
 
+    def lacking(self, queue: str, tenant: str, ids: Collection[str]) -> set[str]:
+        """Those tasks of ``ids`` that have no message: none waits, and none is claimed.
+
+        Ends when all were found. Behind SEEK_LIMIT waiting messages whatever was not found may stand: then
+        it says so of none.
+        """
+        left, start = set(ids), 0
+        while left:
+            looked, *found = run_script(self.client, SEEK, queue, tenant, start, SEEK_PAGE, PRUNE_BYTES)
+            left -= {each.decode() for each in found}
+            start += looked
+            if not looked:
+                return left - {each.decode() for each in run_script(self.client, HELD, queue)}
+            if start >= SEEK_LIMIT:
+                break
+        return set()
+
     def pause(self, queue: str, *, paused: bool) -> None:
         """Stop all claims from a queue, or let them go on."""
         run_script(self.client, PAUSE, queue, int(paused))
@@ -222,4 +242,4 @@ def _both(client: redis.Redis, *commands: tuple[str | bytes | int, ...]) -> Any:
 
 PUT, CLAIM, ACK, REQUEUE, BURY, RENEW = map(load_script, ("put", "claim", "ack", "requeue", "bury", "renew"))
 SWEEP, ORPHANS, DEPTH, PURGE = map(load_script, ("sweep", "orphans", "depth", "purge"))
-PAUSE, PRUNE, CLAIMED = map(load_script, ("pause", "prune", "claimed"))
+PAUSE, PRUNE, CLAIMED, SEEK, HELD = map(load_script, ("pause", "prune", "claimed", "seek", "held"))

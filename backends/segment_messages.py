@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from ..schemas.batch import Batch, Phase, Segment
@@ -22,8 +23,15 @@ def send_segment(app: Celery, batch: Batch, segment_id: str, phase: Phase) -> No
     publish(app, queue, body, segment_id, batch.tenant, Priority.BATCH)
 
 
+def lacking(app: Celery, batch: Batch, segments: Collection[str]) -> set[str]:
+    """Those segments that plainly have no message, waiting or claimed. Raises BrokerUnavailable."""
+    from . import broker
+
+    return broker.lacking(app, queue_name(batch.model, Priority.BATCH), batch.tenant, segments)
+
+
 class SegmentSender:
-    """The same with a connection of its own, made when it is first needed."""
+    """Both with a connection of their own, made when it is first needed."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -31,10 +39,17 @@ class SegmentSender:
 
     def __call__(self, batch: Batch, segment_id: str, phase: Phase) -> None:
         """See ``send_segment``."""
+        send_segment(self._connected(), batch, segment_id, phase)
+
+    def lacking(self, batch: Batch, segments: Collection[str]) -> set[str]:
+        """See above."""
+        return lacking(self._connected(), batch, segments)
+
+    def _connected(self) -> Celery:
         from .broker import make_app
 
         self._app = self._app or make_app(self._settings)
-        send_segment(self._app, batch, segment_id, phase)
+        return self._app
 
     def close(self) -> None:
         """Let go of it."""

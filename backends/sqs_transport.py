@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import select
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty
 from time import monotonic
@@ -66,6 +66,12 @@ class Sqs:
         waiting = self.depth(queue)
         self.queues.purge(queue)
         return waiting
+
+    def lacking(self, queue: str, _tenant: str, ids: Collection[str]) -> set[str]:
+        """Those tasks of ``ids`` that have no message. Nobody can look into a queue of SQS: all of them where
+        it is empty, or none.
+        """
+        return set() if any(self.counts(queue)) else set(ids)
 
     def pause(self, queue: str, *, paused: bool) -> None:
         """Stop all claims from a queue, within a second, or let them go on."""

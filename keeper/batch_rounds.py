@@ -7,8 +7,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from ..backends.batches import Batches, DueBatch, NoClaim
 from ..schemas.batch import Batch, BatchStatus, Phase
@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 Send = Callable[[Batch, str, Phase], None]
 """Has the broker accept the message of a segment, by its id."""
 
+Lacking = Callable[[Batch, Collection[str]], set[str]]
+"""Which of these segments have plainly no message at the broker."""
+
 LOOK_AT = 100
 SEND_AT_ONCE = 500
 """Messages of a batch in one round: between two the keeper has other things to do."""
@@ -29,6 +32,9 @@ HANDING_IN_S = 5.0
 """How often to look whether workers have handed in what they have of a batch that stops …"""
 PATIENCE_S = 120.0
 """… and how long to wait for them: they are fenced afterwards."""
+MISSED_EVERY_S = 120.0
+"""How often to look for segments whose messages are lost. Those that lack one twice in a row get another:
+what is on its way is somewhere else by then."""
 AGAIN_S = 5.0
 BROKEN_AGAIN_S = 300.0
 AT_ONCE = 2
@@ -48,16 +54,33 @@ class BatchRound:
     """There is more to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Missed:
+    """What a look for lost messages found."""
+
+    at: float = float("-inf")
+    segments: dict[str, int] = field(default_factory=dict[str, int])
+    """Those that lacked one, each with the last attempt at it."""
+
+
 class BatchRounds:
     """One thread's, but for ``_finish``. Every duty may be done twice, and by two keepers at once."""
 
     def __init__(
-        self, batches: Batches, finisher: Finisher, send: Send, *, keeper_id: str, hold_s: float
+        self,
+        batches: Batches,
+        finisher: Finisher,
+        send: Send,
+        lacking: Lacking,
+        *,
+        keeper_id: str,
+        hold_s: float,
     ) -> None:
-        self._keeper_id = keeper_id
+        self._keeper_id, self._lacking = keeper_id, lacking
         self._batches, self._finisher, self._send, self._hold_s = batches, finisher, send, hold_s
         self._finishing: dict[str, threading.Thread] = {}
         self._stopping_since: dict[str, float] = {}
+        self._missed: dict[str, _Missed] = {}
         self._broken: dict[str, float] = {}
         """Until when not to try again what needs a person; by the monotonic clock."""
         self._listed_to: str | None = None
@@ -103,15 +126,15 @@ class BatchRounds:
         """Returns when to look again, if nothing happens before; None: nobody need."""
         if due.status is None or due.status.final:
             self._batches.not_due([due.id])
-            self._stopping_since.pop(due.id, None)
-            self._broken.pop(due.id, None)
+            for known in (self._stopping_since, self._broken, self._missed):
+                known.pop(due.id, None)
             return None
         waits = due.status in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
         if waits and not due.closing:
             if due.expires_at <= now:
                 done.full |= self._batches.expire(due.id)
                 return now
-            return now if self._move(due, done) else due.expires_at
+            return now if self._move(due, done) else min(due.expires_at, self._miss(due, now))
         broken_s = self._broken.get(due.id, 0.0) - time.monotonic()
         if broken_s > 0:
             return now + broken_s
@@ -152,6 +175,28 @@ class BatchRounds:
             self._batches.sent(batch.id, {segment: marks[segment] for segment in page})
         done.sent += len(some)
         return len(waiting) > len(some)
+
+    def _miss(self, due: DueBatch, now: float) -> float:
+        """Ask for other messages in place of those that got lost: a queue was purged, a dead letter trimmed.
+        Returns when to look again.
+        """
+        before = self._missed.get(due.id, _Missed())
+        if due.paused or now < before.at + MISSED_EVERY_S:
+            return due.expires_at if due.paused else before.at + MISSED_EVERY_S
+        silent = self._batches.silent(due.id)
+        batch = self._batches.get(due.id) if silent else None
+        try:
+            gone = set[str]() if batch is None else self._lacking(batch, silent)
+        except (Transient, Misconfigured) as exc:  # only what has to be sent makes everything wait
+            told = {"batch_id": due.id, "code": exc.code, "reason": exc.message}
+            log.warning("batch.messages_not_looked_for", extra=told)
+            gone = set[str]()
+        found = _Missed(now, {segment: silent[segment] for segment in gone})
+        lost = dict(found.segments.items() & before.segments.items())
+        if asked := self._batches.ask(due.id, lost):
+            log.warning("batch.messages_lost", extra={"batch_id": due.id, "segments": asked})
+        self._missed[due.id] = found
+        return now + MISSED_EVERY_S
 
     def _waited_enough(self, batch_id: str) -> bool:
         since = self._stopping_since.setdefault(batch_id, time.monotonic())

@@ -339,7 +339,12 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
             prunes=state_url(settings) == settings.broker,
             sqs_dead=sqs_dead,
             batches=BatchRounds(
-                state.batches, finisher, sender, keeper_id=keeper_id, hold_s=settings.keeper_lock_s
+                state.batches,
+                finisher,
+                sender,
+                sender.lacking,
+                keeper_id=keeper_id,
+                hold_s=settings.keeper_lock_s,
             ),
             check_store=store.check,
             courier=Courier(outbox, settings),

@@ -11,6 +11,13 @@ local MESSAGES, FLAGS = '{queue_messages}', '{queue}'
 local DEAD, DEAD_AT, DEAD_NEW = '{queue_dead}', '{queue_dead_at}', '{dead_new}'
 local BELL, CLAIMS, EXPIRY, SWEEP = '{bell}', '{claims}', '{claim_expiry}', '{sweep}'
 
+local HEADERS = 4096  -- they stand behind the body, which may be long
+
+-- The id of the task in an entry or a claim; nil if it has none that could be a job's.
+local function task_of(entry)
+  return (string.match(string.sub(entry, -HEADERS), '"id": ?"([%w_.-]+)"'))
+end
+
 local function clock(override)
   if override ~= '' then
     return tonumber(override)

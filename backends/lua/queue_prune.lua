@@ -6,7 +6,6 @@
 --         5 how many bytes to look at   6 a job's state key with %s for its id
 -- returns {messages thrown away, where to go on: tenant, messages to pass over}; tenant -1: there is no such one
 local ENDED = {succeeded = true, cancelled = true, expired = true}
-local HEADERS = 4096  -- they stand behind the body, which may be long
 
 local tenants = string.format(TENANTS, ARGV[1])
 local tenant = redis.call('ZRANGE', tenants, ARGV[2], ARGV[2])[1]
@@ -28,7 +27,7 @@ while looked < tonumber(ARGV[4]) and bytes < tonumber(ARGV[5]) do
     return {gone, tonumber(ARGV[2]), 0}
   end
   looked, bytes = looked + 1, bytes + #entry
-  local job = string.match(string.sub(entry, -HEADERS), '"id": ?"([%w_.-]+)"')
+  local job = task_of(entry)
   if job and ENDED[redis.call('HGET', string.format(ARGV[6], job), 'state')] then
     gone = gone + redis.call('LREM', list, -1, entry)
   else

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.backends import message_queue
 from gristmill.backends.assemble import lines
 from gristmill.backends.line_merge import Piece
 from gristmill.keeper import batch_rounds, finisher
@@ -126,6 +127,7 @@ def test_segments_are_sent_in_their_order_and_what_was_split_off_behind_its_orig
         fleet.state.batches,
         Finisher(fleet.state.batches, fleet.store, "k1", HOLD_S),
         lambda _, segment, phase: sent.append(f"{segment} {phase.value}"),
+        lambda *_: set(),
         keeper_id="k1",
         hold_s=HOLD_S,
     )
@@ -151,6 +153,40 @@ def test_many_segments_are_sent_a_few_a_round(fleet: Fleet, monkeypatch: pytest.
     keeper = fleet.batch_rounds()
     first, second = keeper.round(), keeper.round()
     assert (first.sent, first.full, second.sent, second.full) == (2, True, 1, False)
+
+
+def test_segments_whose_messages_got_lost_get_others_and_no_others_do(fleet: Fleet, hand: Hand) -> None:
+    """A queue was purged, and its batch stood still until its time was up."""
+    running(fleet, *([n] for n in range(1, 7)))
+    keeper = fleet.batch_rounds()
+    assert keeper.round().sent == 6
+    tags = [fleet.queue.claim([QUEUE]).tag for _ in range(5)]  # pyright: ignore[reportAttributeAccessIssue]
+    fleet.state.register("w1", WORKER, 3600)
+    hand.claim(3)
+    fleet.queue.ack(*tags[1:])  # 1 is claimed, 6 waits, a live worker runs 3; 2 and 4 are lost, and 5 was run
+    hand.worker = "dead"
+    hand.claim(4)
+    hand.run(5)
+    looks: list[int] = []
+    for _ in range(5):
+        fleet.clock.advance(batch_rounds.MISSED_EVERY_S + 1)
+        looks.append(keeper.round().sent + keeper.round().sent)
+    assert looks == [0, 2, 0, 0, 0]
+    waiting = str([fleet.queue.claim([QUEUE]) for _ in range(3)])
+    assert [n for n in range(1, 7) if f'"id": "{BATCH}.s{n}"' in waiting] == [2, 4, 6]
+
+
+def test_a_queue_too_long_to_look_through_is_taken_to_hold_the_message(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(45):
+        fleet.queue.put(QUEUE, "default", f"b{number}", f'{{"headers": {{"id": "batch_1.s{number}"}}}}')
+    ids = [f"batch_1.s{number}" for number in (3, 30, 70)]
+    monkeypatch.setattr(message_queue, "SEEK_PAGE", 20)
+    assert fleet.queue.lacking(QUEUE, "default", ids) == {"batch_1.s70"}
+    assert fleet.queue.lacking(QUEUE, "another", ids) == set(ids)
+    monkeypatch.setattr(message_queue, "SEEK_LIMIT", 40)
+    assert fleet.queue.lacking(QUEUE, "default", ids) == set()
 
 
 def test_a_paused_batch_gets_no_messages_until_it_goes_on(fleet: Fleet) -> None:

@@ -11,7 +11,7 @@ from gristmill.backends import broker
 from gristmill.backends.dead import DeadLetters
 from gristmill.backends.message_queue import ClaimedMessage, MessageQueue
 from gristmill.backends.redis import connect
-from gristmill.backends.segment_messages import send_segment
+from gristmill.backends.segment_messages import lacking, send_segment
 from gristmill.backends.sink import ResultSink
 from gristmill.backends.state import State
 from gristmill.backends.store import FileStore
@@ -59,8 +59,8 @@ class Fleet:
 
     def batch_rounds(self, name: str = "k1", hold_s: float = 30.0) -> BatchRounds:
         finisher = Finisher(self.state.batches, self.store, name, hold_s)
-        send = functools.partial(send_segment, self.app)
-        return BatchRounds(self.state.batches, finisher, send, keeper_id=name, hold_s=hold_s)
+        send, look = functools.partial(send_segment, self.app), functools.partial(lacking, self.app)
+        return BatchRounds(self.state.batches, finisher, send, look, keeper_id=name, hold_s=hold_s)
 
     def submit(self, job: Job) -> Job:
         self.state.submit(job)
