@@ -27,7 +27,7 @@ def show_progress() -> Generator[Callable[[Progress], None]]:
         with _bar() as report:
             yield report
     else:
-        yield _Lines().report
+        yield Lines().report
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def _bar() -> Generator[Callable[[Progress], None]]:
             validating = progress.status is BatchStatus.VALIDATING
             bar.update(
                 task,
-                description=_DOING.get(progress.status, "running"),
+                description=_doing(progress),
                 total=progress.rows or None,
                 completed=progress.validated if validating else progress.ended,
                 rest="" if validating else rest(progress),
@@ -65,18 +65,32 @@ def _bar() -> Generator[Callable[[Progress], None]]:
         yield report
 
 
-class _Lines:
-    """One line every ten seconds, the first one when something has ended."""
+class Lines:
+    """A line when the first rows have ended, and every ten seconds, whether anything has happened or not."""
 
-    def __init__(self) -> None:
-        self._due = 0.0
-        self._last: int = -1
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = clock()
+        self._due = self._began + LINE_EVERY_S
+        self._any_ended = False
 
     def report(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now >= self._due and progress.ended and progress.ended != self._last:
-            say(f"{progress.ended:,}/{progress.rows:,} rows, {rest(progress)}")
-            self._due, self._last = now + LINE_EVERY_S, progress.ended
+        now, news = self._clock(), bool(progress.ended) and not self._any_ended
+        if now >= self._due or news:
+            self._due, self._any_ended = now + LINE_EVERY_S, self._any_ended or news
+            say(_line(progress, now - self._began))
+
+
+def _line(progress: Progress, seconds: float) -> str:
+    validating = progress.status is BatchStatus.VALIDATING
+    if progress.ended and not validating:
+        return f"{progress.ended:,}/{progress.rows:,} rows, {rest(progress)}"
+    done = progress.validated if validating else 0
+    return f"{_doing(progress)}, {done:,}/{progress.rows:,} rows after {duration(seconds)}"
+
+
+def _doing(progress: Progress) -> str:
+    return _DOING.get(progress.status, "running")
 
 
 def rest(progress: Progress) -> str:
