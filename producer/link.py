@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from ..backends.store import ResultStore
 
 
+def shown(url: str) -> str:
+    """A broker's or store's URL as it may be said: without passwords."""
+    from ..backends.redis import redact
+
+    return url if url.startswith(EMBEDDED) else redact(url)
+
+
 class Link:
     """Thread-safe. Opens lazily, for the imports: Celery and boto3 take longer to load than a job to send."""
 

@@ -70,10 +70,15 @@ class Answers:
 
 def find(link: Link, batch_id: str) -> Batch:
     """A batch by its id, also one whose record is over and whose files are left. Raises JobNotFound."""
-    found = link.state.batches.get(batch_id) or ended_before(link, batch_id)
+    found = standing(link, batch_id)
     if found is None:
         raise unknown_batch(batch_id)
     return found
+
+
+def standing(link: Link, batch_id: str) -> Batch | None:
+    """Where a batch stands, or stood when its record was over. None: nobody knows it."""
+    return link.state.batches.get(batch_id) or ended_before(link, batch_id)
 
 
 def ended_before(link: Link, batch_id: str) -> Batch | None:

@@ -17,7 +17,7 @@ from ...schemas.batch import Batch, BatchStatus
 from ...schemas.errors import InvalidRequest, JobNotFound, Transient
 from ..link import Link
 from ..settings import ProducerSettings
-from .answers import Answers, find
+from .answers import Answers, find, standing
 from .cache import Cache
 from .crew import Crew
 from .forecast import Forecast, Progress
@@ -68,7 +68,7 @@ class Run:
         Raises EngineUnavailable, Misconfigured, Transient: then it is paused, if anything was queued.
         """
         try:
-            if not crew.ready(hooks.stopping):
+            if not crew.ready(lambda: self._waits(hooks)):
                 return False
             uploaded = self._submit()
             self._follow(crew, hooks, uploaded)
@@ -78,6 +78,11 @@ class Run:
             with suppress(Transient):
                 self.batch = self._link.state.batches.get(self.batch.id) or self.batch
         return self.over
+
+    def _waits(self, hooks: Hooks) -> bool:
+        """For a worker: True if it need not go on."""
+        hooks.report(Progress(rows=self.batch.request_counts.total))
+        return hooks.stopping()
 
     def _pause(self) -> None:
         """What is left of it; nothing is, if it was never opened."""
@@ -132,6 +137,20 @@ class Run:
         self._trouble_since = self._trouble_since or now
         if now - self._trouble_since > PATIENCE_S:
             raise exc
+
+
+def latest(link: Link, intake: Intake, batch: Batch, *, fresh: bool) -> Batch:
+    """Runs over one input make batches whose ids follow from one another. The last of them; or one behind it,
+    if that is asked for or a worker has refused the last one.
+    """
+    known = standing(link, batch.id)
+    while known is not None:
+        behind = batch.model_copy(update={"id": intake.batch_id("run_", "after", batch.id)})
+        after = standing(link, behind.id)
+        if after is None and not fresh and known.status is not BatchStatus.FAILED:
+            break
+        batch, known = behind, after
+    return batch
 
 
 @contextmanager

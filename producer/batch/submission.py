@@ -33,7 +33,7 @@ from ...schemas.batch import (
 )
 from ...schemas.batch_lines import OutputLine, error_line
 from ..link import Link
-from .answers import ended_before
+from .answers import standing
 from .check import Refusal
 from .cutting import Cut, Part, Sent
 from .intake import Intake, Taken
@@ -64,7 +64,7 @@ class Submission:
 
     def __init__(self, link: Link, intake: Intake, batch: Batch) -> None:
         self._link, self._intake, self.batch = link, intake, batch
-        self.known = self._batches.get(batch.id) or ended_before(link, batch.id)
+        self.known = standing(link, batch.id)
         """Where it stood before, if it was submitted before. Its files may have outlived its record: a second
         output would not fit where the first one lies."""
 

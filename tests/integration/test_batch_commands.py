@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gristmill.backends.state import State, WorkerInfo
+from gristmill.backends.store import FileStore
 from gristmill.producer import AsyncClient
 from gristmill.producer.batch.cache import Cache
 from gristmill.producer.batch.crew import Crew
@@ -23,6 +25,7 @@ from gristmill.schemas.errors import EngineUnavailable, WaitTimeout
 from gristmill.schemas.result import Usage
 from gristmill.schemas.settings import Settings
 
+from ..support.batch_hand import Hand
 from ..support.command_line import Run
 
 
@@ -100,7 +103,54 @@ def test_a_run_whose_worker_does_not_start_leaves_nothing_behind(
     monkeypatch.setattr(Crew, "ready", fail)
     code, _, err = run("run", "-", "-o", tmp_path / "out.jsonl", stdin=rows(3))
     assert (code, "[engine_unavailable]" in err) == (75, True), err
+    assert "nothing was sent; once this is mended" in err
     assert state.batches.list() == []
+
+    with monkeypatch.context() as patched:  # one that was killed is not even paused
+        patched.setattr(Crew, "ready", lambda *_: True)
+        patched.setattr(Crew, "watch", lambda *_: signal.raise_signal(signal.SIGINT))
+        run("run", "-", "-o", tmp_path / "out.jsonl", stdin=rows(3))
+    (left,) = state.batches.list()
+    state.batches.resume(left.id)
+    code, _, err = run("run", "-", "-o", tmp_path / "out.jsonl", stdin=rows(3))
+    assert (code, f"gristmill batch resume {left.id}" in err) == (75, True), err
+    assert [each.paused for each in state.batches.list()] == [True]
+
+
+def test_a_stopped_run_says_how_to_go_on_and_goes_on_so(
+    run: Run, state: State, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One with --fresh had an id that no other command line led to."""
+    output, store = tmp_path / "out.jsonl", FileStore(tmp_path / "home" / "results")
+    (tmp_path / "home" / "results").mkdir(parents=True)
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(rows(3))
+
+    def stopped(*args: str) -> str:
+        """The id of a run that meets Ctrl-C before a row has ended."""
+        monkeypatch.setattr(Crew, "watch", lambda *_: signal.raise_signal(signal.SIGINT))
+        code, out, err = run("run", source, "-o", output, "--json", *args)
+        said = json.loads(out)
+        assert (code, said["complete"]) == (130, False), err
+        batch_id: str = said["batch"]
+        assert err.startswith(f"{batch_id}: 3 rows for tiny on ")
+        again = "without --fresh" if args else "again"
+        assert f"stopped with 3 rows to go; run the same command {again} to continue" in err
+        assert f"gristmill batch resume {batch_id}\n" in err
+        found = state.batches.get(batch_id)
+        assert found is not None
+        assert found.paused
+        return batch_id
+
+    first = stopped()
+    assert stopped() == first
+    fresh = stopped("--fresh")
+    assert fresh != first
+    assert stopped() == fresh, "the last one"
+    assert run("batch", "resume", fresh)[0] == 0
+    monkeypatch.setattr(Crew, "watch", lambda *_: Hand(state, store, fresh).finish())
+    code, out, err = run("run", source, "-o", output, "--json")
+    assert (code, json.loads(out)["batch"], len(output.read_text().splitlines())) == (0, fresh, 3), err
 
 
 def test_a_row_that_was_answered_before_is_taken_from_the_cache(

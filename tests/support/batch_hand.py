@@ -11,9 +11,11 @@ from typing import Any
 from gristmill.backends.batches import Accepted, Refused, SegmentClaim
 from gristmill.backends.state import State
 from gristmill.backends.store import ResultStore
+from gristmill.keeper.finisher import Finisher
 from gristmill.schemas import keys
 from gristmill.schemas.batch import (
     Batch,
+    BatchStatus,
     LineProblem,
     Phase,
     RequestCounts,
@@ -93,6 +95,20 @@ class Hand:
         assert self.state.batches.validated(
             claim.info.id, claim.attempt, **said, count=len(problems), told=100
         )
+
+    def finish(self) -> None:
+        """All of it, as workers and a keeper would, from wherever it stands."""
+        batches = self.state.batches
+        batch = batches.get(self.batch_id)
+        assert batch is not None, self.batch_id
+        names = sorted(info.id for info in batches.segments(self.batch_id))
+        if batch.status is BatchStatus.VALIDATING:
+            for number in range(1, len(names) + 1):
+                self.validate(number)
+            batches.begin(batch)
+        for name in names:
+            self.run(name)
+        assert Finisher(batches, self.store, "k1", 30.0).finish(self.batch_id) is BatchStatus.COMPLETED
 
     def lines(self, claim: SegmentClaim) -> list[int]:
         """Rows of a segment that have not ended."""
