@@ -34,7 +34,8 @@ class Summary:
 
     def end(self, seconds: float, logs: list[str]) -> None:
         """How it went, whatever ended it."""
-        found = self._found(seconds) | {"logs": logs}
+        found = self._found(seconds)
+        found["logs"] = logs
         if self.as_json:
             put_json(found)
         rows = [f"{found['succeeded']:,} done", f"{found['failed']:,} failed"]
