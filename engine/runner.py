@@ -321,6 +321,7 @@ class Runner:
                 self.max_model_len,
                 library,
                 uniform=self.deterministic,
+                share=settings.shared_attention,
                 numbers=self._numbers,
             )
         if settings.attention == "cpu":

@@ -73,6 +73,9 @@ class EngineSettings(BaseModel):
     native_products: bool = True
     """CPU only: multiply with our own kernels where the CPU has a matrix unit (bfloat16, int8) or int8 dot
     products. Off: with oneDNN's."""
+    shared_attention: bool = True
+    """CPU only: sequences that begin with the same KV blocks read these together when they decode. Off: each
+    by itself, as in deterministic mode."""
     cuda_graphs: bool = True
     """CUDA only: replay what a step of decodes launches instead of launching it anew. It changes no token."""
     speculate: NonNegativeInt = 8

@@ -44,6 +44,7 @@ KNOBS: dict[str, tuple[Any, str]] = {
     "swap-gib": (click.FloatRange(0), "Host memory for KV blocks that had to make way."),
     "overlap": (bool, "Work beside the device, a step ahead of what it is known to have said."),
     "native-products": (bool, "CPU: multiply with our own kernels where the CPU can; default: yes."),
+    "shared-attention": (bool, "CPU: who begins alike reads what is shared together; default: yes."),
     "cuda-graphs": (bool, "CUDA: replay the launches of a step that only decodes; default: yes."),
     "speculate": (click.IntRange(0), "Guessed tokens a step may check for a sequence; 0: none."),
     "memory-fraction": (click.FloatRange(0, 1, min_open=True), "CUDA: part of the card's memory to use."),

@@ -41,6 +41,7 @@ COMPARISONS = {
     "products_int8": Comparison(
         {"quantize": "int8"}, {"quantize": "int8", "native_products": False}, "w1", w1
     ),
+    "shared_attention": Comparison({}, {"shared_attention": False}, "w2", w2),
     "int8": Comparison({"quantize": "int8"}, {}, "w1", w1),
 }
 

@@ -78,6 +78,11 @@ def cli() -> None:
     help="CPU: multiply with our own kernels where the CPU has instructions for them; default: yes.",
 )
 @click.option(
+    "--shared-attention/--no-shared-attention",
+    default=None,
+    help="CPU: sequences that begin alike read what they share together; default: yes.",
+)
+@click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=None,
     help="CUDA: replay the launches of a step that only decodes; default: yes.",

@@ -73,6 +73,7 @@ class WorkerSettings(Settings):
     swap_gib: Annotated[float, Field(ge=0.0)] = 0.0
     overlap: bool | None = None
     native_products: bool = True
+    shared_attention: bool = True
     cuda_graphs: bool = True
     speculate: Annotated[NonNegativeInt, Field(validation_alias=_tgi("speculate"))] = 8
     memory_fraction: Annotated[

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..batch import Batch, Int32
+from ..batch import Batch
 from ..kv_cache import KVCache
 from ..kv_numbers import Numbers
 from ..layers.rope import tables
 from ..models.spec import ModelSpec, RopeSpec
 from ..native.library import MAX_HEAD_DIM, Library
-
-QUERY_ROWS = 48
-"""Query rows (tokens x heads of a group) of a prefill work item: they share each key and value read."""
-SPLIT_TOKENS = 512
-"""A decode row with more keys than this is cut into pieces of this size, computed in parallel and merged.
-The cut depends on the row's own length only, so that a sequence's arithmetic is the same in any batch."""
-NEVER = 2**31 - 1
-
-ITEM_FIELDS = 7
-"""row, tokens, position of the first, block table, first key, end of keys, scratch part (-1: none)."""
+from .native_work import NEVER, QUERY_ROWS, SPLIT_TOKENS, plan_work
 
 
 def unsupported(spec: ModelSpec) -> str | None:
@@ -48,9 +37,11 @@ class NativeAttention:
         library: Library,
         *,
         uniform: bool = False,
+        share: bool = True,
         numbers: Numbers | None = None,
     ) -> None:
-        """``uniform``: the same instructions for a row whether it is decoded or part of a prefill.
+        """``uniform``: the same instructions for a row whether it is decoded or part of a prefill, and
+        whoever is in the batch. ``share``: rows that begin alike read their common keys together.
 
         ``numbers``: keys and values in fewer bits.
         """
@@ -66,6 +57,7 @@ class NativeAttention:
         self._windows = [window or 0 for window in spec.windows]
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, library.threads)
         self._uniform, self._split = int(uniform), NEVER if uniform else SPLIT_TOKENS
+        self._share = share and not uniform
         self._kind = numbers.kernel if numbers else 0
         self._tile = max(1, QUERY_ROWS // spec.group)
 
@@ -79,10 +71,10 @@ class NativeAttention:
         self._scales = [(k.data_ptr(), v.data_ptr()) for k, v in scales] or [(None, None)] * len(cache.keys)
 
     def begin(self, batch: Batch) -> None:
-        self._items, self._merges, parts = work_items(batch, self._tile, self._split)
-        self._scratch = torch.empty(parts * self.spec.num_heads * (self._padded + 2))
+        work = plan_work(batch, self.block_size, self._tile, split=self._split, share=self._share)
+        self._scratch = torch.empty(work.parts * self.spec.num_heads * (self._padded + 2))
         self._tables = batch.tables
-        self._batch = batch  # owns the memory behind the pointers below
+        self._batch, self._work = batch, work  # own the memory behind the pointers below
         positions = batch.positions
         self._nowhere = positions if all(self._turning) else torch.zeros_like(positions)
         self._where = [
@@ -95,10 +87,11 @@ class NativeAttention:
             for turning, (cos, sin) in zip(self._turning, self._angles, strict=True)
         ]
         self._plan = (
-            self._items.ctypes.data,
-            len(self._items),
-            self._merges.ctypes.data,
-            len(self._merges),
+            work.queries.ctypes.data,
+            work.items.ctypes.data,
+            len(work.items),
+            work.merges.ctypes.data,
+            len(work.merges),
             self._tables.ctypes.data,
             self._tables.shape[1],
             self._scratch.data_ptr(),
@@ -134,49 +127,3 @@ class NativeAttention:
 def _angles(rope: RopeSpec | None, head_dim: int, max_len: int) -> tuple[Tensor, Tensor]:
     """cos and sin; where nothing turns one row, that of position 0."""
     return tables(rope, head_dim, max_len) if rope else tables(RopeSpec(), head_dim, 1)
-
-
-def work_items(batch: Batch, tile: int, split: int = SPLIT_TOKENS) -> tuple[Int32, Int32, int]:
-    """Cut a step into items of the kernel: prefill by tiles of queries, long decode rows by runs of keys.
-
-    Returns items [n, 7], merges [m, 3] (row, first part, parts) and the number of parts in all.
-    """
-    alone = batch.counts == 1
-    if alone.all() and int(batch.starts.max()) < split:
-        return _decode_items(batch), np.zeros((0, 3), np.int32), 0
-    items: list[tuple[int, ...]] = []
-    merges: list[tuple[int, int, int]] = []
-    parts = 0
-    spans = zip(batch.first_row.tolist(), batch.counts.tolist(), batch.starts.tolist(), strict=True)
-    for table, (row, count, start) in enumerate(spans):
-        context = start + count
-        if count == 1 and context > split:
-            cuts = range(0, context, split)
-            items += [
-                (row, 1, start, table, cut, min(cut + split, context), parts + i)
-                for i, cut in enumerate(cuts)
-            ]
-            merges.append((row, parts, len(cuts)))
-            parts += len(cuts)
-        else:
-            # The last tile sees the most keys: the longest work first.
-            items += [
-                (row + at, min(tile, count - at), start + at, table, 0, start + min(at + tile, count), -1)
-                for at in reversed(range(0, count, tile))
-            ]
-    return _rows(items, ITEM_FIELDS), _rows(merges, 3), parts
-
-
-def _decode_items(batch: Batch) -> Int32:
-    items = np.zeros((len(batch.counts), ITEM_FIELDS), np.int32)
-    items[:, 0] = batch.first_row
-    items[:, 1] = 1
-    items[:, 2] = batch.starts
-    items[:, 3] = np.arange(len(items))
-    items[:, 5] = batch.contexts
-    items[:, 6] = -1
-    return items
-
-
-def _rows(values: list[tuple[int, ...]], width: int) -> NDArray[np.int32]:
-    return np.array(values, np.int32).reshape(-1, width)

@@ -6,8 +6,16 @@
 
 namespace {
 
-struct Item { int32_t row, count, position, table, begin, end, part; };         // see attention/native_backend.py
+// See attention/native_work.py. A query's result goes to its row, or as a part of it to scratch.
+struct Query { int32_t row, position, part; };
+struct Item { int32_t first, count, table, begin, end; };                      // queries [first, first + count)
 struct Merge { int32_t row, part, parts; };
+struct Work {
+  const Query* queries;
+  const Item* items;
+  const Merge* merges;
+  int n_items, n_merges;
+};
 
 template <class T> struct Call {
   const T *qkv, *keys, *values;                                                // not these keys and values if packed
@@ -50,25 +58,24 @@ Tile<T> unpack_tile(const Call<T>& c, const int32_t* table, int head, int start,
   return tile;
 }
 
-template <class T> void run_item(const Call<T>& c, const Item& it, int head, Rows<T>& rows) {
+template <class T> void run_item(const Call<T>& c, const Item& it, const Query* queries, int head, Rows<T>& rows) {
   const Shape& s = c.s;
   const int dim16 = s.dim16(), group = s.group(), n = it.count * group;
   rows.reset(n, dim16);
-  for (int t = 0; t < it.count; t++)
-    for (int g = 0; g < group; g++) {
-      const int r = t * group + g;
-      std::memcpy(rows.q.data() + size_t(r) * dim16, c.qkv + size_t(it.row + t) * s.stride + (head * group + g) * s.dim,
-                  s.dim * sizeof(T));
-      rows.limit[r] = it.position + t + 1;
-      if (c.how.slopes) rows.slope[r] = c.how.slopes[head * group + g];
-      rows.first[r] = c.window > 0 ? std::max(0, rows.limit[r] - c.window) : 0;
-    }
+  for (int r = 0; r < n; r++) {
+    const Query& q = queries[it.first + r / group];
+    const int h = head * group + r % group;
+    std::memcpy(rows.q.data() + size_t(r) * dim16, c.qkv + size_t(q.row) * s.stride + h * s.dim, s.dim * sizeof(T));
+    rows.limit[r] = q.position + 1;
+    if (c.how.slopes) rows.slope[r] = c.how.slopes[h];
+    rows.first[r] = c.window > 0 ? std::max(0, rows.limit[r] - c.window) : 0;
+  }
 #if defined(GM_AMX)
   const bool amx = (n > 4 || c.uniform) && use_amx(c);                         // decode waits for memory, not for sums
   if (amx) amx_configure(std::min(n, 16));                                     // a last group of fewer rows: padding
 #endif
   const int32_t* table = c.tables + size_t(it.table) * c.table_width;
-  const int end = std::min<int>(it.end, it.position + it.count);
+  const int end = it.end, oldest = *std::min_element(rows.first.begin(), rows.first.end());
   auto tile_at = [&](int start) {
     Tile<T> tile;
     for (int g = 0; g < TILE_GROUPS; g++) {
@@ -78,7 +85,7 @@ template <class T> void run_item(const Call<T>& c, const Item& it, int head, Row
     }
     return tile;
   };
-  int start = std::max<int>(it.begin, rows.first[0] / TILE * TILE);
+  int start = std::max<int>(it.begin, oldest / TILE * TILE);
   for (Tile<T> tile = tile_at(start), next; start < end; start += TILE, tile = next) {
     next = start + TILE < end ? tile_at(start + TILE) : tile;
     if (c.packed.kind) tile = next = unpack_tile(c, table, head, start, end, rows);
@@ -95,41 +102,42 @@ template <class T> void run_item(const Call<T>& c, const Item& it, int head, Row
     }
     for (; r < n; r++) tile_step<T, 1>(rows, r, start, end, tile, next, dim16, c.how);
   }
-  for (int t = 0; t < it.count; t++)
-    for (int g = 0; g < group; g++) {
-      const int r = t * group + g, h = head * group + g;
-      const float l = sum(load(rows.l.data() + size_t(r) * LANES));
-      const float* acc = rows.acc.data() + size_t(r) * dim16;
-      if (it.part < 0) {
-        T* out = c.out + (size_t(it.row + t) * s.heads + h) * s.dim;
-        for_lanes<T>(s.dim, [&](int i, int k) { put(out + i, load(acc + i) / l, k); });
-      } else {
-        float* part = c.scratch + (size_t(it.part) * s.heads + h) * (dim16 + 2);
-        part[0] = rows.m[r], part[1] = l;
-        std::memcpy(part + 2, acc, dim16 * sizeof(float));
-      }
+  for (int r = 0; r < n; r++) {
+    const Query& q = queries[it.first + r / group];
+    const int h = head * group + r % group;
+    const float l = sum(load(rows.l.data() + size_t(r) * LANES));
+    const float* acc = rows.acc.data() + size_t(r) * dim16;
+    if (q.part < 0) {
+      T* out = c.out + (size_t(q.row) * s.heads + h) * s.dim;
+      for_lanes<T>(s.dim, [&](int i, int k) { put(out + i, load(acc + i) / l, k); });
+    } else {
+      float* part = c.scratch + (size_t(q.part) * s.heads + h) * (dim16 + 2);
+      part[0] = rows.m[r], part[1] = l;
+      std::memcpy(part + 2, acc, dim16 * sizeof(float));
     }
+  }
 }
 
 template <class T> void run_merge(const Call<T>& c, const Merge& g, int h) {
   const Shape& s = c.s;
   const size_t size = s.dim16() + 2, step = size * s.heads;
   const float* first = c.scratch + (size_t(g.part) * s.heads + h) * size;
+  alignas(64) float acc[1024] = {};                                            // dim <= 1024: checked by the caller
   float m = -1e30f, l = 0;
   for (int p = 0; p < g.parts; p++) m = std::max(m, first[p * step]);
-  for (int p = 0; p < g.parts; p++) l += exp2f(first[p * step] - m) * first[p * step + 1];
-  T* out = c.out + (size_t(g.row) * s.heads + h) * s.dim;
-  for (int d = 0; d < s.dim; d++) {
-    float x = 0;
-    for (int p = 0; p < g.parts; p++) x += exp2f(first[p * step] - m) * first[p * step + 2 + d];
-    out[d] = narrow<T>(x / l);
+  for (int p = 0; p < g.parts; p++) {
+    const float* part = first + p * step;
+    const float weight = exp2f(part[0] - m);
+    l += weight * part[1];
+    for (int d = 0; d < s.dim16(); d += LANES) store(acc + d, load(acc + d) + load(part + 2 + d) * weight);
   }
+  T* out = c.out + (size_t(g.row) * s.heads + h) * s.dim;
+  for_lanes<T>(s.dim, [&](int i, int k) { put(out + i, load(acc + i) / l, k); });
 }
 
 template <class T>
-void attend_all(const NewRows<T>& rows_in, const Call<T>& c, const Item* items, int n_items, const Merge* merges,
-                int n_merges, int threads) {
-  const int n = n_items * c.s.kv_heads;
+void attend_all(const NewRows<T>& rows_in, const Call<T>& c, const Work& work, int threads) {
+  const int n = work.n_items * c.s.kv_heads;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -139,9 +147,9 @@ void attend_all(const NewRows<T>& rows_in, const Call<T>& c, const Item* items, 
     AmxGuard guard(use_amx(c));
 #endif
 #pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < n; i++) run_item(c, items[i / c.s.kv_heads], i % c.s.kv_heads, rows);
+    for (int i = 0; i < n; i++) run_item(c, work.items[i / c.s.kv_heads], work.queries, i % c.s.kv_heads, rows);
 #pragma omp for schedule(static)
-    for (int i = 0; i < n_merges * c.s.heads; i++) run_merge(c, merges[i / c.s.heads], i % c.s.heads);
+    for (int i = 0; i < work.n_merges * c.s.heads; i++) run_merge(c, work.merges[i / c.s.heads], i % c.s.heads);
   }
 }
 

@@ -30,10 +30,10 @@ void gm_silu_mul(int wide, void* out, const void* x, int64_t rows, int n, int th
 // New rows' keys are turned and stored with their values, and queries turned where they are; then all attend.
 void gm_attend(int wide, void* out, void* qkv, void* keys, void* values, const int64_t* slots, const int64_t* positions,
                const float* cos, const float* sin, const void* q_norm, const void* k_norm, float eps, int64_t rows,
-               const int32_t* items, int n_items, const int32_t* merges, int n_merges, const int32_t* tables,
-               int table_width, float* scratch, int window, float scale, float cap, const float* slopes, int heads,
-               int kv_heads, int dim, int block, int threads, int uniform, int kind, float* key_scales,
-               float* value_scales) {
+               const int32_t* queries, const int32_t* items, int n_items, const int32_t* merges, int n_merges,
+               const int32_t* tables, int table_width, float* scratch, int window, float scale, float cap,
+               const float* slopes, int heads, int kv_heads, int dim, int block, int threads, int uniform, int kind,
+               float* key_scales, float* value_scales) {
   const Scoring how{scale, cap, slopes, kind != PLAIN};
   const Packed packed{kind, (uint8_t*)keys, (uint8_t*)values, key_scales, value_scales};
   const Shape s{heads, kv_heads, dim, block, (heads + 2 * kv_heads) * dim};
@@ -43,7 +43,8 @@ void gm_attend(int wide, void* out, void* qkv, void* keys, void* values, const i
                            (const T*)k_norm, eps, rows};
     const Call<T> c{(const T*)qkv, (const T*)keys, (const T*)values, packed, (T*)out, tables, scratch,
                     table_width, window, how, s, uniform != 0};
-    attend_all(fresh, c, (const Item*)items, n_items, (const Merge*)merges, n_merges, threads);
+    const Work work{(const Query*)queries, (const Item*)items, (const Merge*)merges, n_items, n_merges};
+    attend_all(fresh, c, work, threads);
   };
   wide ? run(float()) : run(bf16());
 }

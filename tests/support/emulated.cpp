@@ -41,14 +41,14 @@ int main() {
     auto scale = [&](int i) { return (float*)p(i); };
     if (head[0] == 0) gm_rms_norm(n(0), p(1), p(2), p(3), p(4), n(5), n(6), f(7), 1);
     if (head[0] == 1) gm_silu_mul(n(0), p(1), p(2), n(3), n(4), 1);
-    if (head[0] == 2)
-      gm_rope_store(n(0), p(1), p(2), p(3), (int64_t*)p(4), (int64_t*)p(5), scale(6), scale(7), p(8), p(9), f(10), n(11),
-                    n(12), n(13), n(14), n(15), 1, n(17), scale(18), scale(19));
-    if (head[0] == 3)
-      gm_attend(n(0), p(1), p(2), p(3), p(4), (int32_t*)p(5), n(6), (int32_t*)p(7), n(8), (int32_t*)p(9), n(10),
-                scale(11), n(12), f(13), f(14), scale(15), n(16), n(17), n(18), n(19), 1, n(21), n(22), scale(23),
-                scale(24));
-    if (head[0] == 4) {                                                        // its first argument: all rows' logits
+    if (head[0] == 2) {
+      const auto longs = [&](int i) { return (const int64_t*)p(i); };
+      const auto ints = [&](int i) { return (const int32_t*)p(i); };
+      gm_attend(n(0), p(1), p(2), p(3), p(4), longs(5), longs(6), scale(7), scale(8), p(9), p(10), f(11), n(12), ints(13),
+                ints(14), n(15), ints(16), n(17), ints(18), n(19), scale(20), n(21), f(22), f(23), scale(24), n(25), n(26),
+                n(27), n(28), 1, n(30), n(31), scale(32), scale(33));
+    }
+    if (head[0] == 3) {                                                        // its first argument: all rows' logits
       std::vector<const void*> rows;
       const char* at = (const char*)p(0);
       for (int64_t r = 0; r < n(2); r++) rows.push_back(at), at += n(3) * (((uint8_t*)p(1))[r] ? 4 : 2);

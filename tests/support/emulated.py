@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from gristmill.engine.attention.native_work import ITEM_FIELDS, MERGE_FIELDS, QUERY_FIELDS
+from gristmill.engine.batch import Int32
 from gristmill.engine.native import build
 from gristmill.engine.native.library import Library
 from gristmill.engine.native.sampling import NativeSampling
@@ -19,8 +21,7 @@ from gristmill.schemas.settings import default_home
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 INTEGER, REAL, BUFFER = 0, 1, 2
-RMS_NORM, SILU_MUL, ROPE_STORE, ATTEND, SAMPLE = range(5)
-ITEM_BYTES, MERGE_BYTES = 28, 12
+RMS_NORM, SILU_MUL, ATTEND, SAMPLE = range(4)
 
 
 class Arm:
@@ -62,7 +63,7 @@ class EmulatedLibrary(Library):
         self.wide = int(dtype == torch.float32)
         self._element = 4 if self.wide else 2
         self._norm, self._silu = self._run_norm, self._run_silu
-        self.rope_store_raw, self.attend_raw = self._run_rope_store, self._run_attend
+        self.attend_raw = self._run_attend
 
     def _run_norm(self, *given: Any) -> None:
         row = given[6] * self._element
@@ -72,36 +73,32 @@ class EmulatedLibrary(Library):
         half = given[3] * given[4] * self._element
         self._arm.call(SILU_MUL, given, {1: half, 2: 2 * half})
 
-    def _run_rope_store(self, *given: Any) -> None:
-        rows, heads, kv_heads, dim, block = given[11:16]
-        of_rows = ctypes.c_int64 * rows
-        slots, positions = (np.ctypeslib.as_array(of_rows.from_address(given[at])) for at in (4, 5))
-        angles = (int(positions.max()) + 1) * (dim // 2) * 4
-        sizes = {1: rows * (heads + 2 * kv_heads) * dim * self._element, 4: rows * 8, 5: rows * 8}
-        sizes |= {6: angles, 7: angles, 8: dim * self._element, 9: dim * self._element}
-        cache = self._cache(int(slots.max()) // block + 1, kv_heads, dim, block, packed=given[17])
-        self._arm.call(ROPE_STORE, given, sizes | dict(zip((2, 3, 18, 19), cache, strict=True)))
-
     def _run_attend(self, *given: Any) -> None:
-        n_items, n_merges, width = given[6], given[8], given[10]
-        heads, kv_heads, dim, block = given[16:20]
-        items = np.ctypeslib.as_array((ctypes.c_int32 * (7 * n_items)).from_address(given[5])).reshape(-1, 7)
-        rows, parts = int((items[:, 0] + items[:, 1]).max()), int(items[:, 6].max()) + 1
-        n_tables = int(items[:, 3].max()) + 1
-        tables = np.ctypeslib.as_array((ctypes.c_int32 * (n_tables * width)).from_address(given[9]))
-        used = [tables.reshape(-1, width)[item[3], : -(-item[5] // block)].max() for item in items]
-        row = dim * self._element
-        sizes = {1: rows * heads * row, 2: rows * (heads + 2 * kv_heads) * row, 5: n_items * ITEM_BYTES}
-        sizes |= {7: n_merges * MERGE_BYTES, 9: n_tables * width * 4, 15: heads * 4}
-        sizes |= {11: parts * heads * (-(-dim // 16) * 16 + 2) * 4}
-        cache = self._cache(int(max(used)) + 1, kv_heads, dim, block, packed=given[22])
-        self._arm.call(ATTEND, given, sizes | dict(zip((3, 4, 23, 24), cache, strict=True)))
+        rows, (n_items, n_merges, width) = given[12], (given[15], given[17], given[19])
+        heads, kv_heads, dim, block = given[25:29]
+        items = _ints(given[14], n_items * ITEM_FIELDS).reshape(-1, ITEM_FIELDS)
+        n_queries, n_tables = int((items[:, 0] + items[:, 1]).max()), int(items[:, 2].max()) + 1
+        queries = _ints(given[13], n_queries * QUERY_FIELDS).reshape(-1, QUERY_FIELDS)
+        tables = _ints(given[18], n_tables * width).reshape(-1, width)
+        used = max(tables[item[2], : -(-item[4] // block)].max() for item in items)
+        positions = np.ctypeslib.as_array((ctypes.c_int64 * rows).from_address(given[6]))
+        angles, row = (int(positions.max()) + 1) * (dim // 2) * 4, dim * self._element
+        sizes = {1: rows * heads * row, 2: rows * (heads + 2 * kv_heads) * row, 5: rows * 8, 6: rows * 8}
+        sizes |= {7: angles, 8: angles, 9: row, 10: row, 13: queries.nbytes, 14: items.nbytes}
+        sizes |= {16: n_merges * MERGE_FIELDS * 4, 18: tables.nbytes, 24: heads * 4}
+        sizes[20] = (int(queries[:, 2].max()) + 1) * heads * (-(-dim // 16) * 16 + 2) * 4
+        cache = self._cache(int(used) + 1, kv_heads, dim, block, packed=given[31])
+        self._arm.call(ATTEND, given, sizes | dict(zip((3, 4, 32, 33), cache, strict=True)))
 
     def _cache(self, blocks: int, kv_heads: int, dim: int, block: int, *, packed: int) -> tuple[int, ...]:
         """Bytes of keys, values, and the scales of both."""
         tokens = blocks * kv_heads * block
         kept = tokens * (-(-dim // 16) * 16) * (1 if packed else self._element)
         return kept, kept, 4 * tokens, 4 * tokens
+
+
+def _ints(place: int, count: int) -> Int32:
+    return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(place))
 
 
 class EmulatedSampling(NativeSampling):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gristmill.engine.attention.backend import Attention
-from gristmill.engine.attention.native_backend import SPLIT_TOKENS, NativeAttention
+from gristmill.engine.attention.native_backend import NativeAttention
+from gristmill.engine.attention.native_work import SHARED_TOKENS, SPLIT_TOKENS, Work, plan_work
 from gristmill.engine.attention.torch_backend import TorchAttention
 from gristmill.engine.batch import pack
 from gristmill.engine.kv_cache import KVCache
@@ -20,6 +23,8 @@ from gristmill.engine.models.spec import ModelSpec, RopeSpec
 from gristmill.engine.native.build import find_compiler
 from gristmill.engine.native.library import Library, load
 from gristmill.schemas.settings import default_home
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ..support.emulated import EmulatedLibrary, arm
@@ -70,8 +75,8 @@ def backend(
     if kind == "torch":
         made: Attention = TorchAttention(spec, block, MAX_LEN, CPU, numbers=numbers)
     else:
-        uniform = kind == "cpu-uniform"
-        made = NativeAttention(spec, block, MAX_LEN, library(dtype), uniform=uniform, numbers=numbers)
+        how = {"uniform": kind == "cpu-uniform", "share": kind != "cpu-apart"}
+        made = NativeAttention(spec, block, MAX_LEN, library(dtype), numbers=numbers, **how)
     kept, scales = (numbers.dtype, (spec.num_kv_heads, block)) if numbers else (dtype, ())
     cache = KVCache.allocate(1, blocks, made.block_shape(), kept, CPU, scales)
     for tensor in cache.tensors:
@@ -242,6 +247,104 @@ def test_long_decode_rows_are_cut_and_merged(window: int | None) -> None:
     spec = spec_of(2, 1, 32, window)
     lengths = [SPLIT_TOKENS - 1, SPLIT_TOKENS + 3, 2 * SPLIT_TOKENS + 2]
     assert_equal_to_textbook("cpu", spec, torch.float32, lengths, chunk=SPLIT_TOKENS - 1, block=32)
+
+
+SHARED = 3 * SHARED_TOKENS // 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "numbers"),
+    [
+        (spec_of(9, 3, 64), torch.bfloat16, None),
+        (spec_of(6, 2, 32, 150, **BENT["both"]), torch.float32, None),
+        (spec_of(4, 4, 20, ropes=(None,)), torch.float32, INT8),
+    ],
+    ids=["bf16", "bent in a window", "int8"],
+)
+@pytest.mark.parametrize("kind", ["cpu", "cpu-apart"])
+def test_rows_that_begin_alike_read_together_what_they_would_alone(
+    kind: str, spec: ModelSpec, dtype: torch.dtype, numbers: Numbers | None
+) -> None:
+    torch.manual_seed(0)
+    width, rows, own = spec.q_size + 2 * spec.kv_size, 7, 40
+    prefix, tails = torch.randn(SHARED, width).to(dtype), torch.randn(rows, own, width).to(dtype)
+    common, each = list(range(SHARED // 16)), -(-own // 16)
+    fed = [
+        Fed([0] * (SHARED + own), common + [len(common) + i * each + n for n in range(each)])
+        for i in range(rows)
+    ]
+    made = backend(kind, spec, dtype, 16, len(common) + rows * each, numbers)
+    made.begin(pack([Piece(fed[0], SHARED)], 16, CPU))
+    made.attend(0, prefix.clone(), None, None)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+    at = SHARED
+    while at < SHARED + own:
+        counts = [min(1 + (i * at) % 5, SHARED + own - at) for i in range(rows)]
+        at += (least := min(counts))
+        for seq in fed:
+            seq.computed = at - least
+        batch = pack([Piece(seq, n) for seq, n in zip(fed, counts, strict=True)], 16, CPU)
+        assert (kind == "cpu") == bool(_together(plan_work(batch, 16, 4, share=kind == "cpu")))
+        done = at - least - SHARED
+        made.begin(batch)
+        new = [tails[i, done : done + n] for i, n in enumerate(counts)]
+        out = made.attend(0, torch.cat(new), None, None).split(counts)
+        for i, part in enumerate(out):
+            known = torch.cat([prefix, tails[i, : done + counts[i]]])
+            expected = textbook(known, SHARED + done, spec, None, numbers)
+            torch.testing.assert_close(part.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def _together(work: Work) -> list[tuple[int, int]]:
+    """Items whose queries are several rows' first ones: keys from, to."""
+    firsts = {row: part for row, part, _ in work.merges.tolist()}
+    queries = work.queries.tolist()
+    return [
+        (begin, end)
+        for first, count, _, begin, end in work.items.tolist()
+        if begin == 0 and all(firsts.get(row) == part for row, _, part in queries[first : first + count])
+    ]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 90), st.sampled_from([1, 1, 1, 2, 5, 17, 70])),
+        min_size=1,
+        max_size=12,
+    ),
+    st.sampled_from([1, 3, 16]),
+    st.booleans(),
+)
+def test_every_query_meets_every_key_before_it_once(
+    drawn: list[tuple[int, int, int]], tile: int, share: bool
+) -> None:
+    """Rows: with how many quarters of a document of 12 blocks they begin, what follows, and tokens fed."""
+    fresh = itertools.count(100)
+    pieces: list[Piece] = []
+    for quarters, more, count in drawn:
+        computed = quarters * 64 + more
+        blocks = list(range(quarters * 4)) + list(itertools.islice(fresh, -(-(more + count) // 16)))
+        pieces.append(Piece(Fed([0] * (computed + count), blocks, computed), count))
+    batch = pack(pieces, 16, CPU)
+    work = plan_work(batch, 16, tile, split=112, share=share)
+    seen: dict[int, list[tuple[int, int, int]]] = {}
+    for first, count, table, begin, end in work.items.tolist():
+        for row, position, part in work.queries[first : first + count].tolist():
+            owner = int(np.searchsorted(batch.first_row, row, side="right")) - 1
+            assert position == batch.starts[owner] + row - batch.first_row[owner]
+            used = slice(begin // 16, -(-min(end, position + 1) // 16))
+            assert (batch.tables[table, used] == batch.tables[owner, used]).all()
+            seen.setdefault(row, []).append((begin, end, part))
+    merged = {row: range(first, first + parts) for row, first, parts in work.merges.tolist()}
+    assert sorted(seen) == list(range(len(batch.tokens)))
+    for row, runs in seen.items():
+        runs.sort()
+        assert runs[0][0] == 0
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(runs))
+        assert runs[-1][1] > batch.positions[row]
+        assert [part for *_, part in runs] == list(merged.get(row, [-1]))
+    parts = sorted(itertools.chain(*merged.values()))
+    assert parts == list(range(work.parts))
 
 
 def test_the_native_kernel_equals_torch_at_every_context_to_300() -> None:
