@@ -53,6 +53,8 @@ class Sending:
     url: str
     endpoint: str
     """A name for the endpoint."""
+    host: str
+    """``//`` and the host's name."""
     tries: int
     """This one included."""
     step: int
@@ -61,10 +63,11 @@ class Sending:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much may be taken at once. ``under_way``: endpoint → what the caller has in hand already."""
+    """How much may be taken at once. ``under_way``: endpoint or host, as a Sending names them → how many the
+    caller has in hand already."""
 
     events: int
-    per_endpoint: int
+    per_host: int
     for_troubled: int
     """Events for endpoints that fail, one each."""
     under_way: Mapping[str, int]
@@ -115,7 +118,7 @@ class Outbox:
 
     def claim(self, limits: Limits, lease_s: float, give_up_s: float) -> tuple[list[Sending], float | None]:
         """Events that are due, and in how many seconds the next one is (None: there is none)."""
-        numbers = (limits.events, limits.per_endpoint, limits.for_troubled)
+        numbers = (limits.events, limits.per_host, limits.for_troubled)
         times = (round(lease_s * 1000), round(give_up_s * 1000))
         busy = [part for pair in limits.under_way.items() for part in pair]
         wait_ms, *rows = self._run(CLAIM, *numbers, *times, *busy)
@@ -238,12 +241,20 @@ def open_outbox(settings: Settings) -> Outbox:
 
 
 def _sending(
-    event_id: bytes, kind: bytes, url: bytes, data: bytes, at: bytes, tries: int, step: bytes, endpoint: bytes
+    event_id: bytes,
+    kind: bytes,
+    url: bytes,
+    data: bytes,
+    at: bytes,
+    tries: int,
+    step: bytes,
+    endpoint: bytes,
+    host: bytes,
 ) -> Sending:
     event = WebhookEvent(
         id=event_id.decode(), type=kind.decode(), created_at=int(at) // 1000, data=json.loads(data)
     )
-    return Sending(event, url.decode(), endpoint.decode(), tries, int(step))
+    return Sending(event, url.decode(), endpoint.decode(), host.decode(), tries, int(step))
 
 
 def _delivery(event_id: str, texts: Mapping[str, str]) -> WebhookDelivery:

@@ -1,7 +1,7 @@
 """Courier: delivers what stands in the outbox, on threads of its own.
 
-A keeper's rounds never wait for it, and receivers never wait for each other: each has its own queue, a few
-deliveries at once, and one that fails is asked with one event at a time, more and more rarely.
+A keeper's rounds never wait for it, and receivers never wait for each other: each has its own queue, a host
+has a few deliveries at once, and who fails is asked with one event at a time, more and more rarely.
 
 An event is tried until a receiver answers with a 2xx status, by ``SCHEDULE_S``. Being killed in the middle
 costs nothing: the lease of what was under way runs out, and it comes again with the same id.
@@ -61,9 +61,10 @@ class Courier:
         self._tls = tls_context(settings.webhook_ca_file)
         self._changed = threading.Condition()
         self._under_way: Counter[str] = Counter()
-        """Receivers that are being asked: endpoint → how many threads do."""
+        """Receivers that are being asked, by endpoint and by host: how many threads do."""
+        self._asking = 0
         self._threads = 0
-        """Those, and the ones that still tell the outbox of it."""
+        """Those that ask, and those that still tell the outbox of it."""
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.totals: Counter[str] = Counter()
@@ -131,11 +132,10 @@ class Courier:
         """Take what is due and may be sent now, each on a thread. Returns how many, and in how many seconds
         there is more (None: not known)."""
         with self._changed:
-            under_way = dict(self._under_way)
-        free = self._settings.webhook_threads - sum(under_way.values())
+            under_way, free = dict(self._under_way), self._settings.webhook_threads - self._asking
         if free <= 0:
             return 0, None
-        limits = Limits(free, self._settings.webhook_per_endpoint, (free + 1) // 2, under_way)
+        limits = Limits(free, self._settings.webhook_per_host, (free + 1) // 2, under_way)
         taken, next_s = self._outbox.claim(limits, LEASE_S, GIVE_UP_S)
         for sending in taken:
             self._begin(sending)
@@ -144,15 +144,21 @@ class Courier:
     def _begin(self, sending: Sending) -> None:
         """On a thread. Where the system gives none, it comes again when its lease is over."""
         with self._changed:
-            self._under_way[sending.endpoint] += 1
+            self._count_asking(sending, 1)
             self._threads += 1
         try:
             threading.Thread(target=self._send, args=(sending,), name="webhook", daemon=True).start()
         except RuntimeError as exc:
             log.warning("webhook.no_thread", extra={"event": sending.event.id, "reason": str(exc)})
             with self._changed:
-                self._under_way[sending.endpoint] -= 1
+                self._count_asking(sending, -1)
                 self._threads -= 1
+
+    def _count_asking(self, sending: Sending, more: int) -> None:
+        self._asking += more
+        self._under_way[sending.endpoint] += more
+        self._under_way[sending.host] += more
+        self._under_way += Counter()  # drops those at 0
 
     def _wait_idle(self, timeout_s: float) -> None:
         with self._changed:
@@ -165,8 +171,7 @@ class Courier:
                 outcome = self._outcome(sending, self._clock(), time.monotonic())
             finally:
                 with self._changed:  # before the outbox tells of it: who looks then finds the place free
-                    self._under_way[sending.endpoint] -= 1
-                    self._under_way += Counter()  # drops those at 0
+                    self._count_asking(sending, -1)
             self._settle(sending, outcome)
         except GristmillError as exc:  # it comes again when its lease is over
             log.warning("webhook.not_settled", extra={"event": sending.event.id, "code": exc.code})

@@ -38,8 +38,8 @@ class KeeperSettings(Settings):
     """For one delivery, from the look-up of its host to the answer."""
     webhook_threads: Annotated[int, Field(ge=1, le=1024)] = 128
     """Deliveries at once …"""
-    webhook_per_endpoint: Annotated[int, Field(ge=1, le=256)] = 8
-    """… and of those to one endpoint."""
+    webhook_per_host: Annotated[int, Field(ge=1, le=256)] = 8
+    """… and of those to one host, whatever its port and path: they share a machine."""
     webhook_ca_file: Path | None = None
     """Certificates of authorities to be trusted besides the system's."""
     health_host: str = "127.0.0.1"

@@ -265,7 +265,7 @@ def _details(found: WebhookDelivery) -> Iterator[tuple[str, Any]]:
 
 def _endpoint_line(each: WebhookEndpoint) -> str:
     if each.disabled_at is not None:
-        return f"{each.url}  switched off {core.local_time(each.disabled_at)}: it answered 410"
+        return f"{each.url}  switched off {core.local_time(each.disabled_at)}: a URL of it answered 410"
     held = f", next try {core.local_time(each.held_until)}" if each.held_until is not None else ""
     since = f" since {core.local_time(each.since)}" if each.since is not None else ""
     return f"{each.url}  failed {each.failures:,} times in a row{since} ({each.why}){held}"

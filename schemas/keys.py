@@ -16,7 +16,7 @@ DUE = "gm:due"  # sorted set: job id -> ms by the server's clock when somebody m
 CLAIMS = "gm:claims"  # hash: tag -> the claimed message, with the queue and the tenant it goes back to
 CLAIM_EXPIRY = "gm:claims:expiry"  # sorted set: tag -> ms by the server's clock when the lease runs out
 SWEEP = "gm:sweep"  # hash: when expired claims were last looked for, and until when to hold off
-WEBHOOK_ENDPOINTS = "gm:webhooks:endpoints"  # sorted set: endpoint -> ms when its events must be looked at
+WEBHOOK_HOSTS = "gm:webhooks:hosts"  # sorted set: host -> ms when its endpoints must be looked at
 WEBHOOK_TROUBLED = "gm:webhooks:troubled"  # sorted set: endpoint that fails -> ms of the last try
 WEBHOOKS_PENDING = "gm:webhooks:pending"  # sorted set: event to be delivered -> ms when it was queued
 WEBHOOKS_DELIVERED = "gm:webhooks:delivered"  # sorted set: event -> ms; the last ones
@@ -174,6 +174,11 @@ def webhook(event_id: str) -> str:
 def webhook_queue(endpoint: str) -> str:
     """Sorted set: events to be delivered to an endpoint -> ms of their next try."""
     return f"gm:webhook:queue:{endpoint}"
+
+
+def webhook_host(host: str) -> str:
+    """Sorted set: a host's endpoints -> ms when their events must be looked at."""
+    return f"gm:webhook:host:{host}"
 
 
 def webhook_endpoint(endpoint: str) -> str:

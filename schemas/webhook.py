@@ -35,6 +35,7 @@ TOLERANCE_S = 300.0
 
 _UNSAFE = re.compile(r"[^!-~]|[\"<>\\^`{|}]")
 _NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
+_AUTHORITY = re.compile(r"([A-Za-z]+)://([^/?#]*)")
 _NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
@@ -108,9 +109,21 @@ def _check_host(host: str) -> None:
         raise ValueError("names no host" if not host else f"{host[:80]!r} is no host name")
 
 
+def normal_url(url: str) -> str:
+    """As every spelling of it is written here: names in lower case, no default port, a path. What is no URL
+    stays as it is. ``lua/outbox.lua`` does the same."""
+    if (parts := _AUTHORITY.match(url)) is None:
+        return url
+    scheme, authority = parts[1].lower(), parts[2].lower()
+    authority = re.sub(":0*443$" if scheme == "https" else ":0*80$", "", authority)
+    authority = re.sub(r"\.(:[0-9]*)?$", r"\1", authority)
+    rest = url[parts.end() :]
+    return f"{scheme}://{authority}{'' if rest.startswith('/') else '/'}{rest}"
+
+
 def endpoint_of(url: str) -> str:
-    """A URL up to its query: what is one receiver. ``lua/outbox.lua`` cuts in the same way."""
-    return re.split("[?#]", url, maxsplit=1)[0]
+    """A URL up to its query, which often names the job: what fails and recovers as one."""
+    return re.split("[?#]", normal_url(url), maxsplit=1)[0]
 
 
 WebhookUrl = Annotated[str, Field(min_length=1), AfterValidator(check_url)]
@@ -253,10 +266,10 @@ class WebhookEndpoint(Answer):
 
     url: str
     failures: Int = 0
-    """Tries that failed in a row."""
+    """Tries that failed in a row. None need have: a URL of it may be switched off."""
     since: Float | None = None
     held_until: Float | None = None
     """Not tried before; unix seconds."""
     disabled_at: Float | None = None
-    """It answered 410, or somebody switched it off."""
+    """When it last answered 410. What is switched off is the one URL that did, its query included."""
     why: str = ""

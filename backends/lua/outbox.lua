@@ -1,11 +1,13 @@
 -- Not a script: stands behind clock.lua, in front of those that queue events for webhooks or deliver them.
 --
 -- An event is a hash. While it is to be delivered its id stands in its endpoint's queue under the ms of its next
--- try, and the endpoint in ENDPOINTS under the ms when somebody must look at that queue: so an endpoint with a
--- million events stands in nobody's way. An endpoint is its URL up to the query, by the start of its SHA-1; it has
--- a hash of its own only while it is in trouble or switched off.
+-- try, the endpoint among its host's under the ms when somebody must look at that queue, and the host in HOSTS: so a
+-- million events of one endpoint, or endpoints of one host, stand in nobody's way. What was looked at goes behind what
+-- waits. An endpoint is its URL up to the query, by the start of its SHA-1: queries often name the job, and a server
+-- that fails does so for all of them. It has a hash of its own only while it is in trouble, or one of its URLs is
+-- switched off; those are fields of it, by the whole URL.
 local EVENT, QUEUE, ENDPOINT = '{webhook}', '{webhook_queue}', '{webhook_endpoint}'
-local ENDPOINTS, TROUBLED, BELL = '{endpoints}', '{troubled}', '{bell}'
+local HOST, HOSTS, TROUBLED, BELL = '{webhook_host}', '{hosts}', '{troubled}', '{bell}'
 local PENDING, DELIVERED, FAILED = '{pending}', '{delivered}', '{failed}'
 
 local TROUBLE = 5  -- failures in a row: from here on an endpoint is tried with one event at a time
@@ -23,31 +25,77 @@ local function whole(number)
   return string.format('%.0f', number)
 end
 
+-- The URL with its names in lower case, no default port and a path; and the host alone. `normal_url` in
+-- schemas/webhook.py does the same.
+local function normal_url(url)
+  local scheme, authority, rest = string.match(url, '^(%a+)://([^/?#]*)(.*)$')
+  if not scheme then
+    return url, ''
+  end
+  scheme = string.lower(scheme)
+  authority = string.gsub(string.lower(authority), scheme == 'https' and ':0*443$' or ':0*80$', '')
+  authority = string.gsub(string.gsub(authority, '%.$', ''), '%.(:%d*)$', '%1')
+  if string.sub(rest, 1, 1) ~= '/' then
+    rest = '/' .. rest
+  end
+  return scheme .. '://' .. authority .. rest, string.gsub(authority, ':%d*$', '')
+end
+
+local function host_of(url)
+  local _, host = normal_url(url)
+  return host
+end
+
+local function endpoint_url(url)
+  return string.match(normal_url(url), '^[^?#]*')
+end
+
+local function name_of(url)
+  return string.sub(redis.sha1hex(url), 1, 16)
+end
+
 local function endpoint_of(url)
-  return string.sub(redis.sha1hex(string.match(url, '^[^?#]*')), 1, 16)
+  return name_of(endpoint_url(url))
 end
 
--- Try the event at `at`; look at its endpoint then at the latest.
-local function queue_event(id, endpoint, at)
-  local queue = string.format(QUEUE, endpoint)
-  redis.call('ZADD', queue, whole(at), id)
-  redis.call('ZADD', ENDPOINTS, 'LT', whole(at), endpoint)
-  redis.call('PEXPIRE', queue, KEEP.pending)
-  redis.call('PEXPIRE', ENDPOINTS, KEEP.pending)
+-- The field of an endpoint that says when this one of its URLs was switched off.
+local function gone_field(url)
+  return 'gone:' .. name_of((normal_url(url)))
 end
 
--- Look at the endpoint when its first event is due, and not while it is held. Returns nothing.
-local function look_when_due(endpoint, held_until)
-  local first = redis.call('ZRANGE', string.format(QUEUE, endpoint), 0, 0, 'WITHSCORES')
+-- Look at `member` of `index` when the first of `within` is due, and not before `at`.
+local function look(index, member, within, at)
+  local first = redis.call('ZRANGE', within, 0, 0, 'WITHSCORES')
   if first[1] then
-    redis.call('ZADD', ENDPOINTS, whole(math.max(tonumber(first[2]), held_until)), endpoint)
+    redis.call('ZADD', index, whole(math.max(tonumber(first[2]), at)), member)
   else
-    redis.call('ZREM', ENDPOINTS, endpoint)
+    redis.call('ZREM', index, member)
   end
 end
 
-local function make_pending(id, endpoint, now)
-  queue_event(id, endpoint, now)
+local function look_at_host(host, at)
+  look(HOSTS, host, string.format(HOST, host), at)
+end
+
+local function look_at_endpoint(endpoint, host, at)
+  look(string.format(HOST, host), endpoint, string.format(QUEUE, endpoint), at)
+end
+
+-- Look at the endpoint, and so at its host, when its first event is due, and not before `at`.
+local function look_when_due(endpoint, url, at, now)
+  local host = host_of(url)
+  look_at_endpoint(endpoint, host, at)
+  look_at_host(host, now)
+end
+
+local function make_pending(id, endpoint, url, now)
+  local host = host_of(url)
+  for key, member in pairs({
+    [string.format(QUEUE, endpoint)] = id, [string.format(HOST, host)] = endpoint, [HOSTS] = host,
+  }) do
+    redis.call('ZADD', key, 'LT', whole(now), member)
+    redis.call('PEXPIRE', key, KEEP.pending)
+  end
   redis.call('ZADD', PENDING, whole(now), id)
   redis.call('PEXPIRE', PENDING, KEEP.pending)
   redis.call('PEXPIRE', string.format(EVENT, id), KEEP.pending)
@@ -64,7 +112,7 @@ local function put_event(id, kind, url, data)
   local at = whole(now)
   redis.call('HSET', event, 'type', kind, 'url', url, 'endpoint', endpoint, 'data', data, 'at', at, 'since', at,
     'next', at, 'state', 'pending', 'tries', 0, 'step', 0)
-  make_pending(id, endpoint, now)
+  make_pending(id, endpoint, url, now)
   return 1
 end
 

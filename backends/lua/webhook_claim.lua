@@ -1,10 +1,12 @@
 -- Take events whose time has come. Whoever takes one and dies has it come again when its lease is over.
--- ARGV    1 how many   2 how many of one endpoint are under way at most   3 how many for endpoints in trouble
---         4 lease (ms)   5 give an event up after (ms)   6... endpoint, how many the caller has under way, ...
--- returns {ms until the next one, or -1, {id, type, url, data, at (ms), tries with this one, step, endpoint}, ...}
+-- ARGV    1 how many   2 how many to one host are under way at most   3 how many for endpoints in trouble
+--         4 lease (ms)   5 give an event up after (ms)
+--         6... endpoint or '//' and host, how many the caller has under way, ...
+-- returns {ms until the next one, or -1,
+--          {id, type, url, data, at (ms), tries with this one, step, endpoint, '//' and host}, ...}
 --
--- An endpoint in trouble gets one event at a time. One that cannot be served now is put off a little, so that those
--- behind it are seen; the end of one of its tries brings it back at once.
+-- An endpoint in trouble gets one event at a time. An endpoint or a host that cannot be served now is put off a
+-- little, so that those behind it are seen; the end of one of its tries brings it back at once.
 local LOOK_AGAIN, PAGE, BURY = 200, 200, 100
 
 local now, left, left_for_trouble = now_ms(), tonumber(ARGV[1]), tonumber(ARGV[3])
@@ -13,7 +15,8 @@ for at = 6, #ARGV, 2 do
   under_way[ARGV[at]] = tonumber(ARGV[at + 1])
 end
 
-local function take(id, endpoint)
+-- False: it has ended.
+local function take(id, endpoint, host)
   local event = string.format(EVENT, id)
   local is = redis.call('HMGET', event, 'type', 'url', 'data', 'at', 'step', 'since', 'state')
   if is[7] ~= 'pending' then  -- its record is gone
@@ -23,33 +26,38 @@ local function take(id, endpoint)
   elseif now - is[6] > tonumber(ARGV[5]) then
     end_event(id, endpoint, 'failed', 'gave_up', now)
     return false
+  elseif redis.call('HEXISTS', string.format(ENDPOINT, endpoint), gone_field(is[2])) == 1 then
+    end_event(id, endpoint, 'failed', 'endpoint_disabled', now)
+    return false
   end
   local tries = redis.call('HINCRBY', event, 'tries', 1)
   redis.call('ZADD', string.format(QUEUE, endpoint), whole(now + ARGV[4]), id)
-  taken[#taken + 1] = {id, is[1], is[2], is[3], is[4], tries, is[5], endpoint}
+  taken[#taken + 1] = {id, is[1], is[2], is[3], is[4], tries, is[5], endpoint, '//' .. host}
   return true
 end
 
-local function serve(endpoint)
+-- Take at most `free` events of an endpoint. Returns how many.
+local function serve(endpoint, host, free)
   local hash, queue = string.format(ENDPOINT, endpoint), string.format(QUEUE, endpoint)
-  local is = redis.call('HMGET', hash, 'failures', 'hold', 'disabled', 'retry_at')
-  local hold, troubled = math.max(is[2] or 0, is[4] or 0), tonumber(is[1] or 0) >= TROUBLE
-  if is[3] then
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', queue, '-inf', whole(now), 'LIMIT', 0, BURY)) do
-      end_event(id, endpoint, 'failed', 'endpoint_disabled', now)
-    end
-    return look_when_due(endpoint, 0)
-  elseif hold > now then
-    return look_when_due(endpoint, hold)
+  local is = redis.call('HMGET', hash, 'failures', 'hold', 'retry_at')
+  local hold, troubled = math.max(is[2] or 0, is[3] or 0), tonumber(is[1] or 0) >= TROUBLE
+  if hold > now then
+    look_at_endpoint(endpoint, host, hold)
+    return 0
   end
-  local quota = math.min(left, (troubled and 1 or tonumber(ARGV[2])) - (under_way[endpoint] or 0))
+  local quota = math.min(left, free)
   if troubled then
-    quota = math.min(quota, left_for_trouble)
+    quota = math.min(quota, left_for_trouble, 1 - (under_way[endpoint] or 0))
   end
-  local got = 0
-  if quota > 0 then
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', queue, '-inf', whole(now), 'LIMIT', 0, quota)) do
-      got = got + (take(id, endpoint) and 1 or 0)
+  local got, ended = 0, 0
+  while got < quota and ended < BURY do
+    local id = redis.call('ZRANGEBYSCORE', queue, '-inf', whole(now), 'LIMIT', 0, 1)[1]
+    if not id then
+      break
+    elseif take(id, endpoint, host) then
+      got = got + 1
+    else
+      ended = ended + 1
     end
   end
   left = left - got
@@ -58,14 +66,22 @@ local function serve(endpoint)
     hold = now + ARGV[4]
     redis.call('HSET', hash, 'hold', whole(hold))
   end
-  look_when_due(endpoint, math.max(hold, now + LOOK_AGAIN))
+  look_at_endpoint(endpoint, host, math.max(hold, now + (quota <= 0 and LOOK_AGAIN or 0)))
+  return got
 end
 
-for _, endpoint in ipairs(redis.call('ZRANGEBYSCORE', ENDPOINTS, '-inf', whole(now), 'LIMIT', 0, PAGE)) do
+for _, host in ipairs(redis.call('ZRANGEBYSCORE', HOSTS, '-inf', whole(now), 'LIMIT', 0, PAGE)) do
   if left <= 0 then
     break
   end
-  serve(endpoint)
+  local free, endpoints = ARGV[2] - (under_way['//' .. host] or 0), string.format(HOST, host)
+  for _, endpoint in ipairs(redis.call('ZRANGEBYSCORE', endpoints, '-inf', whole(now), 'LIMIT', 0, PAGE)) do
+    if left <= 0 or free <= 0 then
+      break
+    end
+    free = free - serve(endpoint, host, free)
+  end
+  look_at_host(host, now + (free <= 0 and LOOK_AGAIN or 0))
 end
-local first = redis.call('ZRANGE', ENDPOINTS, 0, 0, 'WITHSCORES')
+local first = redis.call('ZRANGE', HOSTS, 0, 0, 'WITHSCORES')
 return {first[1] and math.max(0, tonumber(first[2]) - now) or -1, unpack(taken)}

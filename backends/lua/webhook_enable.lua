@@ -15,6 +15,6 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', queue, '(' .. whole(now), '+inf'
     waiting = waiting + 1
   end
 end
-look_when_due(endpoint, 0)
+look_when_due(endpoint, ARGV[1], now, now)
 redis.call('PUBLISH', BELL, endpoint)
 return {had, waiting}

@@ -4,7 +4,7 @@
 local known, now = {}, now_ms()
 for _, id in ipairs(ARGV) do
   local event = string.format(EVENT, id)
-  local is = redis.call('HMGET', event, 'state', 'endpoint', 'next')
+  local is = redis.call('HMGET', event, 'state', 'endpoint', 'next', 'url')
   if is[1] then
     known[#known + 1] = id
     if is[1] ~= 'pending' or tonumber(is[3]) > now then
@@ -13,7 +13,7 @@ for _, id in ipairs(ARGV) do
       redis.call('ZREM', DELIVERED, id)
       redis.call('ZREM', FAILED, id)
       redis.call('HDEL', string.format(ENDPOINT, is[2]), 'hold', 'retry_at')
-      make_pending(id, is[2], now)
+      make_pending(id, is[2], is[4], now)
     end
   end
 end

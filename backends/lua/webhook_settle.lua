@@ -4,6 +4,7 @@
 --         8 a factor that spreads the pauses of endpoints in trouble
 -- returns {the event's state, or false: it had ended before, 1: its endpoint is in trouble or switched off as of now}
 local TRIES_KEPT, PAUSE_FIRST, PAUSE_MAX = 40, 30000, 600000
+local GONE_KEPT = 1000  -- URLs of an endpoint that are remembered as switched off; others are asked each time
 local id, try, outcome = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local event, now = string.format(EVENT, id), now_ms()
 local is = redis.call('HMGET', event, 'state', 'tries', 'endpoint', 'url', 'step')
@@ -31,7 +32,7 @@ end
 
 redis.call('PUBLISH', BELL, id)
 if outcome == 'refused' then
-  look_when_due(endpoint, 0)
+  look_when_due(endpoint, is[4], now, now)
   return {state, 0}
 elseif outcome == 'delivered' then
   redis.call('HDEL', hash, 'failures', 'hold', 'retry_at', 'since')
@@ -39,8 +40,24 @@ elseif outcome == 'delivered' then
     redis.call('DEL', hash)
     redis.call('ZREM', TROUBLED, endpoint)
   end
-  look_when_due(endpoint, 0)
+  look_when_due(endpoint, is[4], now, now)
   return {state, 0}
+end
+
+redis.call('HSET', hash, 'url', endpoint_url(is[4]), 'why', ARGV[7])
+redis.call('PEXPIRE', hash, KEEP.failed)
+redis.call('ZADD', TROUBLED, whole(now), endpoint)
+redis.call('ZREMRANGEBYSCORE', TROUBLED, '-inf', whole(now - KEEP.failed))
+redis.call('PEXPIRE', TROUBLED, KEEP.failed)
+if outcome == 'gone' then  -- no trouble of the server's: it says that it has no use for this URL
+  local news = 0
+  if redis.call('HLEN', hash) < GONE_KEPT then
+    news = redis.call('HSETNX', hash, gone_field(is[4]), whole(now))
+  end
+  redis.call('HSET', hash, 'disabled', whole(now))
+  redis.call('HDEL', hash, 'hold')
+  look_when_due(endpoint, is[4], now, now)
+  return {state, news}
 end
 
 local failures, hold = redis.call('HINCRBY', hash, 'failures', 1), now
@@ -50,12 +67,6 @@ if failures >= TROUBLE then  -- the longer it lasts, the longer the pauses
   hold = now + math.min(PAUSE_MAX, math.max(PAUSE_FIRST, lasts / 4)) * ARGV[8]
 end
 local retry_at = math.max(redis.call('HGET', hash, 'retry_at') or 0, now + ARGV[5])
-redis.call('HSET', hash, 'url', string.match(is[4], '^[^?#]*'), 'hold', whole(hold), 'retry_at', whole(retry_at),
-  'why', ARGV[7])
-local gone = outcome == 'gone' and redis.call('HSETNX', hash, 'disabled', whole(now)) == 1
-redis.call('PEXPIRE', hash, KEEP.failed)
-redis.call('ZADD', TROUBLED, whole(now), endpoint)
-redis.call('ZREMRANGEBYSCORE', TROUBLED, '-inf', whole(now - KEEP.failed))
-redis.call('PEXPIRE', TROUBLED, KEEP.failed)
-look_when_due(endpoint, outcome == 'gone' and 0 or math.max(hold, retry_at))
-return {state, (gone or failures == TROUBLE) and 1 or 0}
+redis.call('HSET', hash, 'hold', whole(hold), 'retry_at', whole(retry_at))
+look_when_due(endpoint, is[4], math.max(hold, retry_at), now)
+return {state, failures == TROUBLE and 1 or 0}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from gristmill.backends.outbox import Outbox
+from gristmill.backends.outbox import Limits, Outbox, Outcome
 from gristmill.backends.redis import connect
 from gristmill.keeper import courier as couriers
 from gristmill.keeper import guard
@@ -31,7 +31,15 @@ from gristmill.schemas.errors import WebhookFailed
 from gristmill.schemas.events import End
 from gristmill.schemas.job import Job, JobState
 from gristmill.schemas.settings import Settings
-from gristmill.schemas.webhook import DeliveryState, EventType, WebhookDelivery, event_id, new_secret
+from gristmill.schemas.webhook import (
+    DeliveryState,
+    EventType,
+    WebhookDelivery,
+    WebhookTry,
+    endpoint_of,
+    event_id,
+    new_secret,
+)
 from openai import OpenAI
 from standardwebhooks import Webhook
 
@@ -256,28 +264,78 @@ def test_a_redirect_is_a_failure_and_is_not_followed_and_any_2xx_is_good(
         assert (tried.code, tried.status) == (None if status < 300 else "redirect", status)
 
 
-def test_410_switches_the_endpoint_off_until_somebody_switches_it_on(post: Post, receiver: Receiver) -> None:
-    receiver.answer = lambda _: (410, {})
-    jobs = [post.ended(receiver.url(f"/gone?n={n}")) for n in range(3)]
-    other = post.ended(receiver.url("/there"))
-    courier = post.courier(webhook_per_endpoint=1)
+def test_410_switches_that_url_off_in_every_spelling_until_somebody_switches_it_on(
+    post: Post, receiver: Receiver
+) -> None:
+    receiver.answer = lambda got: (410 if got.path == "/hook?of=me" else 200, {})
+    spelled = receiver.url("/hook?of=me", host="LOCALhost")
+    jobs = [post.ended(url) for url in (receiver.url("/hook?of=me"), spelled, spelled)]
+    courier = post.courier(webhook_per_host=1)
     courier.drain()
-    receiver.answer = lambda _: (200, {})
-    late = post.ended(receiver.url("/gone?n=9"))
+    assert len(receiver.got) == 1, "the others are not even tried"
+    other = post.ended(receiver.url("/hook?of=somebody"))
     courier.drain()
-    assert [got.path for got in receiver.got].count("/there") == 1
-    assert sum("gone" in got.path for got in receiver.got) == 1
-    states = [post.delivery(job).state for job in (*jobs, late)]
-    assert states == [DeliveryState.FAILED] * 4
-    assert post.delivery(late).why == "endpoint_disabled"
-    assert post.delivery(other).log[-1].status == 410, "it is another endpoint, and has had the same answer"
-    urls = {each.url for each in post.outbox.endpoints() if each.disabled_at}
-    assert urls == {receiver.url("/gone"), receiver.url("/there")}
+    assert [post.delivery(job).state for job in jobs] == [DeliveryState.FAILED] * 3
+    assert sorted(post.delivery(job).why for job in jobs) == ["endpoint_disabled"] * 2 + ["status"]
+    assert post.delivery(other).state is DeliveryState.DELIVERED, "whose hook it is, its query may say"
+    (endpoint,) = post.outbox.endpoints()
+    assert (endpoint.url, endpoint.failures) == (receiver.url("/hook"), 0), "410 is no sign of trouble"
+    assert endpoint.disabled_at is not None
 
-    assert post.outbox.enable(receiver.url("/gone?n=1")) == (True, 0)
+    receiver.answer = lambda _: (200, {})
+    assert post.outbox.enable(receiver.url("/hook")) == (True, 0)
     post.outbox.replay([post.delivery(job).id for job in jobs])
     assert courier.drain() == 3
     assert [post.delivery(job).state for job in jobs] == [DeliveryState.DELIVERED] * 3
+
+
+def test_a_host_has_so_many_deliveries_at_once_however_many_urls_it_has(post: Post) -> None:
+    """Nothing but the path told a server's endpoints apart, and each had eight threads of its own."""
+    urls = [f"https://one.example{port}/{n}?{n}" for port in ("", ":8443") for n in range(4)]
+    for n, url in enumerate([*urls, "https://ONE.example./5", "https://two.example/"]):
+        post.outbox.put(f"evt_{n}", EventType.JOB_COMPLETED, url, "{}")
+    limits = Limits(100, 3, 50, {"//one.example": 1})
+    taken, _ = post.outbox.claim(limits, LEASE_S, GIVE_UP_S)
+    assert sorted(each.host for each in taken) == ["//one.example"] * 2 + ["//two.example"]
+    post.clock.advance(1)
+    again, _ = post.outbox.claim(limits, LEASE_S, GIVE_UP_S)
+    assert len({each.event.id for each in (*taken, *again)}) == 5, "as others end"
+
+
+def test_endpoints_of_a_host_take_turns_however_much_waits_for_one(post: Post) -> None:
+    for n in range(50):
+        post.outbox.put(f"evt_{n}", EventType.JOB_COMPLETED, "https://one.example/busy", "{}")
+    post.outbox.put("evt_other", EventType.JOB_COMPLETED, "https://one.example/quiet", "{}")
+    came: list[str] = []
+    while "evt_other" not in came:
+        for each in post.outbox.claim(Limits(100, 2, 50, {}), LEASE_S, GIVE_UP_S)[0]:
+            came.append(each.event.id)
+            post.outbox.settle(each, Outcome("delivered", WebhookTry(n=1, at=0.0, status=200)))
+        post.clock.advance(0.02)
+    assert len(came) <= 6, came
+
+
+@pytest.mark.parametrize(
+    ("url", "normal"),
+    [
+        ("HTTPS://Example.COM", "https://example.com/"),
+        ("https://example.com:443/Hook?Q=1", "https://example.com/Hook"),
+        ("https://example.com.:0443?x", "https://example.com/"),
+        ("http://example.com:443/", "http://example.com:443/"),
+        ("http://example.com.:8080/", "http://example.com:8080/"),
+        ("http://10.0.0.1:80/a", "http://10.0.0.1/a"),
+        ("https://[2606:2800::443]:443/", "https://[2606:2800::443]/"),
+    ],
+)
+def test_an_endpoint_is_the_same_in_every_spelling_for_redis_and_for_us(
+    post: Post, url: str, normal: str
+) -> None:
+    assert endpoint_of(url) == normal
+    post.outbox.put("evt_1", EventType.JOB_COMPLETED, url, "{}")
+    (sending,) = post.outbox.claim(Limits(1, 1, 1, {}), LEASE_S, GIVE_UP_S)[0]
+    post.outbox.settle(sending, Outcome("retry", WebhookTry(n=1, at=0.0, code="status"), again_s=9.0))
+    assert [each.url for each in post.outbox.endpoints()] == [normal]
+    assert post.outbox.enable(normal.upper().replace("HOOK", "Hook").replace("/A", "/a")) == (True, 1)
 
 
 def test_retry_after_is_kept_by_the_event_and_its_endpoint(post: Post, receiver: Receiver) -> None:
@@ -303,7 +361,7 @@ def test_retry_after_is_kept_by_the_event_and_its_endpoint(post: Post, receiver:
 
 def test_an_endpoint_that_fails_is_asked_with_one_event_at_a_time(post: Post, receiver: Receiver) -> None:
     receiver.answer = lambda _: (500, {})
-    courier = post.courier(webhook_per_endpoint=5)
+    courier = post.courier(webhook_per_host=5)
     jobs = [post.ended(receiver.url()) for _ in range(20)]
     assert courier.drain() == 5
     (trouble,) = post.outbox.endpoints()
@@ -328,13 +386,14 @@ def test_receivers_that_hang_delay_nobody_else(post: Post, receiver: Receiver) -
 
     with receiving() as slow:
         slow.answer = hang
-        hanging = [post.ended(slow.url(f"/{n}")) for n in range(3) for _ in range(10)]
+        elsewhere = f"http://127.0.0.1:{slow.port}"
+        hanging = [post.ended(f"{elsewhere}/{n}") for n in range(3) for _ in range(10)]
         jobs = [post.ended(receiver.url()) for _ in range(20)]
-        courier = post.courier(webhook_threads=8, webhook_per_endpoint=2, webhook_timeout_s=60.0)
+        courier = post.courier(webhook_threads=8, webhook_per_host=2, webhook_timeout_s=60.0)
         courier.start(lambda: True)
         try:
             wait_until(lambda: len(receiver.got) == len(jobs), 20, "the others have theirs")
-            assert len(slow.got) == 6, "two for each endpoint"
+            assert len(slow.got) == 2, "its host has no more at once"
         finally:
             silent.set()
         wait_until(lambda: len(slow.got) == len(hanging), 20, "and those in the end, too")
@@ -601,7 +660,7 @@ def test_a_system_without_threads_to_spare_delays_events_and_loses_none(
 ) -> None:
     for _ in range(3):
         post.ended(receiver.url())
-    courier = post.courier(webhook_threads=4, webhook_per_endpoint=4)
+    courier = post.courier(webhook_threads=4, webhook_per_host=4)
 
     def start(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -683,7 +742,10 @@ def test_a_million_events_of_one_endpoint_hide_no_other(post: Post, receiver: Re
     for _ in range(1000):
         post.outbox.put(new_secret(), EventType.JOB_FAILED, receiver.url("/bad"), "{}")
     good = post.ended(receiver.url("/good"))
-    post.courier(webhook_threads=4, webhook_per_endpoint=2).drain()
+    courier = post.courier(webhook_threads=4, webhook_per_host=2)
+    courier.drain()
+    post.clock.advance(1)
+    courier.drain()
     assert post.delivery(good).state is DeliveryState.DELIVERED
     assert len(receiver.got) < 20
 
