@@ -32,7 +32,7 @@ JITTER = 0.1
 """Pauses are drawn from this much below to this much above."""
 GIVE_UP_S = 5 * 86_400.0
 """However rarely its endpoint could be asked, an event older than this is given up."""
-RETRY_AFTER_MAX_S = 86_400.0
+RETRY_AFTER_MAX_S = max(SCHEDULE_S)
 LEASE_S = 150.0
 """More than a try may take, slow resolvers included."""
 EVERY_S, RETRY_S, COUNT_EVERY_S = 1.0, 1.0, 5.0

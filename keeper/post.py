@@ -30,7 +30,7 @@ _HEAD_END = re.compile(rb"\r?\n\r?\n")
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A receiver's answer. ``retry_after_s``: when it wants to be asked again, if it says."""
+    """A receiver's answer. ``retry_after_s``: when it wants to be asked again, if it says; perhaps inf."""
 
     status: int
     retry_after_s: float | None = None
@@ -143,7 +143,7 @@ def _retry_after_s(value: str | None) -> float | None:
     """Of both forms: seconds, and a date by the wall clock."""
     if value is None:
         return None
-    if re.fullmatch("[0-9]{1,9}", value.strip()):
+    if re.fullmatch("[0-9]+", value.strip()):
         return float(value)
     try:
         at = parsedate_to_datetime(value).timestamp()

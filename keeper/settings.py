@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_valid
 from pydantic_settings import NoDecode
 
 from ..schemas.settings import Seconds, Settings, misconfigured
-from ..schemas.webhook import secret_key
+from ..schemas.webhook import check_url, normal_url, secret_key
 
 Network = IPv4Network | IPv6Network
 
@@ -31,7 +31,8 @@ class KeeperSettings(Settings):
     """``whsec_…``, the key of webhooks' signatures. Several, with spaces between: each signs, while an old
     one is being replaced."""
     webhook_secrets: Annotated[dict[str, SecretStr], NoDecode] = Field(default_factory=dict[str, SecretStr])
-    """The same for URLs that begin so; the longest beginning counts. In the environment: a JSON object."""
+    """The same for URLs that begin so, in any spelling; the longest beginning counts. In the environment: a
+    JSON object."""
     webhook_allow: Annotated[tuple[Network, ...], NoDecode] = ()
     """Networks that are not public and may be called all the same, with commas between: ``10.0.0.0/8``."""
     webhook_timeout_s: Annotated[float, Field(gt=0, le=60)] = 15.0
@@ -72,17 +73,36 @@ class KeeperSettings(Settings):
                 secret_key(one)
         return self
 
+    @field_validator("webhook_secrets")
+    @classmethod
+    def _distinct_beginnings(cls, secrets: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        starts: dict[str, str] = {}
+        for each in secrets:
+            try:
+                check_url(each)
+            except ValueError as exc:
+                raise ValueError(f"{each!r} {exc}") from exc
+            if starts.setdefault(_start(each), each) != each:
+                raise ValueError(f"{starts[_start(each)]} and {each} are the same; leave one out")
+        return secrets
+
     def webhook_keys(self, url: str) -> list[bytes]:
         """What signs events for ``url``; empty: nothing does, and nothing may be sent."""
-        begins = [start for start in self.webhook_secrets if _begins(url, start)]
-        secret = self.webhook_secrets[max(begins, key=len)] if begins else self.webhook_secret
+        begins = {
+            _start(each): each for each in self.webhook_secrets if _begins(normal_url(url), _start(each))
+        }
+        secret = self.webhook_secrets[begins[max(begins, key=len)]] if begins else self.webhook_secret
         return [secret_key(one) for one in secret.get_secret_value().split()] if secret else []
+
+
+def _start(url: str) -> str:
+    """A beginning of URLs as it is compared: what is meant is the same with a slash at its end."""
+    return normal_url(url).rstrip("/")
 
 
 def _begins(url: str, start: str) -> bool:
     """Not in the middle of a name: ``https://a.example`` is no beginning of ``https://a.example.org``."""
-    rest = url.removeprefix(start)
-    return url.startswith(start) and (not rest or start.endswith("/") or rest[0] in "/?")
+    return url.startswith(start) and url[len(start) :][:1] in ("", "/", "?")
 
 
 def load_keeper_settings(**overrides: object) -> KeeperSettings:

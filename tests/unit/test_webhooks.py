@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 
 import pytest
@@ -252,18 +253,24 @@ def test_a_secret_that_is_none_is_refused_and_not_quoted(secret: str) -> None:
 
 def test_the_longest_beginning_of_a_url_decides_which_secret_signs() -> None:
     default, site, path = (new_secret() for _ in range(3))
-    secrets = {"https://a.example": site, "https://a.example/b/": path}
+    secrets = {"https://A.example.:443/": site, "https://a.example/b/": path}
     settings = load_keeper_settings(webhook_secret=default, webhook_secrets=json.dumps(secrets))
     for url, secret in {
         "https://a.example": site,
-        "https://a.example/b": site,
-        "https://a.example?x": site,
+        "https://a.example/bb": site,
+        "HTTPS://a.EXAMPLE:443?x": site,
+        "https://a.example/b": path,
+        "https://a.example/b?x": path,
+        "https://a.example/B": site,
         "https://a.example/b/c": path,
         "https://a.example.org/": default,
         "https://a.example:444/": default,
         "http://a.example/": default,
     }.items():
         assert settings.webhook_keys(url) == [secret_key(secret)], url
+    for wrong in ({"a.example": site}, {"https://a.example": site, "https://a.example:443/": path}):
+        with pytest.raises(Misconfigured, match=r"GRISTMILL_WEBHOOK_SECRETS: .*a\.example"):
+            load_keeper_settings(webhook_secrets=json.dumps(wrong))
     assert KeeperSettings().webhook_keys(HOOK) == []
     assert default not in repr(settings)
     assert site not in repr(settings)
@@ -296,7 +303,15 @@ def test_the_schedule_takes_three_days() -> None:
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("120", 120.0), (" 7 ", 7.0), ("soon", None), ("-5", None), ("1e9", None), ("9" * 400, None)],
+    [
+        ("120", 120.0),
+        (" 7 ", 7.0),
+        ("soon", None),
+        ("-5", None),
+        ("1e9", None),
+        ("9" * 10, 9_999_999_999.0),
+        ("9" * 400, math.inf),
+    ],
 )
 def test_retry_after_in_seconds(value: str, seconds: float | None) -> None:
     head = f"HTTP/1.1 503 No\r\nRetry-After: {value}\r\n\r\n".encode()
