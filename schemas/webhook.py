@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
@@ -32,6 +32,17 @@ SECRET_BYTES = range(24, 65)
 """How long a secret may be, as Standard Webhooks has it."""
 TOLERANCE_S = 300.0
 """A receiver takes no signature that is older, or from so far ahead."""
+
+EMBEDDING = {
+    "IPv4-compatible": IPv6Network("::/96"),
+    "IPv4-mapped": IPv6Network("::ffff:0:0/96"),
+    "IPv4-translated": IPv6Network("::ffff:0:0:0/96"),
+    "NAT64": IPv6Network("64:ff9b::/96"),
+    "local NAT64": IPv6Network("64:ff9b:1::/48"),
+    "Teredo": IPv6Network("2001::/32"),
+    "6to4": IPv6Network("2002::/16"),
+}
+"""Networks of addresses that stand for an IPv4 address."""
 
 _UNSAFE = re.compile(r"[^!-~]|[\"<>\\^`{|}]")
 _NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
@@ -70,7 +81,8 @@ def check_url(url: str) -> str:
     """The URL, if it can be a receiver's; whether its address may be called is decided when it is.
 
     Raises ValueError. Numbers in other forms than ``1.2.3.4`` and ``[::1]`` are refused: resolvers read
-    ``2130706433``, ``0x7f.1`` and ``127.1`` as addresses that nobody meant to write.
+    ``2130706433``, ``0x7f.1`` and ``127.1`` as addresses that nobody meant to write. So are IPv6 addresses
+    that stand for an IPv4 one, and may lead there: nobody who means ``10.0.0.1`` writes ``[::ffff:a00:1]``.
     """
     if len(url) > URL_CHARS:
         raise ValueError(f"is {len(url):,} characters long and may have {URL_CHARS:,}")
@@ -100,9 +112,13 @@ def _split(url: str) -> tuple[SplitResult, str]:
 
 def _check_host(host: str) -> None:
     if ":" in host:
-        IPv6Address(host)
+        address = IPv6Address(host)
         if "%" in host:
             raise ValueError("names a network interface")
+        if int(address) > 1 and (
+            kind := next((kind for kind, net in EMBEDDING.items() if address in net), None)
+        ):
+            raise ValueError(f"[{host}] hides an IPv4 address ({kind}); write that one, or a name")
     elif _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]):
         IPv4Address(host)
     elif _NAME.fullmatch(host) is None or len(host) > 253:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from ipaddress import ip_address, ip_network
 
 import pytest
 from gristmill.keeper.courier import SCHEDULE_S
@@ -143,6 +144,32 @@ def test_numbers_that_a_resolver_would_take_for_an_address_are_no_host(host: str
         Guard(look_up=lambda *_: ["8.8.8.8"]).check(f"https://{host}/")
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "::127.0.0.1",
+        "::7f00:1",
+        "::ffff:10.0.0.1",
+        "::FFFF:A00:1",
+        "0:0:0:0:0:ffff:169.254.169.254",
+        "::ffff:0:10.0.0.1",
+        "64:ff9b::a9fe:a9fe",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b:1::10.0.0.1",
+        "2001:0:808:808:0:0:f5ff:fffe",
+        "2002:a00:1::1",
+    ],
+)
+def test_an_ipv4_address_in_ipv6_dress_is_no_host_even_where_its_network_is_listed(host: str) -> None:
+    with pytest.raises(ValueError, match="hides an IPv4 address"):
+        check_url(f"https://[{host}]/")
+    with pytest.raises(WebhookRefused) as refused:
+        Guard([ip_network("::/0"), ip_network("0.0.0.0/0")], look_up=lambda *_: [host]).check(
+            f"http://[{host}]/"
+        )
+    assert refused.value.final
+
+
 @pytest.mark.parametrize("address", NOT_PUBLIC)
 def test_an_address_that_is_not_public_is_refused_by_name_and_by_number(address: str) -> None:
     guard = Guard(look_up=lambda host, _: [address] if host == "evil.example" else [host])
@@ -170,8 +197,9 @@ def test_listed_networks_may_be_called_without_tls_and_nothing_beside_them() -> 
     settings = load_keeper_settings(webhook_allow="10.0.0.0/8, fd00::/8")
     guard = Guard(settings.webhook_allow, look_up=lambda host, _: [host])
     assert guard.check("http://10.1.2.3:8000/hook?a=1").path == "/hook?a=1"
-    for url in ("http://[fd00::1]/", "http://[::ffff:10.0.0.1]/"):
-        assert guard.check(url)
+    mapped = Guard(settings.webhook_allow, look_up=lambda *_: ["::ffff:10.0.0.1"])
+    assert guard.check("http://[fd00::1]/")
+    assert mapped.check("http://mapped.example/")
     for url in ("http://11.0.0.1/", "http://127.0.0.1/", "http://[fe80::1]/"):
         with pytest.raises(WebhookRefused):
             guard.check(url)
@@ -188,8 +216,6 @@ def test_a_host_without_an_address_may_have_one_later() -> None:
 
 
 def test_every_kind_of_address_has_been_judged_once() -> None:
-    from ipaddress import ip_address
-
     assert not [each for each in NOT_PUBLIC if public(ip_address(each))]
     assert all(public(ip_address(each)) for each in PUBLIC)
 
