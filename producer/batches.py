@@ -201,9 +201,26 @@ def submit(link: Link, source: Source, asked: Wishes, settings: ProducerSettings
     with read(source, asked, settings) as intake:
         name = core.pick_model(asked.model or intake.checked.model, link.state.models(), settings)
         batch = describe(intake, asked, name, settings, "batch_", source_name(source))
-        Submission(link, intake, batch).run()
-    warnings = () if link.state.alive(name) else (core.nobody_alive(name, settings),)
-    return BatchHandle(link, batch.id, warnings)
+        submission = Submission(link, intake, batch)
+        submission.run()
+    warnings = [] if link.state.alive(name) else [core.nobody_alive(name, settings)]
+    if submission.known is not None:
+        warnings += _ignored(asked, submission.known)
+    return BatchHandle(link, batch.id, tuple(warnings))
+
+
+def _ignored(asked: Wishes, known: Batch) -> list[str]:
+    """What a caller asks now of a batch that was submitted before without, or with another one."""
+    pairs = {
+        "metadata": (dict(asked.metadata or {}), known.metadata),
+        "webhook": (asked.options.webhook, known.options.webhook),
+        "completion window": (asked.completion_window_s, known.completion_window_s),
+    }
+    differ = [name for name, (now, then) in pairs.items() if now and now != then]
+    if not differ:
+        return []
+    own = f"{known.id} was submitted before and keeps its own {' and '.join(differ)}"
+    return [f"{own}; --fresh (fresh=True) makes a new batch with these"]
 
 
 def read(

@@ -40,7 +40,11 @@ def test_a_batch_is_submitted_once_however_often_it_is_asked_for(run: Run, state
     code, out, err = run("batch", "submit", "-", "--meta", "team=search", stdin=rows(100))
     batch_id = out.strip()
     assert (code, batch_id[:6]) == (0, "batch_"), err
-    assert run("batch", "submit", "-", "--meta", "team=search", stdin=rows(100))[1].strip() == batch_id
+    assert run("batch", "submit", "-", "--meta", "team=search", stdin=rows(100))[1:] == (f"{batch_id}\n", "")
+    asked = ("--meta", "team=ads", "--webhook", "https://example.com/hook")
+    _, out, err = run("batch", "submit", "-", *asked, stdin=rows(100))
+    assert out.strip() == batch_id
+    assert f"{batch_id} was submitted before and keeps its own metadata and webhook; --fresh" in err
     found = json.loads(run("batch", "show", batch_id, "--json")[1])
     assert (found["status"], found["request_counts"]["total"]) == ("validating", 100)
     assert found["metadata"] == {"team": "search"}
