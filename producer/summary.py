@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from .batch.intake import Intake
 from .batch.run import Run
+from .batch.speed import Speed
 from .console import put_json, say
 from .link import EMBEDDED, shown
 from .progress import duration
@@ -34,7 +34,8 @@ class Summary:
 
     def end(self, seconds: float, logs: list[str]) -> None:
         """How it went, whatever ended it."""
-        found = self._found(seconds)
+        speed = self.job.speed()
+        found = self._found(seconds, speed)
         found["logs"] = logs
         if self.as_json:
             put_json(found)
@@ -44,10 +45,10 @@ class Summary:
         if found["resumed"]:
             rows.append(f"{found['resumed']:,} ended in an earlier run")
         say(f"rows:    {', '.join(rows)}")
-        say(
-            f"tokens:  {found['prompt_tokens']:,} in, {found['completion_tokens']:,} out"
-            f" in {duration(found['seconds'])}, {found['tokens_per_s']:,.0f} tok/s"
-        )
+        say(f"tokens:  {found['prompt_tokens']:,} in, {found['completion_tokens']:,} out{_rate(speed)}")
+        say(f"time:    {duration(seconds)}{_where_it_went(seconds, speed)}")
+        if speed is not None:
+            say(f"TTFT:    p50 {speed.ttft_p50_s:.3f} s, p95 {speed.ttft_p95_s:.3f} s (from a row's begin)")
         say(f"output:  {self.output}")
         if self.errors and found["failed"]:
             say(f"errors:  {self.errors}")
@@ -64,11 +65,9 @@ class Summary:
         if batch.created_at is not None:
             say(f"  or leave them to other workers:  gristmill batch resume {batch.id}")
 
-    def _found(self, seconds: float) -> dict[str, Any]:
+    def _found(self, seconds: float, speed: Speed | None) -> dict[str, Any]:
         batch, checked = self.job.batch, self.intake.checked
         counts, usage = batch.request_counts, batch.usage
-        fresh = counts.completed + counts.failed - self.job.resumed
-        busy_s = seconds if batch.in_progress_at is None else min(seconds, time.time() - batch.in_progress_at)
         return {
             "batch": batch.id,
             "model": batch.model,
@@ -81,8 +80,28 @@ class Summary:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "seconds": round(seconds, 3),
-            "tokens_per_s": round(usage.completion_tokens / busy_s, 1) if fresh and busy_s > 0 else 0.0,
+            "tokens_per_s": speed and _rounded(speed.tokens_per_s),
+            "generating_s": speed and _rounded(speed.generating_s),
+            "ttft_p50_s": speed and _rounded(speed.ttft_p50_s),
+            "ttft_p95_s": speed and _rounded(speed.ttft_p95_s),
             "complete": self.job.over,
             "output": self.output,
             "errors": self.errors,
         }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _rate(speed: Speed | None) -> str:
+    """A run of a few rows is mostly loading and waiting; how fast the model is shows between its tokens."""
+    rate = None if speed is None else speed.tokens_per_s
+    return "" if rate is None else f", {rate:,.{0 if rate >= 10 else 1}f} tok/s since the first"
+
+
+def _where_it_went(seconds: float, speed: Speed | None) -> str:
+    if speed is None:
+        return ""
+    made_s = min(seconds, speed.generating_s)
+    return f": {duration(made_s)} generating, {duration(seconds - made_s)} loading, waiting and writing"

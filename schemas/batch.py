@@ -7,6 +7,7 @@ runs. Times are unix seconds by the state server's clock.
 from __future__ import annotations
 
 import base64
+import math
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -199,6 +200,18 @@ class OpenedBatch(Answer):
     segments: tuple[SegmentInfo, ...] = ()
 
 
+class RowTimes(Answer):
+    """When rows ran that began and ended with one worker. Unix seconds by its clock."""
+
+    first_token_at: Float
+    """The earliest …"""
+    finished_at: Float
+    """… and the latest."""
+    completion_tokens: Int
+    ttft: dict[str, Int] = Field(default_factory=dict[str, int])
+    """How many rows had their first token how long after they began, by ``ttft_bin``."""
+
+
 class ResultObject(Answer):
     """An object of finished rows, as it joins a batch: ``accept`` is the only way in."""
 
@@ -220,6 +233,8 @@ class ResultObject(Answer):
     expired: str = ""
     """… and those whose time ran out."""
     usage: Usage = Usage()
+    times: RowTimes | None = None
+    """None: no row of it was made by one worker from its first token to its last."""
 
 
 # ---- ids
@@ -307,6 +322,21 @@ class LineSet:
     def missing(self, lines: Iterable[int]) -> list[int]:
         """Those of ``lines`` that are not in it."""
         return [line for line in lines if line not in self]
+
+
+# ---- times
+
+_TTFT_FINEST_S, _TTFT_STEP = 1e-4, 1.1
+
+
+def ttft_bin(seconds: float) -> int:
+    """Which of bins that grow by a tenth; within 5 % of ``ttft_of``, from 0.1 ms up."""
+    return max(0, round(math.log(max(seconds, _TTFT_FINEST_S) / _TTFT_FINEST_S, _TTFT_STEP)))
+
+
+def ttft_of(number: int) -> float:
+    """Seconds that a bin stands for."""
+    return _TTFT_FINEST_S * _TTFT_STEP**number
 
 
 # ---- events

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +15,9 @@ from typing import Literal, NamedTuple
 from ..backends.batches import Accepted, Batches, Refused
 from ..backends.store import ResultStore
 from ..schemas import keys
-from ..schemas.batch import ResultObject, pack_lines
+from ..schemas.batch import ResultObject, RowTimes, pack_lines, ttft_bin
 from ..schemas.job import JobState
-from ..schemas.result import Usage
+from ..schemas.result import Timings, Usage
 from .patience import Patience
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Ended(NamedTuple):
     """Its line of the output, or of the errors."""
     state: JobState
     usage: Usage
+    times: Timings | None = None
+    """Of a row whose tokens were all made in this attempt."""
 
 
 @dataclass(slots=True)
@@ -190,6 +193,7 @@ class RowWriter:
                 completion_tokens=sum(row.usage.completion_tokens for row in rows),
                 cached_tokens=sum(row.usage.cached_tokens for row in rows),
             ),
+            times=_times(rows),
         )
 
     def _without(self, refused: Refused, rows: list[Ended], names: list[str]) -> list[Ended]:
@@ -202,6 +206,22 @@ class RowWriter:
     def _removed(self, name: str) -> bool:
         self._store.remove(name)
         return True
+
+
+def _times(rows: Sequence[Ended]) -> RowTimes | None:
+    told = [
+        (times.started_at, times.first_token_at, times.finished_at, row.usage.completion_tokens)
+        for row in rows
+        if (times := row.times) and times.started_at is not None and times.first_token_at is not None
+    ]
+    if not told:
+        return None
+    return RowTimes(
+        first_token_at=min(first for _, first, _, _ in told),
+        finished_at=max(finished for _, _, finished, _ in told),
+        completion_tokens=sum(tokens for _, _, _, tokens in told),
+        ttft=Counter(str(ttft_bin(first - started)) for started, first, _, _ in told),
+    )
 
 
 def _kinds(rows: list[Ended]) -> list[tuple[Kind, list[Ended]]]:

@@ -384,7 +384,8 @@ class SegmentRun:
             self._refuse(line, job, _mistake(exc))
             return
         self._floor.metrics.on_row(result)
-        self._writer.add(Ended(line, said, result.state, result.usage))
+        times = result.timings if result.attempts == 1 else None
+        self._writer.add(Ended(line, said, result.state, result.usage, times))
         alone = self._ending is None and result.state in (JobState.CANCELLED, JobState.EXPIRED)
         for copy in self._end(line):
             number = _line_of(copy)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 
-from ...schemas.batch import Batch, BatchStatus
+from ...schemas.batch import Batch, BatchStatus, ResultObject
 from ...schemas.errors import InvalidRequest, JobNotFound, Transient
 from ..link import Link
 from ..settings import ProducerSettings
@@ -22,6 +23,7 @@ from .cache import Cache
 from .crew import Crew
 from .forecast import Forecast, Progress
 from .intake import Intake
+from .speed import Speed, measured
 from .submission import OwnRows, Submission, Uploaded
 
 PATIENCE_S = 60.0
@@ -54,7 +56,9 @@ class Run:
         self.over = self.batch.status.final
         """Nothing is left to do but to fetch the answers."""
         self.resumed = self.batch.request_counts.completed + self.batch.request_counts.failed
-        """Rows that had ended before this run."""
+        """Rows that had ended before this run …"""
+        self._objects_before = None if self.over else sum(1 for _ in self._objects())
+        """… and how many objects they are in; None: there is nothing to do."""
         self._trouble_since: float | None = None
         if self.batch.status in (BatchStatus.CANCELLED, BatchStatus.EXPIRED, BatchStatus.CANCELLING):
             raise InvalidRequest(
@@ -94,6 +98,18 @@ class Run:
         """In the cache, if there is one."""
         if self._cache is not None:
             self._cache.keep(self.batch, Answers(self._link, self.batch).lines("output"))
+
+    def speed(self) -> Speed | None:
+        """Of what this run has made. None: nobody can tell."""
+        if self._objects_before is None:
+            return None
+        try:
+            return measured(islice(self._objects(), self._objects_before, None))
+        except Transient:
+            return None
+
+    def _objects(self) -> Iterator[ResultObject]:
+        return self._link.state.batches.objects(self.batch.id)
 
     def _submit(self) -> Uploaded:
         batches, known = self._link.state.batches, self._submission.known

@@ -196,6 +196,8 @@ def test_a_file_comes_back_in_order_and_a_second_time_costs_nothing(up: Shell, t
     summary = json.loads(first.stdout)
     assert (summary["rows"], summary["succeeded"], summary["failed"], summary["resumed"]) == (12, 11, 1, 0)
     assert summary["completion_tokens"] > 20
+    assert 0 < summary["generating_s"] < summary["seconds"]
+    assert "tok/s since the first" in first.stderr
     assert [row["custom_id"] for row in rows(output)] == [*(f"r{n}" for n in range(10)), "c"]
     assert rows(output)[-1]["response"]["body"]["object"] == "chat.completion"
     (failed,) = rows(tmp_path / "out.errors.jsonl")

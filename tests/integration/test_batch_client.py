@@ -122,6 +122,11 @@ def test_rows_from_a_program_become_a_batch(tiny_stack: Stack, tmp_path: Path) -
     ended = handle.wait(WAIT_S)
     assert (ended.status, ended.request_counts.completed) == (BatchStatus.COMPLETED, 100)
     assert handle.download(str(tmp_path / "out.jsonl.gz")) == (100, 0)
+    objects = tiny_stack.state.batches.objects(handle.id)
+    times = [each.times for each in objects if each.times is not None]
+    assert sum(sum(each.ttft.values()) for each in times) == 5, "five were computed, the others are copies"
+    assert sum(each.completion_tokens for each in times) == ended.usage.completion_tokens
+    assert all(each.first_token_at <= each.finished_at for each in times)
     assert {row.custom_id for row in handle.lines()} == {str(n) for n in range(100)}
     with pytest.raises(InvalidRequest, match="no failed row"):
         handle.retry()
