@@ -24,8 +24,6 @@ from .object_lines import gone
 from .store import ResultStore
 
 OURS = "recovered"
-NOT_RUN = ".keeper/"
-"""Rows that a keeper gave up on when it made the batch final: they run again."""
 KINDS: tuple[Literal["output"], Literal["errors"]] = ("output", "errors")
 """A row that one attempt answered, and another did not, is answered."""
 
@@ -49,8 +47,7 @@ def recover(batches: Batches, store: ResultStore, batch_id: str) -> Recovered:
     nothing of it; BrokerUnavailable, StoreUnavailable: call again.
     """
     opened = _opened(batches, store, batch_id)
-    for kind in KINDS:  # there is no manifest: nobody was told of them, and they may lack rows
-        store.remove(keys.batch_file(batch_id, f"{kind}.jsonl"))
+    clear_end(batches, store, batch_id)
     batches.open(opened.batch, opened.segments)
     batches.pause(batch_id)  # else rows whose objects come last would run again meanwhile
     found = Recovered(total=opened.batch.request_counts.total)
@@ -58,10 +55,23 @@ def recover(batches: Batches, store: ResultStore, batch_id: str) -> Recovered:
     for kind in KINDS:
         spare = (keys.rows_object(f"{batch_id}.{OURS}", stamp, n, kind) for n in count(1))
         for name in sorted(store.list(keys.batch_results(batch_id))):
-            if name.endswith(f".{kind}.jsonl") and NOT_RUN not in name:
+            if name.endswith(f".{kind}.jsonl") and not name.startswith(keys.keeper_results(batch_id)):
                 _join(batches, store, _Object(batch_id, name, kind), spare, found)
     batches.resume(batch_id)
     return found
+
+
+def clear_end(batches: Batches, store: ResultStore, batch_id: str) -> None:
+    """Take away what a keeper had made of a batch when its record was lost: files that may lack rows, parts
+    of them, lines for rows that it gave up on, which run again. Without a manifest nobody was told of them.
+
+    Only before it is opened anew; does nothing to a batch that is known, or final.
+    """
+    if batches.get(batch_id) is not None or store.exists(keys.batch_file(batch_id, "manifest.json")):
+        return
+    made = [keys.batch_file(batch_id, f"{kind}.jsonl") for kind in KINDS]
+    for name in (*made, *list(store.list(keys.keeper_results(batch_id)))):
+        store.remove(name)
 
 
 def _opened(batches: Batches, store: ResultStore, batch_id: str) -> OpenedBatch:

@@ -159,6 +159,11 @@ def batch_results(batch_id: str) -> str:
     return f"batches/{batch_id}/results/"
 
 
+def keeper_results(batch_id: str) -> str:
+    """What the names of those begin with that a keeper makes of rows, to make the batch final."""
+    return f"{batch_results(batch_id)}{batch_id}.keeper/"
+
+
 def batch_file(batch_id: str, name: str) -> str:
     """Name of one of the files that a batch ends in: ``output.jsonl``, ``errors.jsonl``, ``manifest.json``;
     or ``batch.json``, from which a lost record is rebuilt.

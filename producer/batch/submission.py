@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...backends.batches import Batches
+from ...backends.recovery import clear_end
 from ...backends.segment_messages import send_segment
 from ...backends.store import ResultStore
 from ...schemas import keys
@@ -97,6 +98,7 @@ class Submission:
     def open(self, uploaded: Uploaded) -> None:
         """Make the batch known, and have its segments validated."""
         if self.known is None:
+            clear_end(self._batches, self._link.store, self.batch.id)
             opened = OpenedBatch(batch=self.batch, segments=tuple(uploaded.segments))
             name = keys.batch_file(self.batch.id, "batch.json")
             self._link.store.put_new(name, opened.to_json().encode())

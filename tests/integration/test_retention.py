@@ -262,8 +262,10 @@ def test_rows_that_a_keeper_gave_up_on_run_again(fleet: Fleet) -> None:
     keeper.settle()
     fleet.store.remove(keys.batch_file(BATCH, "manifest.json"))
     lose_everything(fleet)
+    assert [*fleet.store.list(keys.keeper_results(BATCH))]
     assert recover(fleet.state.batches, fleet.store, BATCH).rows == 1
     assert not fleet.store.exists(keys.batch_file(BATCH, "errors.jsonl"))
+    assert [*fleet.store.list(keys.keeper_results(BATCH))] == [], "a later merge would find its parts taken"
 
 
 def test_recovering_may_be_interrupted_anywhere_and_repeated(fleet: Fleet) -> None:

@@ -1,0 +1,86 @@
+"""A batch submitted again, wherever an earlier try or an earlier life of it ended: every row has one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gristmill.producer.batch.submission import Submission
+from gristmill.producer.batches import Wishes, describe, read
+from gristmill.producer.link import Link
+from gristmill.producer.settings import producer_settings
+from gristmill.schemas import keys
+from gristmill.schemas.batch import Batch, BatchOptions, BatchStatus
+from gristmill.schemas.settings import Settings
+
+from ..support.batch_hand import Hand, numbers
+from ..support.fleet import Fleet
+from ..support.valkey import Valkey
+
+
+class Desk:
+    """A client, a keeper, and what a worker would do."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        settings = fleet.settings.model_copy(update={"results_url": fleet.store.url})
+        self.link, self.settings = Link(settings), producer_settings(settings)
+        self.keeper = fleet.batch_rounds()
+
+    def submit(self, *prompts: str, **options: Any) -> Batch:
+        wishes = Wishes(model="tiny", options=BatchOptions.from_python(options))
+        with read([{"prompt": prompt} for prompt in prompts], wishes, self.settings) as intake:
+            batch = describe(intake, wishes, "tiny", self.settings, "batch_", "")
+            Submission(self.link, intake, batch).run()
+        return batch
+
+    def hand(self, batch: Batch) -> Hand:
+        return Hand(self.fleet.state, self.fleet.store, batch.id)
+
+    def run(self, batch: Batch) -> None:
+        """Validate and run its segment."""
+        self.hand(batch).validate(1)
+        self.keeper.round()
+        self.hand(batch).run(1)
+
+    def finished(self, batch: Batch) -> Batch:
+        for _ in range(3):
+            self.keeper.round()
+            self.keeper.settle()
+        found = self.fleet.state.batches.get(batch.id)
+        assert found is not None
+        assert found.status is BatchStatus.COMPLETED, found
+        return found
+
+    def lines(self, name: str | None) -> list[int]:
+        return sorted(numbers(self.fleet.store.get(name or "none")))
+
+
+@pytest.fixture
+def desk(valkey: Valkey, settings: Settings, tmp_path: Path) -> Iterator[Desk]:
+    fleet = Fleet(valkey, settings, tmp_path)
+    desk = Desk(fleet)
+    yield desk
+    desk.link.close()
+    fleet.close()
+
+
+def test_a_batch_whose_end_was_cut_off_with_the_server_comes_to_its_end_when_submitted_again(
+    desk: Desk,
+) -> None:
+    """Its output.jsonl stood without a manifest, and each later end found other bytes under that name."""
+    batch = desk.submit("a", "b", input_order=True)
+    store = desk.fleet.store
+    made = [keys.batch_file(batch.id, "output.jsonl"), keys.rows_object(f"{batch.id}.keeper", 0, 0, "output")]
+    for name in made:
+        assert store.put_new(name, b"an earlier life's\n")
+    desk.fleet.valkey.client().flushall()
+    assert desk.submit("a", "b", input_order=True).id == batch.id
+    assert not any(map(store.exists, made))
+    desk.run(batch)
+    assert desk.lines(desk.finished(batch).output) == [1, 2]
+    desk.fleet.valkey.client().flushall()
+    assert desk.submit("a", "b", input_order=True).id == batch.id
+    assert store.exists(made[0]), "with a manifest it is the answer"
