@@ -10,13 +10,16 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Literal
 
-from ...backends.batches import Batches
+from ...backends.batches import Batches, Refused
+from ...backends.line_merge import line_number
+from ...backends.object_lines import object_lines
 from ...backends.recovery import clear_end
 from ...backends.segment_messages import send_segment
 from ...backends.store import ResultStore
@@ -31,6 +34,7 @@ from ...schemas.batch import (
     pack_lines,
     row_id,
     segment_id,
+    unpack_lines,
 )
 from ...schemas.batch_lines import OutputLine, error_line
 from ..link import Link
@@ -46,6 +50,7 @@ SENT_AT_ONCE = 50
 ALL = 1_000_000
 ADDED_AT_ONCE = 4
 CLIENT = "client"
+Kind = Literal["output", "errors"]
 DAY_S = 86_400.0
 
 
@@ -103,11 +108,38 @@ class Submission:
             name = keys.batch_file(self.batch.id, "batch.json")
             self._link.store.put_new(name, opened.to_json().encode())
             self._batches.open(self.batch, uploaded.segments)
-        for start in range(0, len(uploaded.objects), ADDED_AT_ONCE):
-            # Refused: an earlier try has told of these rows. None: it is past saying anything.
-            self._batches.add(self.batch.id, uploaded.objects[start : start + ADDED_AT_ONCE])
+        self._join(uploaded.objects)
         if self.known is None or self.known.status is BatchStatus.VALIDATING:
             self._send()
+
+    def _join(self, objects: Sequence[ResultObject]) -> None:
+        """Let them join, but for rows that have ended before: an earlier try has told of those, and need not
+        have put the same rows together.
+        """
+        for start in range(0, len(objects), ADDED_AT_ONCE):
+            page = objects[start : start + ADDED_AT_ONCE]
+            answer = self._batches.add(self.batch.id, page)
+            if answer is None:  # it is past taking anything
+                return
+            if isinstance(answer, Refused):
+                for each in page:
+                    self._join_rest(each, answer.lines)
+
+    def _join_rest(self, made: ResultObject, ended: frozenset[int]) -> None:
+        while len(rest := [line for line in unpack_lines(made.lines) if line not in ended]):
+            if len(rest) < made.rows:
+                made = self._without(made, rest)
+            answer = self._batches.add(self.batch.id, [made])
+            if not isinstance(answer, Refused):
+                return
+            ended |= answer.lines
+
+    def _without(self, made: ResultObject, rest: Collection[int]) -> ResultObject:
+        """Another object, of ``rest`` alone. The first one stays: somebody else may be about to add it."""
+        kept, store = set(rest), self._link.store
+        rows = [line + b"\n" for line in object_lines(store, made.name) if line_number(line) in kept]
+        own = OwnRows(store, self.batch.id)
+        return own.put(made.kind, sorted(kept), b"".join(rows))
 
     def _send(self) -> None:
         """A message for each segment that has none. A keeper would do it half a minute later.
@@ -178,31 +210,31 @@ class OwnRows:
         self._write("errors")
         return self._objects
 
-    def _add(self, kind: Literal["output", "errors"], number: int, line: OutputLine) -> None:
+    def _add(self, kind: Kind, number: int, line: OutputLine) -> None:
         buffer = self._open[kind]
         buffer.lines.append(number)
         buffer.data += line.to_line()
         if len(buffer.data) >= OBJECT_BYTES:
             self._write(kind)
 
-    def _write(self, kind: Literal["output", "errors"]) -> None:
+    def _write(self, kind: Kind) -> None:
         buffer, self._open[kind] = self._open[kind], _Buffer()
         if not buffer.lines:
             return
-        body = bytes(buffer.data)
+        self._objects.append(self.put(kind, buffer.lines, bytes(buffer.data)))
+
+    def put(self, kind: Kind, lines: Sequence[int], body: bytes) -> ResultObject:
+        """An object of these lines, ascending, under a name that nothing has."""
         owner = f"{self._batch_id}.{CLIENT}"
-        name = keys.rows_object(owner, self._attempt, len(self._objects), kind)
-        self._store.put_new(name, body)
-        self._objects.append(
-            ResultObject(
-                segment=CLIENT,
-                kind=kind,
-                name=name,
-                rows=len(buffer.lines),
-                bytes=len(body),
-                sha256=hashlib.sha256(body).hexdigest(),
-                lines=pack_lines(buffer.lines),
-            )
+        names = (keys.rows_object(owner, self._attempt, n, kind) for n in count(len(self._objects)))
+        return ResultObject(
+            segment=CLIENT,
+            kind=kind,
+            name=next(name for name in names if self._store.put_new(name, body)),
+            rows=len(lines),
+            bytes=len(body),
+            sha256=hashlib.sha256(body).hexdigest(),
+            lines=pack_lines(lines),
         )
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.producer.batch import submission
 from gristmill.producer.batch.submission import Submission
 from gristmill.producer.batches import Wishes, describe, read
 from gristmill.producer.link import Link
 from gristmill.producer.settings import producer_settings
 from gristmill.schemas import keys
-from gristmill.schemas.batch import Batch, BatchOptions, BatchStatus
+from gristmill.schemas.batch import Batch, BatchOptions, BatchStatus, unpack_lines
 from gristmill.schemas.settings import Settings
 
 from ..support.batch_hand import Hand, numbers
+from ..support.dying import Died
 from ..support.fleet import Fleet
 from ..support.valkey import Valkey
 
@@ -28,12 +31,30 @@ class Desk:
         settings = fleet.settings.model_copy(update={"results_url": fleet.store.url})
         self.link, self.settings = Link(settings), producer_settings(settings)
         self.keeper = fleet.batch_rounds()
+        self.died = 0
+        """Submissions that came to no end."""
+
+    def dies_at_add(self, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the next submission die when it adds rows for the ``number``-th time."""
+        batches, calls = self.link.state.batches, count(1)
+        add = batches.add
+
+        def adding(*args: Any) -> Any:
+            if next(calls) == number:
+                monkeypatch.setattr(batches, "add", add)
+                raise Died
+            return add(*args)
+
+        monkeypatch.setattr(batches, "add", adding)
 
     def submit(self, *prompts: str, **options: Any) -> Batch:
         wishes = Wishes(model="tiny", options=BatchOptions.from_python(options))
         with read([{"prompt": prompt} for prompt in prompts], wishes, self.settings) as intake:
             batch = describe(intake, wishes, "tiny", self.settings, "batch_", "")
-            Submission(self.link, intake, batch).run()
+            try:
+                Submission(self.link, intake, batch).run()
+            except Died:
+                self.died += 1
         return batch
 
     def hand(self, batch: Batch) -> Hand:
@@ -84,3 +105,22 @@ def test_a_batch_whose_end_was_cut_off_with_the_server_comes_to_its_end_when_sub
     desk.fleet.valkey.client().flushall()
     assert desk.submit("a", "b", input_order=True).id == batch.id
     assert store.exists(made[0]), "with a manifest it is the answer"
+
+
+def test_rows_that_an_earlier_try_told_of_with_others_join_all_the_same(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had told of the first one, and died. All others lay in one object with that, which was refused."""
+    with monkeypatch.context() as small:
+        small.setattr(submission, "OBJECT_BYTES", 1)
+        small.setattr(submission, "ADDED_AT_ONCE", 1)
+        desk.dies_at_add(2, monkeypatch)
+        batch = desk.submit("", "", "c", "", on_invalid="skip")
+    assert desk.died == 1
+    desk.submit("", "", "c", "", on_invalid="skip")
+    joined = [each.lines for each in desk.fleet.state.batches.objects(batch.id)]
+    assert [unpack_lines(lines) for lines in joined] == [[1], [2, 4]]
+    desk.submit("", "", "c", "", on_invalid="skip")
+    desk.run(batch)
+    found = desk.finished(batch)
+    assert (desk.lines(found.output), desk.lines(found.error_output)) == ([3], [1, 2, 4])
