@@ -192,14 +192,6 @@ class SegmentInfo(Answer):
     """What it was split off from."""
 
 
-class OpenedBatch(Answer):
-    """A batch as it was opened, in the result store: its record can be made again from it."""
-
-    v: Literal[1] = WIRE_VERSION
-    batch: Batch
-    segments: tuple[SegmentInfo, ...] = ()
-
-
 class RowTimes(Answer):
     """When rows ran that began and ended with one worker. Unix seconds by its clock."""
 
@@ -235,6 +227,16 @@ class ResultObject(Answer):
     usage: Usage = Usage()
     times: RowTimes | None = None
     """None: no row of it was made by one worker from its first token to its last."""
+
+
+class OpenedBatch(Answer):
+    """A batch as it was opened, in the result store: its record can be made again from it."""
+
+    v: Literal[1] = WIRE_VERSION
+    batch: Batch
+    segments: tuple[SegmentInfo, ...] = ()
+    objects: tuple[ResultObject, ...] = ()
+    """Of the rows that are in no segment, since its client refused or answered them."""
 
 
 # ---- ids

@@ -103,14 +103,25 @@ class Submission:
     def open(self, uploaded: Uploaded) -> None:
         """Make the batch known, and have its segments validated."""
         if self.known is None:
-            clear_end(self._batches, self._link.store, self.batch.id)
-            opened = OpenedBatch(batch=self.batch, segments=tuple(uploaded.segments))
-            name = keys.batch_file(self.batch.id, "batch.json")
-            self._link.store.put_new(name, opened.to_json().encode())
-            self._batches.open(self.batch, uploaded.segments)
+            self._open(uploaded)
+        else:  # rows that were answered when it was opened are in no segment, and need not be answered now
+            self._join(self._opened_with())
         self._join(uploaded.objects)
         if self.known is None or self.known.status is BatchStatus.VALIDATING:
             self._send()
+
+    def _open(self, uploaded: Uploaded) -> None:
+        clear_end(self._batches, self._link.store, self.batch.id)
+        opened = OpenedBatch(
+            batch=self.batch, segments=tuple(uploaded.segments), objects=tuple(uploaded.objects)
+        )
+        name = keys.batch_file(self.batch.id, "batch.json")
+        self._link.store.put_new(name, opened.to_json().encode())
+        self._batches.open(self.batch, uploaded.segments)
+
+    def _opened_with(self) -> Sequence[ResultObject]:
+        body = self._link.store.get(keys.batch_file(self.batch.id, "batch.json"))
+        return () if body is None else OpenedBatch.from_json(body).objects
 
     def _join(self, objects: Sequence[ResultObject]) -> None:
         """Let them join, but for rows that have ended before: an earlier try has told of those, and need not
