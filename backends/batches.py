@@ -118,8 +118,8 @@ class Batches:
         return there[-1] if there and len(ids) == limit else None
 
     def begin(self, batch: Batch) -> BatchStatus | None:
-        """Once all its segments were validated: let it run (they need messages then), or fail. Safe to
-        repeat.
+        """Once all its segments were validated: let it run (they need messages then), or fail, or stop, since
+        as many rows were refused as may fail. Safe to repeat.
 
         Returns its status. None: unknown.
         """

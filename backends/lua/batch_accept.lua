@@ -7,7 +7,7 @@
 -- returns {'accepted', completed, failed, status, closing (0|1)}, {'fenced'},
 --         or {'refused', line, ...}: these have ended before, and nothing was changed
 local seg, attempt = ARGV[2], ARGV[3]
-local is = redis.call('HMGET', BATCH, 'status', 'finalizer', 'joined', 'stop_after', 'closing')
+local is = redis.call('HMGET', BATCH, 'status', 'finalizer', 'joined', 'closing')
 
 local function answer()
   local now = redis.call('HMGET', BATCH, 'completed', 'failed', 'status', 'closing', 'paused')
@@ -73,13 +73,8 @@ for at = 5, #ARGV, 8 do
     .. '"failed":%s},"at":%s}', ARGV[at], ARGV[at + 2], ARGV[at + 3], counts[1], counts[2], counts[3], NOW))
 end
 tell_progress()
-local stop_after = tonumber(is[4])
-if stop_after and tonumber(counts[3]) >= stop_after and is[1] == 'in_progress' and not is[5] then
-  redis.call('HSET', BATCH, 'reason', string.format('{"code":"too_many_failed","message":"%s rows failed, and the '
-    .. 'batch was to stop at %d"}', counts[3], stop_after))
-  become('cancelling')
-  wake_keeper()
-  tell_workers(B)
+if is[1] == 'in_progress' and not is[4] then
+  stop_if_too_many_failed()
 end
 finish_if_whole()
 return answer()

@@ -1,4 +1,4 @@
--- Let a batch whose segments were all validated run, or fail.
+-- Let a batch whose segments were all validated run, or fail, or stop because too many rows were refused.
 -- KEYS    (none)
 -- ARGV    1 batch   2 '1' to fail if its input has problems   3 how long keys of a failed one live on (ms)
 -- returns its status; false: unknown
@@ -17,6 +17,9 @@ if ARGV[2] == '1' and tonumber(is[3]) > 0 then
   redis.call('ZREM', DUE, B)
   keep(BATCH, ROWS, OBJECTS, SEGMENTS, ERRORS, STOPPED)
   return 'failed'
+end
+if stop_if_too_many_failed() then  -- rows that were refused count, too
+  return 'cancelling'
 end
 for _, seg in ipairs(segments) do
   needs_message(seg)

@@ -124,3 +124,18 @@ local function finish_if_whole()
   end
 end
 
+-- As many rows have failed as it was to bear: it stops. Returns whether it does.
+local function stop_if_too_many_failed()
+  local is = redis.call('HMGET', BATCH, 'stop_after', 'failed')
+  local most = tonumber(is[1] or '')
+  if not most or tonumber(is[2]) < most then
+    return false
+  end
+  redis.call('HSET', BATCH, 'reason', string.format('{"code":"too_many_failed","message":"%s rows failed, and the '
+    .. 'batch was to stop at %d"}', is[2], most))
+  become('cancelling')
+  wake_keeper()
+  tell_workers(B)
+  return true
+end
+

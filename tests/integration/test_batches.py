@@ -308,6 +308,26 @@ def test_a_batch_stops_itself_when_too_many_rows_have_failed(state: State) -> No
     assert (record.status, record.reason.code) == ("cancelling", "too_many_failed")
 
 
+def test_rows_refused_in_validation_count_among_those_that_failed(state: State) -> None:
+    """A batch that was to stop at two failures ran all its other rows."""
+    for limit, expected in ((2, BatchStatus.CANCELLING), (3, BatchStatus.IN_PROGRESS)):
+        options = BatchOptions(on_invalid="skip", stop_after_failed=limit)
+        batch = opened(state, 4, options=options)
+        state.batches.sent(BATCH, state.batches.unsent(BATCH))
+        claim = claimed(state)
+        assert isinstance(
+            state.batches.accept(claim.info.id, claim.attempt, [rows_of(1, 2, kind="errors")]), Accepted
+        )
+        said = {"rows": 2, "tokens": 1, "problems": (), "count": 2, "told": 10}
+        assert state.batches.validated(claim.info.id, claim.attempt, **said)
+        assert state.batches.begin(batch) is expected
+        record = state.batches.get(BATCH)
+        assert record is not None
+        assert (record.reason and record.reason.code) == ("too_many_failed" if limit == 2 else None)
+        assert len(state.batches.unsent(BATCH)) == (limit == 3)
+        assert state.batches.delete(BATCH)
+
+
 def test_a_paused_batch_gets_its_messages_back_when_it_goes_on(state: State) -> None:
     running(state, 1)
     state.batches.sent(BATCH, state.batches.unsent(BATCH))
