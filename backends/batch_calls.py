@@ -19,7 +19,8 @@ Field names of the hash ``gm:{batch}:batch``, all values text:
 ``joined``                     the last objects that joined without a segment
 ``output error_output manifest``   names in the result store
 
-A segment's state hash has ``state attempt attempts worker`` as a job's, ``validated`` and ``joined``.
+A segment's state hash has ``state attempt attempts worker`` as a job's, ``validated`` and ``joined``. Once it
+was validated, ``attempts`` counts anew.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class SegmentClaim:
 
     attempt: int
     attempts: int
+    """At this phase, this one included."""
     now: float
     phase: Phase
     batch: Batch

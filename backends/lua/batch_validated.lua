@@ -11,7 +11,7 @@ end
 if not owns(ARGV[2], ARGV[3]) then
   return 0
 end
-redis.call('HSET', state, 'state', 'queued', 'validated', '1')
+redis.call('HSET', state, 'state', 'queued', 'validated', '1', 'attempts', 0)  -- of those at running it
 redis.call('HDEL', state, 'worker')
 redis.call('HINCRBY', BATCH, 'validated', ARGV[4])
 redis.call('HINCRBY', BATCH, 'planned_tokens', ARGV[5])
