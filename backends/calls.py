@@ -30,7 +30,7 @@ from ..schemas.errors import IdempotencyConflict, JobNotFound
 from ..schemas.events import Candidate, Delta, End, EntryId, Event, event_from_json
 from ..schemas.job import Job, JobState, Priority
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
-from ..schemas.webhook import EventType, event_data, event_id
+from ..schemas.webhook import EventType, event_data
 from .outbox_script import with_outbox
 from .script import Script, lua
 
@@ -156,7 +156,13 @@ def body_digest(job: Job) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def claim(job_id: str, worker_id: str, expires_at: float, webhook: str | None = None) -> Call[Claim | Final]:
+def claim(
+    job_id: str,
+    worker_id: str,
+    expires_at: float,
+    webhook: str | None = None,
+    submitted_at: float | None = None,
+) -> Call[Claim | Final]:
     def parse(reply: list[Any]) -> Claim | Final:
         state = JobState(reply[0].decode())
         if state.final:
@@ -173,7 +179,8 @@ def claim(job_id: str, worker_id: str, expires_at: float, webhook: str | None = 
         )
 
     grace_ms = round(EXPIRY_GRACE_S * 1000)
-    args = (worker_id, json.dumps(worker_id), repr(expires_at), grace_ms, job_id, webhook or "")
+    sent = "" if submitted_at is None else repr(submitted_at)
+    args = (worker_id, json.dumps(worker_id), repr(expires_at), grace_ms, job_id, webhook or "", sent)
     return Call(args, parse, CLAIM, (keys.state(job_id), keys.log(job_id), keys.DUE))
 
 
@@ -213,8 +220,7 @@ def finish(
 ) -> Call[bool]:
     """``about``: what its webhook is told besides, if it has one."""
     assert end.state.final, f"job {job_id}: {end.state} is not a final state"
-    kind = _EVENT_OF[end.state]
-    event = (event_id(kind, job_id), kind.value, _told(job_id, end, about or {}))
+    event = (_EVENT_OF[end.state].value, _told(job_id, end, about or {}))
     args = (end.state.value, end.to_json(), round(result_ttl_s * 1000), inline_result or "", job_id, *event)
     return Call(args, bool, FINISH, (keys.state(job_id), keys.log(job_id), keys.DUE), mid_job=True)
 

@@ -88,14 +88,19 @@ class State:
         return self._run(calls.submit(job))
 
     def claim(
-        self, job_id: str, worker_id: str, expires_at: float, webhook: str | None = None
+        self,
+        job_id: str,
+        worker_id: str,
+        expires_at: float,
+        webhook: str | None = None,
+        submitted_at: float | None = None,
     ) -> Claim | Final:
-        """Begin an attempt, and fence all earlier ones; or learn that the job is final. ``expires_at`` and
-        ``webhook`` are the message's: they count if the server has lost the job's record.
+        """Begin an attempt, and fence all earlier ones; or learn that the job is final. What is said besides
+        is the message's: it counts if the server has lost the job's record.
 
         Repeated after a lost reply it begins yet another attempt, which is harmless.
         """
-        return self._run(calls.claim(job_id, worker_id, expires_at, webhook))
+        return self._run(calls.claim(job_id, worker_id, expires_at, webhook, submitted_at))
 
     def publish(self, writes: Sequence[Write]) -> set[str]:
         """Append to the logs of many jobs and tell their followers, in one call. Returns the jobs refused.

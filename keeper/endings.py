@@ -42,7 +42,8 @@ class Endings:
 
     def end(self, ending: Ending) -> Result | None:
         """End the job. None: somebody else has, or will. Raises BrokerUnavailable, StoreUnavailable."""
-        claim = self._state.claim(ending.job_id, self._keeper_id, ending.expires_at, ending.webhook)
+        sent = ending.submitted_at or None
+        claim = self._state.claim(ending.job_id, self._keeper_id, ending.expires_at, ending.webhook, sent)
         if isinstance(claim, Final) or (result := complete(self._state, ending, claim)) is None:
             return None
         return self._sink.commit(result)[0]

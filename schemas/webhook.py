@@ -148,12 +148,6 @@ WebhookUrl = Annotated[str, Field(min_length=1), AfterValidator(check_url)]
 # ---- events
 
 
-def event_id(kind: EventType, subject: str, part: str = "") -> str:
-    """What tells the same has the same id, whoever tells it and however often. ``part``: of several."""
-    named = "\0".join((kind, subject, part))
-    return "evt_" + hashlib.sha256(named.encode()).hexdigest()[:32]
-
-
 class WebhookEvent(Answer):
     """What a receiver is sent."""
 

@@ -162,7 +162,7 @@ class JobHandler:
 
     def _attempt(self, slot: Slot) -> Disposition:
         job = slot.job
-        claim = self._claim(job.id, job.expires_at, job.webhook)
+        claim = self._claim(job.id, job.expires_at, job.webhook, job.submitted_at)
         if isinstance(claim, Disposition):
             return claim
         log.info(
@@ -181,9 +181,12 @@ class JobHandler:
         slot.generation = generation = None  # it may take long, and the journal has everything
         return self._commit(parcel, attempt)
 
-    def _claim(self, job_id: str, expires_at: float, webhook: str | None = None) -> Claim | Disposition:
+    def _claim(
+        self, job_id: str, expires_at: float, webhook: str | None = None, submitted_at: float | None = None
+    ) -> Claim | Disposition:
         """The right to run an attempt, or what becomes of the delivery: the job has ended, or we close."""
-        claim = self._patiently(lambda: self._state.claim(job_id, self._worker_id, expires_at, webhook))
+        asked = (job_id, self._worker_id, expires_at, webhook, submitted_at)
+        claim = self._patiently(lambda: self._state.claim(*asked))
         if claim is None:
             return Disposition.REQUEUE
         if isinstance(claim, Final):

@@ -78,8 +78,7 @@ local function tell_webhook(kind, status, part)
   if metadata and #cjson.encode(metadata) < MOST_METADATA then
     data.metadata = metadata
   end
-  local id = redis.sha1hex(table.concat({kind, B, is[2], part or ''}, '\n'))
-  put_event('evt_' .. string.sub(id, 1, 32), 'batch.' .. kind, is[1], cjson.encode(data))
+  put_event(event_id(kind, B, is[2], part or ''), 'batch.' .. kind, is[1], cjson.encode(data))
 end
 
 local function become(status)

@@ -1,7 +1,8 @@
 -- Begin an attempt: from here on nobody with a lower number can write.
 -- KEYS    1 state hash   2 log   3 due jobs (sorted set)
 -- ARGV    1 worker id   2 the same as JSON   3 expires_at (unix s) if the state was lost
---         4 how long keys outlive it (ms)   5 job id   6 its webhook if the state was lost, or ''
+--         4 how long keys outlive it (ms)   5 job id   6, 7 if the state was lost: its webhook, when it was
+--         submitted, or ''
 -- returns {state} if the job is final, else
 --         {'running', attempt, now (unix s), cancelled (0|1), attempts, known (0|1), log before this attempt,
 --          expires_at (unix s)}
@@ -25,8 +26,10 @@ local event = '{"kind":"started","worker":' .. ARGV[2] .. ',"at":' .. now .. '}'
 redis.call('XADD', KEYS[2], attempt .. '-0', 'd', event)
 redis.call('HSETNX', KEYS[1], 'started_at', now)
 redis.call('HSETNX', KEYS[1], 'expires_at', ARGV[3])
-if ARGV[6] ~= '' then
-  redis.call('HSETNX', KEYS[1], 'webhook', ARGV[6])
+for i, name in ipairs({'webhook', 'submitted_at'}) do
+  if ARGV[5 + i] ~= '' then
+    redis.call('HSETNX', KEYS[1], name, ARGV[5 + i])
+  end
 end
 redis.call('HSET', KEYS[1], 'state', 'running', 'attempt', attempt, 'worker', ARGV[1])
 local attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1)

@@ -1,17 +1,17 @@
 -- Make a job final: state, end event, expiry, and the event for its webhook in the same step. The result object stands already; whoever finds it may call this.
 -- KEYS    1 state hash   2 log   3 due jobs (sorted set)
 -- ARGV    1 final state   2 end event   3 keys live on (ms)   4 the result itself, or ''   5 job id
---         6 id of the webhook's event   7 its type   8 its data
+--         6 type of the webhook's event   7 its data
 -- returns 1; 0 if the job was final already
 local FINAL = {succeeded = true, failed = true, cancelled = true, expired = true}
 redis.call('ZREM', KEYS[3], ARGV[5])
-local was = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'webhook')
+local was = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'webhook', 'submitted_at')
 if FINAL[was[1]] then
   return 0
 end
 
 if was[3] then  -- first, so that whatever fails here leaves nothing final without its event
-  put_event(ARGV[6], ARGV[7], was[3], ARGV[8])
+  put_event(event_id(ARGV[6], ARGV[5], was[4] or '', ''), ARGV[6], was[3], ARGV[7])
 end
 local time = clock()
 local attempt, seq = tonumber(was[2] or '0'), 1

@@ -102,6 +102,12 @@ local function make_pending(id, endpoint, url, now)
   redis.call('PUBLISH', BELL, id)
 end
 
+-- What tells the same has the same id, whoever tells it and however often. `began`: when the job or batch was sent,
+-- since a name may come again, with an idempotency key, say; `part`: which of several of a kind.
+local function event_id(kind, subject, began, part)
+  return 'evt_' .. string.sub(redis.sha1hex(table.concat({kind, subject, began, part}, '\n')), 1, 32)
+end
+
 -- Queue an event for delivery. Its id follows from what it tells, so that telling it twice makes one event.
 local function put_event(id, kind, url, data)
   local event = string.format(EVENT, id)

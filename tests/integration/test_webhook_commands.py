@@ -21,10 +21,10 @@ from gristmill.producer.cli import cli
 from gristmill.producer.console import run_guarded
 from gristmill.schemas.job import Job
 from gristmill.schemas.settings import Settings
-from gristmill.schemas.webhook import EventType, event_id, new_secret
+from gristmill.schemas.webhook import new_secret
 
 from ..support.journal import Attempt, make_job
-from ..support.receiver import Receiver, receiving
+from ..support.receiver import Receiver, event_of, receiving
 from ..support.valkey import Valkey
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def ended(state: State, url: str) -> str:
     job: Job = make_job(webhook=url)
     state.submit(job)
     Attempt.begin(state, job).finish()
-    return event_id(EventType.JOB_COMPLETED, job.id)
+    return event_of(job)
 
 
 def test_an_operator_finds_what_failed_and_sends_it_again(

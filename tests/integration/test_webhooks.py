@@ -37,7 +37,6 @@ from gristmill.schemas.webhook import (
     WebhookDelivery,
     WebhookTry,
     endpoint_of,
-    event_id,
     new_secret,
 )
 from openai import OpenAI
@@ -46,7 +45,7 @@ from standardwebhooks import Webhook
 from ..support.dying import Died, Dying
 from ..support.fleet import Fleet
 from ..support.journal import Attempt, make_job
-from ..support.receiver import Authority, Got, Receiver, receiving
+from ..support.receiver import Authority, Got, Receiver, event_of, receiving
 from ..support.valkey import Valkey
 from ..support.waiting import wait_until
 
@@ -77,7 +76,7 @@ class Post:
         return job
 
     def delivery(self, job: Job, kind: EventType = EventType.JOB_COMPLETED) -> WebhookDelivery:
-        found = self.outbox.get(event_id(kind, job.id))
+        found = self.outbox.get(event_of(job, kind))
         assert found is not None
         return found
 
@@ -170,10 +169,26 @@ def test_a_job_whose_state_was_lost_is_told_of_by_its_message_and_with_the_same_
     courier = post.courier()
     courier.drain()
     valkey.client().flushall()
-    claim = post.state.claim(job.id, "w1", job.expires_at, job.webhook)
+    claim = post.state.claim(job.id, "w1", job.expires_at, job.webhook, job.submitted_at)
     assert Attempt(post.state, job, claim).finish()  # type: ignore[arg-type]
     courier.drain()
-    assert receiver.ids == [event_id(EventType.JOB_COMPLETED, job.id)] * 2
+    assert receiver.ids == [event_of(job)] * 2
+
+
+def test_a_job_that_comes_again_after_its_time_is_told_of_again(
+    post: Post, receiver: Receiver, valkey: Valkey
+) -> None:
+    """An idempotency key was used again a day later, and nobody heard of the second run."""
+    job = post.ended(receiver.url())
+    courier = post.courier()
+    courier.drain()
+    valkey.client().delete(keys.state(job.id), keys.log(job.id))
+    again = job.model_copy(update={"submitted_at": job.submitted_at + 86_400})
+    assert post.state.submit(again)
+    assert Attempt.begin(post.state, again).finish()
+    courier.drain()
+    assert receiver.ids == [event_of(job), event_of(again)]
+    assert receiver.ids[0] != receiver.ids[1]
 
 
 # ---- what goes wrong
@@ -204,7 +219,7 @@ def test_a_receiver_that_is_down_for_thirty_hours_gets_each_event(post: Post, re
         post.clock.advance(HOUR_S / 4)
         hours += 0.25
     told = [got.id for got in receiver.got[refused:]]
-    assert sorted(told) == sorted(event_id(EventType.JOB_COMPLETED, job.id) for job in jobs), "each once"
+    assert sorted(told) == sorted(event_of(job) for job in jobs), "each once"
     assert refused < 120, "a receiver that is down is asked ever more rarely"
     assert post.outbox.endpoints() == []
 
@@ -566,7 +581,7 @@ def test_a_keeper_killed_in_the_middle_of_a_delivery_sends_it_again_with_the_sam
     assert courier.drain() == 0, "its lease stands"
     post.clock.now = time.time() + LEASE_S + 1  # it began by the server's own clock
     assert courier.drain() == 1
-    assert receiver.ids == [event_id(EventType.JOB_COMPLETED, job.id)] * 2
+    assert receiver.ids == [event_of(job)] * 2
     found = post.delivery(job)
     assert (found.state, found.tries, [each.n for each in found.log]) == (DeliveryState.DELIVERED, 2, [2])
 
@@ -635,7 +650,7 @@ def test_a_courier_may_die_before_any_call_and_each_event_still_arrives_and_ends
             post.courier().drain()
 
         for job in jobs:
-            wanted = event_id(EventType.JOB_COMPLETED, job.id)
+            wanted = event_of(job)
             came = [got for got in receiver.got if got.id == wanted]
             assert len(came) >= len(course.answers), f"dead before call {calls}: it is lost"
             assert len({got.body for got in came}) == 1
@@ -644,9 +659,7 @@ def test_a_courier_may_die_before_any_call_and_each_event_still_arrives_and_ends
             assert post.delivery(job).state is course.end, f"dead before call {calls}"
             repeated += len(came) - len(course.answers)
             assert life[0] <= 0 or len(came) == len(course.answers), "undisturbed, it comes once"
-        assert {got.id for got in receiver.got if got.path == f"/{calls}"} == {
-            event_id(EventType.JOB_COMPLETED, job.id) for job in jobs
-        }
+        assert {got.id for got in receiver.got if got.path == f"/{calls}"} == {event_of(job) for job in jobs}
         counts = post.outbox.counts()
         assert (counts.pending, counts.delivered + counts.failed) == (0, calls * course.events)
         if life[0] > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import ipaddress
 import ssl
 import threading
@@ -16,6 +17,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from gristmill.schemas.job import Job
+from gristmill.schemas.webhook import EventType
 
 USAGES = (
     "digital_signature",
@@ -41,6 +44,12 @@ class Got:
     @property
     def id(self) -> str:
         return self.headers["webhook-id"]
+
+
+def event_of(job: Job, kind: EventType = EventType.JOB_COMPLETED) -> str:
+    """The id of the event that tells of a job's end, as ``lua/outbox.lua`` makes it."""
+    named = "\n".join([kind, job.id, repr(job.submitted_at), ""])
+    return "evt_" + hashlib.sha1(named.encode(), usedforsecurity=False).hexdigest()[:32]
 
 
 class Receiver:

@@ -16,11 +16,9 @@ from gristmill.schemas.errors import InvalidRequest, Misconfigured, WebhookFaile
 from gristmill.schemas.job import Job
 from gristmill.schemas.webhook import (
     DATA_BYTES,
-    EventType,
     WebhookEvent,
     check_url,
     event_data,
-    event_id,
     new_secret,
     secret_key,
     signature,
@@ -303,13 +301,6 @@ def test_the_longest_beginning_of_a_url_decides_which_secret_signs() -> None:
 
 
 # ---- events
-
-
-def test_the_same_news_has_the_same_id_and_other_news_another() -> None:
-    ids = [event_id(kind, job) for kind in EventType for job in ("job_1", "job_2")]
-    assert len(set(ids)) == len(ids)
-    assert event_id(EventType.JOB_FAILED, "job_1") == event_id(EventType.JOB_FAILED, "job_1")
-    assert event_id(EventType.BATCH_PROGRESS, "b", "10") != event_id(EventType.BATCH_PROGRESS, "b", "20")
 
 
 def test_data_stays_small_whatever_the_caller_attached() -> None:
