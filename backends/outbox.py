@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import redis
 
 from ..schemas import keys
-from ..schemas.errors import BadInput
+from ..schemas.errors import BadInput, GristmillError
 from ..schemas.settings import Settings
 from ..schemas.webhook import (
     DeliveryState,
@@ -33,6 +35,9 @@ from .redis import connect, redis_errors
 from .script import Script, run_script
 from .state import Clock, Subscription, state_url
 
+log = logging.getLogger(__name__)
+
+UNREADABLE = "unreadable"
 PAGE = 200
 REPLAY_PAGE = 500
 _WHERE = "webhook outbox"
@@ -122,7 +127,13 @@ class Outbox:
         times = (round(lease_s * 1000), round(give_up_s * 1000))
         busy = [part for pair in limits.under_way.items() for part in pair]
         wait_ms, *rows = self._run(CLAIM, *numbers, *times, *busy)
-        return [_sending(*row) for row in rows], None if wait_ms < 0 else wait_ms / 1000
+        taken: list[Sending] = []
+        for row in rows:
+            try:
+                taken.append(_sending(*row))
+            except (ValueError, TypeError, AttributeError) as exc:  # it delays none of the others
+                self._set_aside(row[0].decode(), row[5], exc)
+        return taken, None if wait_ms < 0 else wait_ms / 1000
 
     def settle(self, sending: Sending, outcome: Outcome) -> tuple[DeliveryState | None, bool]:
         """Record a try. Returns the event's state (None: it had ended before), and whether its endpoint is in
@@ -204,6 +215,19 @@ class Outbox:
 
     # ---- inside
 
+    def _set_aside(self, event_id: str, tries: int, exc: Exception) -> None:
+        """One that nobody can send, as its record cannot be read: for a person to look at."""
+        log.error("webhook.unreadable", extra={"event": event_id, "reason": type(exc).__name__})
+        reason = (
+            f"its record in the outbox cannot be read ({type(exc).__name__}): damaged, or of a later version"
+        )
+        at = time.time() if self._clock is None else self._clock()
+        told = WebhookTry(n=tries, at=at, code=UNREADABLE, reason=reason).to_json()
+        try:
+            self._run(SETTLE, event_id, tries, "refused", 0, 0, told, UNREADABLE, "1.0")
+        except GristmillError as exc:  # it is said again when its lease is over
+            log.warning("webhook.not_settled", extra={"event": event_id, "code": exc.code})
+
     def _run(self, script: Script, *args: str | int) -> Any:
         now = "" if self._clock is None else round(self._clock() * 1000)
         with redis_errors(_WHERE):
@@ -227,7 +251,7 @@ class Outbox:
                 pipe.hgetall(keys.webhook(event_id))
             rows: list[dict[bytes, bytes]] = pipe.execute()
         return [
-            _delivery(event_id, {n.decode(): v.decode() for n, v in row.items()})
+            _shown(event_id, {n.decode(): v.decode("utf-8", "replace") for n, v in row.items()})
             for event_id, row in zip(event_ids, rows, strict=True)
             if row
         ]
@@ -255,6 +279,23 @@ def _sending(
         id=event_id.decode(), type=kind.decode(), created_at=int(at) // 1000, data=json.loads(data)
     )
     return Sending(event, url.decode(), endpoint.decode(), host.decode(), tries, int(step))
+
+
+def _shown(event_id: str, texts: Mapping[str, str]) -> WebhookDelivery:
+    """As far as it can be read."""
+    try:
+        return _delivery(event_id, texts)
+    except (ValueError, KeyError):
+        known = texts.get("state") in set(DeliveryState)
+        return WebhookDelivery(
+            id=event_id,
+            type=texts.get("type", ""),
+            endpoint=endpoint_of(texts.get("url", "")),
+            state=DeliveryState(texts["state"]) if known else DeliveryState.FAILED,
+            created_at=0.0,
+            why=UNREADABLE,
+            log=tuple(_log(texts)),
+        )
 
 
 def _delivery(event_id: str, texts: Mapping[str, str]) -> WebhookDelivery:
@@ -286,7 +327,7 @@ def _log(texts: Mapping[str, str]) -> Iterator[WebhookTry]:
         try:
             yield WebhookTry.from_json(body)
         except BadInput as exc:  # one that cannot be read hides none of the others
-            yield WebhookTry(n=n, at=0.0, code="unreadable", reason=exc.message)
+            yield WebhookTry(n=n, at=0.0, code=UNREADABLE, reason=exc.message)
 
 
 def _endpoint(texts: Mapping[str, str]) -> WebhookEndpoint:

@@ -247,7 +247,8 @@ class WebhookTry(Answer):
     """What the receiver answered; None: it did not."""
     code: str | None = None
     """Why it counts as failed: ``status``, ``redirect``, ``timeout``, ``connection``, ``tls``, ``dns``,
-    ``refused`` (not an address we may call), ``no_secret``, ``bad_answer``; None: delivered."""
+    ``refused`` (not an address we may call), ``no_secret``, ``bad_answer``, ``unreadable`` (our own record);
+    None: delivered."""
     reason: str = ""
 
 
@@ -265,7 +266,7 @@ class WebhookDelivery(Answer):
     ended_at: Float | None = None
     tries: Int = 0
     why: str = ""
-    """Code of the last failure; ``gave_up``, ``endpoint_disabled``."""
+    """Code of the last failure; ``gave_up``, ``endpoint_disabled``, ``unreadable``."""
     data: dict[str, Any] = Field(default_factory=dict[str, Any])
     log: tuple[WebhookTry, ...] = ()
     """The last tries whose end is known; one that its keeper did not survive is missing."""

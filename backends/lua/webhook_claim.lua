@@ -23,7 +23,7 @@ local function take(id, endpoint, host)
     redis.call('ZREM', string.format(QUEUE, endpoint), id)
     redis.call('ZREM', PENDING, id)
     return false
-  elseif now - is[6] > tonumber(ARGV[5]) then
+  elseif now - (tonumber(is[6] or '') or now) > tonumber(ARGV[5]) then
     end_event(id, endpoint, 'failed', 'gave_up', now)
     return false
   elseif redis.call('HEXISTS', string.format(ENDPOINT, endpoint), gone_field(is[2])) == 1 then

@@ -194,6 +194,28 @@ def test_a_job_that_comes_again_after_its_time_is_told_of_again(
 # ---- what goes wrong
 
 
+def test_a_record_that_cannot_be_read_is_put_aside_and_delays_no_other(
+    post: Post, receiver: Receiver, valkey: Valkey
+) -> None:
+    """Its neighbours were taken with it, and came only when their leases were over."""
+    good = [post.ended(receiver.url())]
+    bad = {"evt_half": '{"half', "evt_list": "[1]", "evt_step": "{}"}
+    for name, data in bad.items():
+        assert post.outbox.put(name, EventType.TEST, receiver.url(), data)
+    valkey.client().hset(keys.webhook("evt_step"), mapping={"step": "?", "since": "?"})
+    good.append(post.ended(receiver.url()))
+    post.courier().drain()
+    assert sorted(receiver.ids) == sorted(map(event_of, good))
+    shown = {each.id: each for each in post.outbox.list()}
+    assert shown.keys() == {*bad, *receiver.ids}
+    for name in bad:
+        assert (shown[name].state, shown[name].why) == (DeliveryState.FAILED, "unreadable"), name
+        assert [each.code for each in shown[name].log] == ["unreadable"], name
+    assert post.outbox.replay([*bad]) == [*bad]
+    post.courier().drain()
+    assert post.outbox.counts().pending == 0
+
+
 def test_a_receiver_that_is_down_for_thirty_hours_gets_each_event(post: Post, receiver: Receiver) -> None:
     """Nobody helps: each event waits for its own next try."""
     down = post.clock.now + 30 * HOUR_S
@@ -453,8 +475,8 @@ def test_odd_answers_are_read_as_what_they_are(post: Post, said: bytes, code: st
             with connection:
                 connection.recv(65_536)
                 connection.sendall(said)
-                connection.shutdown(socket.SHUT_WR)
-                with suppress(OSError):
+                with suppress(OSError):  # it may have heard enough
+                    connection.shutdown(socket.SHUT_WR)
                     while connection.recv(65_536):
                         pass
 
