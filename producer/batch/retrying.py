@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from ...backends.object_lines import object_lines
+from ...backends.object_lines import gone, object_lines
 from ...schemas import keys
-from ...schemas.batch import Batch, RequestCounts
+from ...schemas.batch import Batch, OpenedBatch, RequestCounts
 from ...schemas.errors import InvalidRequest
 from ...schemas.job import Job
 from ..link import Link
@@ -20,7 +20,10 @@ from .twins import Lines
 
 
 def retry(link: Link, batch: Batch) -> Batch:
-    """Submit it; again gives the same. Raises InvalidRequest, StoreUnavailable, BrokerUnavailable."""
+    """Submit it; again gives the same.
+
+    Raises InvalidRequest, StoreUnavailable, BrokerUnavailable; ResultsDamaged if its rows are gone.
+    """
     if not batch.status.final:
         raise InvalidRequest(f"batch {batch.id} is {batch.status}; wait for its end, or cancel it")
     failed = Lines()
@@ -45,9 +48,11 @@ _KEPT = ("model", "endpoint", "tenant", "input", "completion_window_s", "metadat
 
 def _rows(link: Link, batch_id: str, wanted: Lines) -> Iterator[Job]:
     """Rows of the segments' inputs, in the order of the segments. Lines that were refused have none."""
-    prefix = keys.segment_object(f"{batch_id}.s").removesuffix(".jsonl")
-    names = (name for name in link.store.list(prefix) if name.endswith(".jsonl"))
-    for name in sorted(names, key=lambda name: (len(name), name)):
-        for data in object_lines(link.store, name):
+    opened = keys.batch_file(batch_id, "batch.json")  # what lies beside these may be of an earlier life
+    body = link.store.get(opened)
+    if body is None:
+        raise gone(opened)
+    for info in OpenedBatch.from_json(body).segments:
+        for data in object_lines(link.store, info.input):
             if int(json.loads(data)["id"].rpartition(".")[2]) in wanted:
                 yield Job.from_json(data).model_copy(update={"copy_of": None})

@@ -115,8 +115,7 @@ class Submission:
         opened = OpenedBatch(
             batch=self.batch, segments=tuple(uploaded.segments), objects=tuple(uploaded.objects)
         )
-        name = keys.batch_file(self.batch.id, "batch.json")
-        self._link.store.put_new(name, opened.to_json().encode())
+        self._replace(keys.batch_file(self.batch.id, "batch.json"), opened.to_json().encode())
         self._batches.open(self.batch, uploaded.segments)
 
     def _opened_with(self) -> Sequence[ResultObject]:
@@ -165,17 +164,21 @@ class Submission:
             self._batches.sent(self.batch.id, page)
 
     def _put(self, cut: Cut) -> SegmentInfo:
-        """A segment's input. One that an earlier try has left is replaced, unless its batch is open by now:
+        """A segment's input."""
+        name = segment_id(self.batch.id, cut.number)
+        target = keys.segment_object(name)
+        if self.known is None:
+            self._replace(target, b"".join(self._lines(cut.rows)))
+        return SegmentInfo(id=name, input=target, rows=len(cut.rows), first=cut.first, last=cut.last)
+
+    def _replace(self, target: str, body: bytes) -> None:
+        """What an earlier try, or an earlier life, has left is replaced, unless the batch is open by now:
         somebody else submits the same, and a worker may be about to read it.
         """
-        name = segment_id(self.batch.id, cut.number)
-        target, store = keys.segment_object(name), self._link.store
-        if self.known is None:
-            body = b"".join(self._lines(cut.rows))
-            if not store.put_new(target, body) and self._batches.get(self.batch.id) is None:
-                store.remove(target)
-                store.put_new(target, body)
-        return SegmentInfo(id=name, input=target, rows=len(cut.rows), first=cut.first, last=cut.last)
+        store = self._link.store
+        if not store.put_new(target, body) and self._batches.get(self.batch.id) is None:
+            store.remove(target)
+            store.put_new(target, body)
 
     def _lines(self, rows: list[Sent]) -> Iterator[bytes]:
         """Jobs as JSON, a line each: the spooled body behind what the batch says."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gristmill.producer.batch import submission
+from gristmill.producer.batch.retrying import retry
 from gristmill.producer.batch.spool import Spooled
 from gristmill.producer.batch.submission import Submission
 from gristmill.producer.batches import Wishes, describe, read
 from gristmill.producer.link import Link
 from gristmill.producer.settings import producer_settings
 from gristmill.schemas import keys
-from gristmill.schemas.batch import Batch, BatchOptions, BatchStatus, unpack_lines
+from gristmill.schemas.batch import Batch, BatchOptions, BatchStatus, OpenedBatch, segment_id, unpack_lines
 from gristmill.schemas.batch_lines import OutputLine
 from gristmill.schemas.settings import Settings
 
@@ -70,12 +71,12 @@ class Desk:
     def hand(self, batch: Batch) -> Hand:
         return Hand(self.fleet.state, self.fleet.store, batch.id)
 
-    def run(self, batch: Batch) -> None:
+    def run(self, batch: Batch, failing: Collection[int] = ()) -> None:
         """Validate and run its segment."""
         self.fleet.clock.advance(600)
         self.hand(batch).validate(1)
         self.keeper.round()
-        self.hand(batch).run(1)
+        self.hand(batch).run(1, failing=failing)
 
     def finished(self, batch: Batch) -> Batch:
         self.fleet.clock.advance(600)  # behind the server's own clock, by which the client acts
@@ -150,3 +151,17 @@ def test_a_client_that_died_before_its_own_rows_joined_completes_the_batch_with_
     assert desk.submit("a", "b", "c", "", on_invalid="skip", known=again).id == batch.id
     found = desk.finished(batch)
     assert (desk.lines(found.output), desk.lines(found.error_output)) == ([1, 2, 3], [4])
+
+
+def test_what_an_earlier_life_left_beside_the_segments_is_not_run_again_by_a_retry(desk: Desk) -> None:
+    """Its rows had been cut otherwise, since a cache had known some of them: each was retried twice."""
+    store = desk.fleet.store
+    batch = desk.submit("a", "b", "c", known={1})
+    first = keys.segment_object(segment_id(batch.id, 1))
+    store.put_new(keys.segment_object(segment_id(batch.id, 2)), store.get(first) or b"")
+    desk.fleet.valkey.client().flushall()
+    desk.submit("a", "b", "c")
+    opened = OpenedBatch.from_json(store.get(keys.batch_file(batch.id, "batch.json")) or b"")
+    assert [(info.rows, info.input) for info in opened.segments] == [(3, first)]
+    desk.run(batch, failing=[1, 2])
+    assert retry(desk.link, desk.finished(batch)).request_counts.total == 2
