@@ -26,7 +26,7 @@ local function take(id, endpoint, host)
   elseif now - (tonumber(is[6] or '') or now) > tonumber(ARGV[5]) then
     end_event(id, endpoint, 'failed', 'gave_up', now)
     return false
-  elseif redis.call('HEXISTS', string.format(ENDPOINT, endpoint), gone_field(is[2])) == 1 then
+  elseif is[2] and redis.call('HEXISTS', string.format(ENDPOINT, endpoint), gone_field(is[2])) == 1 then
     end_event(id, endpoint, 'failed', 'endpoint_disabled', now)
     return false
   end
