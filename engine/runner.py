@@ -40,7 +40,7 @@ from .models.fallback_trial import try_out
 from .models.families import from_hf
 from .models.spec import ModelSpec
 from .native.library import Library, load
-from .native.products import Products, load_products, used
+from .native.products import Products, in_use, load_products, used
 from .parallel.adapters import narrow
 from .parallel.blocks import SharedBlocks
 from .parallel.feed import told
@@ -276,7 +276,16 @@ class Runner:
         # Deterministic mode knows dense layers only: weights are unpacked on load then.
         packed = none_is if self.deterministic else packed
         across = self.ranks.across(self.shard)
-        return Decoder(self.shard.spec, fetch, ops, inner, packed, head=make, across=across, lend=lend)
+        head = self._head(settings, make) if weights.stored_as is None else make
+        return Decoder(self.shard.spec, fetch, ops, inner, packed, head=head, across=across, lend=lend)
+
+    def _head(self, settings: EngineSettings, make: Make) -> Make:
+        """Weights alone in int8, so that logits are nearly as exact; where that is read faster."""
+        ours = in_use()
+        fast = ours is not None and ours.bf16 and self.dtype == torch.bfloat16
+        if settings.quantize != "int8" or not settings.quantize_head or not fast or self.deterministic:
+            return make
+        return quantizing("eetq", None, make, unpack=False)
 
     def _made_ours(self, fallback: Fallback, settings: EngineSettings) -> Fallback:
         """Tried, then with our linears. Raises ModelInvalid if our attention is not all that it needs."""

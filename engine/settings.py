@@ -40,6 +40,9 @@ class EngineSettings(BaseModel):
     quantize: Quantize | None = None
     """Linears in fewer bits, the output layer excepted: nf4 and fp4 (4 bits), eetq (int8), fp8, or int8,
     which on CPUs has inputs in int8, too, and is the fastest there. TGI's names are known, too."""
+    quantize_head: bool = True
+    """CPU with a matrix unit, quantize int8: the output layer's weights, too, a fifth of what a small model
+    reads; its inputs are not rounded."""
     attention: Literal["auto", "cpu", "torch", "triton", "flash"] = "auto"
     """auto: on a CPU the native kernel, if there is a C++ compiler or one built earlier; on CUDA our Triton
     kernels, or flash-attn where it is installed and faster; otherwise torch."""

@@ -26,6 +26,7 @@ KNOBS: dict[str, tuple[Any, str]] = {
             "and compressed-tensors only name what a checkpoint is stored as, and need not be said."
         ),
     ),
+    "quantize-head": (bool, "CPU, --quantize int8: the output layer, too; default: yes."),
     "attention": (click.Choice(["auto", "cpu", "torch", "triton", "flash"]), "Attention kernel."),
     "max-num-seqs": (click.IntRange(1), "Sequences that run together."),
     "max-batch-prefill-tokens": (click.IntRange(1), "Token budget of one step."),

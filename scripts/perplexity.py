@@ -2,10 +2,10 @@
 
     scripts/perplexity smollm2-135m smollm2-135m:int8 smollm2-135m:nf4 ./smollm2-awq --tokens 8192 --answers
 
-A model is a name or a directory, and behind a colon what ``--quantize`` makes of it. The text needs no
-download: the help topics that come with Python (``pydoc_data.topics``), in the order of their names; its
-digest is printed, since it differs between versions. Cut into windows of 512 tokens, of which the first is
-given.
+A model is a name or a directory, and behind a colon what ``--quantize`` makes of it (``int8+``: but for the
+output layer). The text needs no download: the help topics that come with Python (``pydoc_data.topics``), in
+the order of their names; its digest is printed, since it differs between versions. Cut into windows of 512
+tokens, of which the first is given.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> None:
         name, _, quantize = model.partition(":")
         settings: dict[str, Any] = {"dtype": args.dtype, "num_threads": args.num_threads}
         if quantize:
-            settings["quantize"] = quantize
+            settings["quantize"] = quantize.removesuffix("+")
+            settings["quantize_head"] = not quantize.endswith("+")
         found = measure(resolve(name), text, args.tokens, args.answers, settings)
         print(json.dumps({"model": model, **found}, ensure_ascii=False), flush=True)
 

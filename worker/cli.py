@@ -40,6 +40,11 @@ def cli() -> None:
     help="Weights in fewer bits. Made on load: nf4, fp4, int8, eetq, fp8 (bitsandbytes: eetq). awq, gptq and "
     "compressed-tensors only name what a checkpoint is stored as, and need not be said.",
 )
+@click.option(
+    "--quantize-head/--no-quantize-head",
+    default=None,
+    help="CPU, --quantize int8: the output layer, too; default: yes.",
+)
 @click.option("--attention", type=click.Choice(["auto", "cpu", "torch", "triton", "flash"]))
 @click.option("--max-num-seqs", type=int, help="Sequences that run together.")
 @click.option("--max-batch-prefill-tokens", type=int, help="Token budget of one step.")

@@ -40,6 +40,7 @@ class WorkerSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Annotated[DType, Field(validation_alias=_tgi("dtype"))] = "auto"
     quantize: Annotated[Quantize | None, Field(validation_alias=_tgi("quantize"))] = None
+    quantize_head: bool = True
     attention: Literal["auto", "cpu", "torch", "triton", "flash"] = "auto"
     max_num_seqs: PositiveInt = 128
     max_batch_prefill_tokens: Annotated[

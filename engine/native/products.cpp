@@ -1,5 +1,6 @@
 // Gristmill's CPU matrix products for linear layers: x [rows, in] times a weight [out, in], in bf16 on Intel's matrix
 // unit, in int8 there or with AVX-512's dot products. Plain C functions over raw pointers, like kernels.cpp.
+// A weight in int8 may also meet x in bf16: its panels are then widened, each once, before they meet the rows.
 //
 // Weights are packed once into tiles of 16 outputs by 64 bytes of inputs, with each 4 bytes of inputs side by side, as
 // the matrix unit and vpdpbusd both want them; two tiles make a step of a panel of 32 outputs. Rows of x are copied
@@ -28,8 +29,19 @@ inline int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 struct Packed {
   const uint8_t* data;                                                         // [panels][steps][2][16][64]
   int outputs, steps;
-  const uint8_t* panel(int64_t p) const { return data + p * steps * 2 * TILE_SIZE; }
+  bool narrow;                                                                 // bf16's tiles, each number in a byte
+  const uint8_t* panel(int64_t p) const { return data + p * panel_bytes() / (narrow ? 2 : 1); }
+  int64_t panel_bytes() const { return int64_t(steps) * 2 * TILE_SIZE; }
 };
+
+// A panel's bytes as bf16, exactly: it stays in the cache for as long as it is used.
+inline void widen_panel(bf16* to, const uint8_t* from, int64_t count) {
+  typedef int8_t vb __attribute__((vector_size(16)));
+  for (int64_t i = 0; i < count; i += LANES) {
+    if (i % 64 == 0) __builtin_prefetch(from + i + 1024);
+    store(to + i, __builtin_convertvector(__builtin_convertvector(load_as<vb>(from + i), vi), vf));
+  }
+}
 
 void pack(uint8_t* to, const uint8_t* weight, int outputs, int row_bytes, int threads) {
   const int64_t panels = tiles(outputs, PANEL), steps = tiles(row_bytes, TILE_BYTES);
@@ -155,14 +167,15 @@ inline void vnni_block(const uint8_t* a, const uint8_t* b, int steps, int rows, 
 }
 #endif
 
-// What becomes of sums: in int8 they are worth a row's scale times an output's, less what 128 too much in x added.
+// What becomes of sums: in int8 they are worth a row's scale times an output's, less what 128 too much in x added; where
+// the weight alone is in int8, an output's scale.
 // Arrays of outputs are as long as the panels are together. A panel's tiles are neighbours (PLAIN), or one is of the
 // first half of the outputs and one of the second: written as such (HALVES), or as silu(first) * second (GATED), of
 // what would have been written, in the very operations of silu_mul_rows.
 template <class T> struct Finish {
   T* out;
   int outputs, form;
-  const float *bias, *row_scales, *scales;                                     // bias may be null; scales: int8 only
+  const float *bias, *row_scales, *scales;                                     // null: none
   const int32_t* ones;                                                         // int8: each output's weights added up
   // The lines that will be written, on their way while the sums are made.
   void expect(int64_t row, int rows, int first) const {
@@ -171,11 +184,11 @@ template <class T> struct Finish {
   }
   vf worth(const void* sums, int from, int at, int64_t row) const {
     vf y;
-    if (scales)
+    if (ones)
       y = __builtin_convertvector(load_as<vi>((const int32_t*)sums + from) - 128 * load_as<vi>(ones + at), vf) *
           load(scales + at) * row_scales[row];
     else
-      y = load((const float*)sums + from);
+      y = scales ? load((const float*)sums + from) * load(scales + at) : load((const float*)sums + from);
     if (bias) {
       rounded(y);
       y += load(bias + at);
@@ -254,16 +267,19 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> fi
       AmxGuard guard(way == AMX);
       if (way == AMX) amx_whole_tiles();
 #endif
+      static thread_local Area wide;
+      uint8_t* const widened = w.narrow ? wide.take(w.panel_bytes()) : nullptr;
       alignas(64) int32_t sums[PANEL * PANEL];
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < panels; p++)
+      for (int64_t p = 0; p < panels; p++) {
+        if (w.narrow) widen_panel((bf16*)widened, w.panel(p), w.panel_bytes() / 2);
         for (int64_t r = 0; r < count; r += PANEL) {
-          const uint8_t *a = tile_row(tiled, r, w.steps), *b = w.panel(p);
+          const uint8_t *a = tile_row(tiled, r, w.steps), *b = w.narrow ? widened : w.panel(p);
           const int n = int(std::min<int64_t>(PANEL, count - r));
           done.expect(r, n, int(p) * PANEL);
 #if defined(GM_AMX)
           if (way == AMX)
-            amx_block<INT8>(a, n > TILE_ROWS ? a + w.steps * TILE_SIZE : nullptr, b, w.steps, r == 0, sums);
+            amx_block<INT8>(a, n > TILE_ROWS ? a + w.steps * TILE_SIZE : nullptr, b, w.steps, !r && !w.narrow, sums);
 #endif
 #if defined(GM_VNNI)
           if constexpr (INT8)
@@ -274,6 +290,7 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> fi
 #endif
           done(sums, r, n, int(p) * PANEL);
         }
+      }
     }
   }
 }
@@ -302,18 +319,19 @@ void gm_pack(void* to, const void* weight, int outputs, int row_bytes, int threa
   pack((uint8_t*)to, (const uint8_t*)weight, outputs, row_bytes, threads);
 }
 
-void gm_product_bf16(void* out, const void* x, const void* packed, const float* bias, int64_t rows, int outputs,
-                     int inputs, int form, const void* norm, void* residual, float eps, int threads) {
-  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs * 2, TILE_BYTES))};
+// With scales the weight is in int8, packed as bf16 is.
+void gm_product_bf16(void* out, const void* x, const void* packed, const float* scales, const float* bias, int64_t rows,
+                     int outputs, int inputs, int form, const void* norm, void* residual, float eps, int threads) {
+  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs * 2, TILE_BYTES)), scales != nullptr};
   product<false>((const bf16*)x, rows, inputs, w,
-                 Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, nullptr, nullptr},
+                 Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, nullptr},
                  Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, AMX, threads);
 }
 
 void gm_product_int8(int wide, void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,
                      const float* bias, int64_t rows, int outputs, int inputs, int form, const void* norm,
                      void* residual, float eps, int way, int threads) {
-  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES))};
+  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES)), false};
   if (wide)
     product<true>((const float*)x, rows, inputs, w,
                   Finish<float>{(float*)out, outputs, form, bias, nullptr, scales, ones},

@@ -35,7 +35,7 @@ _SIGNATURES = {
     "gm_product_ways": (_i, (_i,)),
     "gm_packed_bytes": (_q, (_i, _i)),
     "gm_pack": (None, (_p, _p, _i, _i, _i)),
-    "gm_product_bf16": (None, (_p, _p, _p, _p, _q, _i, _i, _i, _p, _p, _f, _i)),
+    "gm_product_bf16": (None, (*(_p,) * 5, _q, _i, _i, _i, _p, _p, _f, _i)),
     "gm_product_int8": (None, (_i, *(_p,) * 6, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
 }
 
@@ -73,6 +73,9 @@ NormOf = tuple[Tensor, float]
 class Product(ABC):
     """x [rows, in] times a weight [out, in], packed."""
 
+    tile_bytes = TILE_BYTES
+    """Of the weight."""
+
     def __init__(
         self, products: Products, weight: Tensor, bias: Tensor | None, arrays: tuple[Tensor, ...] = ()
     ) -> None:
@@ -105,7 +108,7 @@ class Product(ABC):
             return None
         found = copy(self)
         found._form = HALVES
-        tiles = self._weight.view(self._outputs // PANEL, -1, 2, TILE_BYTES).transpose(1, 2)
+        tiles = self._weight.view(self._outputs // PANEL, -1, 2, self.tile_bytes).transpose(1, 2)
         found._weight = _paired(tiles.flatten(0, 1)).transpose(1, 2).contiguous().flatten()
         found._arrays = [_paired(each.view(-1, TILE)).flatten() for each in self._arrays]
         found._bias = None if self._bias is None else _paired(self._bias.view(-1, TILE)).flatten()
@@ -138,6 +141,22 @@ class Dense(Product):
         assert x.dtype == torch.bfloat16, x.dtype
         ours = self._products
         where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr())
+        ours.library.gm_product_bf16(*where, None, bias, *rest, ours.threads)
+
+
+class Narrow(Product):
+    """int8 codes [out, in] and a scale for each output, widened to bfloat16 on the way: x is not rounded."""
+
+    tile_bytes = TILE_BYTES // 2
+
+    def __init__(self, products: Products, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        super().__init__(products, codes.to(torch.bfloat16), bias, (scales.float(),))
+        self._weight = self._weight.view(torch.bfloat16).to(torch.int8).view(torch.uint8)
+
+    def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
+        assert x.dtype == torch.bfloat16, x.dtype
+        ours = self._products
+        where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr(), self._arrays[0].data_ptr())
         ours.library.gm_product_bf16(*where, bias, *rest, ours.threads)
 
 
@@ -204,12 +223,12 @@ def _try_out(products: Products) -> None:
     for rows in (1, 19, 33):
         x = _numbers(rows, 96)
         exact = x.float() @ weight.float().T + bias.float()
+        scales, codes = torch.full((40,), 1 / 8), (weight.float() * 8).to(torch.int8)
         if products.bf16:
             _compare(Dense(products, weight, bias)(x), exact)
+            _compare(Narrow(products, codes, scales, bias)(x), exact)
         for way in (AMX, VNNI):
             if products.int8_ways & way:
-                scales = torch.full((40,), 1 / 8)
-                codes = (weight.float() * 8).to(torch.int8)
                 _compare(Int8(products, codes, scales, bias, way)(x.float()), exact, 0.03)
 
 

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 FEW_ROWS = 8
 """Up to here torch's weight-only op is faster than unpacking; it costs the same again for each row."""
 
+AT_ONCE = 2048
+"""Outputs that are rounded together: their fp32 copies stay small."""
+
 
 @dataclass(frozen=True, slots=True)
 class Int8(ByteCodes):
@@ -35,9 +38,15 @@ class Int8(ByteCodes):
     @classmethod
     def nearest(cls, weight: Tensor, *, inputs: bool = False) -> Int8:
         """``weight`` [rows, columns] rounded, symmetric, -127 to 127."""
-        wide = weight.float()
-        scales = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        return cls((wide / scales[:, None]).round_().to(torch.int8), scales, inputs)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scales = torch.empty(len(weight), device=weight.device)
+        for piece, code, scale in zip(
+            *(each.split(AT_ONCE) for each in (weight, codes, scales)), strict=True
+        ):
+            wide = piece.float()
+            scale.copy_(wide.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny).div_(127))
+            code.copy_((wide / scale[:, None]).round_())
+        return cls(codes, scales, inputs)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.codes.float().mul_(self.scales[:, None]).to(dtype)
@@ -54,8 +63,10 @@ class Int8(ByteCodes):
 
     def linear(self, dtype: torch.dtype, bias: Tensor | None) -> Linear:
         ours = products.in_use()
-        if ours is not None and ours.int8_ways and self.inputs and dtype in (torch.float32, torch.bfloat16):
+        if ours is not None and self.inputs and ours.int8_ways and dtype in (torch.float32, torch.bfloat16):
             return products.Int8(ours, self.codes, self.scales, bias)
+        if ours is not None and not self.inputs and ours.bf16 and dtype == torch.bfloat16:
+            return products.Narrow(ours, self.codes, self.scales, bias)
         if self.device.type == "cpu" and self.inputs and w8a8_works():
             return W8A8(self, bias)
         if self.device.type == "cpu" and weight_only_works(dtype):

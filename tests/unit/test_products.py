@@ -11,7 +11,7 @@ from gristmill.engine.layers.linear import linear
 from gristmill.engine.native import products
 from gristmill.engine.native.build import build
 from gristmill.engine.native.library import load
-from gristmill.engine.native.products import AMX, VNNI, Products, in_use, load_products, used
+from gristmill.engine.native.products import AMX, VNNI, Product, Products, in_use, load_products, used
 from gristmill.engine.quant.int8 import W8A8, Int8
 from torch import Tensor
 
@@ -67,6 +67,17 @@ def test_a_product_in_int8_is_exact_but_for_the_rounding_of_inputs(
     torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_alone_in_int8_are_what_they_are_unpacked(
+    with_bf16: Products, shape: tuple[int, int, int]
+) -> None:
+    x, weight, bias = case(*shape)
+    packed = Int8.nearest(weight)
+    exact = x.double() @ packed.codes.double().T * packed.scales.double() + bias.double()
+    said = products.Narrow(with_bf16, packed.codes, packed.scales, bias)(x)
+    torch.testing.assert_close(said.double(), exact, rtol=2**-8, atol=1e-4)
+
+
 def test_a_row_of_zeros_is_the_bias(ours: Products, way: int) -> None:
     _, weight, bias = case(1, 96, 40)
     packed = Int8.nearest(weight, inputs=True)
@@ -84,9 +95,7 @@ def test_int8_says_what_onednn_says(ours: Products, way: int) -> None:
 
 def test_a_row_does_not_see_its_neighbours(ours: Products) -> None:
     x, weight, bias = case(530, 200, 72)
-    packed = Int8.nearest(weight, inputs=True)
-    layers = [products.Int8(ours, packed.codes, packed.scales, bias, way) for way in ways(ours)]
-    for layer in [*layers, *([products.Dense(ours, weight, bias)] if ours.bf16 else [])]:
+    for layer in all_layers(ours, weight, bias):
         together = layer(x)
         for at, count in ((0, 1), (16, 1), (7, 9), (500, 30), (100, 33)):
             assert torch.equal(layer(x[at : at + count]), together[at : at + count])
@@ -98,11 +107,7 @@ def test_gated_is_what_the_activation_makes_of_both_halves(
 ) -> None:
     """On and off, to the last bit."""
     x, weight, bias = case(37, 70, 96)
-    packed = Int8.nearest(weight, inputs=True)
-    held = bias if biased else None
-    layers = [products.Int8(ours, packed.codes, packed.scales, held, way) for way in ways(ours)]
-    if ours.bf16:
-        layers += [products.Dense(ours, weight, held)]
+    layers = all_layers(ours, weight, bias if biased else None)
     library = load(kernels, torch.bfloat16, 2)
     assert library is not None
     for layer in layers:
@@ -117,13 +122,9 @@ def test_normed_is_the_product_of_the_norm(ours: Products, kernels: Path, *, add
     """On and off, to the last bit, and the residual with it."""
     x, weight, bias = case(37, 70, 96)
     norm = torch.rand(70).bfloat16()
-    packed = Int8.nearest(weight, inputs=True)
-    layers = [products.Int8(ours, packed.codes, packed.scales, bias, way) for way in ways(ours)]
-    if ours.bf16:
-        layers += [products.Dense(ours, weight, bias)]
     library = load(kernels, torch.bfloat16, 2)
     assert library is not None
-    for layer in layers:
+    for layer in all_layers(ours, weight, bias):
         held = case(37, 70, 1, seed=1)[0] if added else None
         also = None if held is None else held.clone()
         expected = layer(library.rms_norm(x, norm, 1e-5, held))
@@ -153,6 +154,7 @@ def test_layers_use_them_only_where_they_are_told_to(with_bf16: Products) -> Non
         assert isinstance(invariant(linear, weight), products.Dense)
         assert not isinstance(linear(weight.float()), products.Dense)
         assert not isinstance(packed.linear(torch.float16, None), products.Int8)
+        assert isinstance(Int8.nearest(weight).linear(torch.bfloat16, None), products.Narrow)
     assert in_use() is None
     assert not isinstance(linear(weight, bias), products.Dense)
     assert isinstance(packed.linear(torch.bfloat16, None), W8A8)
@@ -168,6 +170,15 @@ def test_kernels_that_compute_something_else_are_not_used(
     monkeypatch.setattr(products, "_filled", lambda values: torch.ones(64, dtype=values.dtype))
     assert load_products(kernels, 2) is None
     assert "kernel.unavailable" in caplog.text
+
+
+def all_layers(ours: Products, weight: Tensor, bias: Tensor | None) -> list[Product]:
+    packed = Int8.nearest(weight)
+    codes, scales = packed.codes, packed.scales
+    layers: list[Product] = [products.Int8(ours, codes, scales, bias, way) for way in ways(ours)]
+    if ours.bf16:
+        layers += [products.Dense(ours, weight, bias), products.Narrow(ours, codes, scales, bias)]
+    return layers
 
 
 def ways(ours: Products) -> list[int]:

@@ -16,6 +16,7 @@ from gristmill.schemas.errors import Misconfigured, ModelInvalid
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..support.flavours import cpu_flags
 from ..support.quantized import SHAPE, Store, assert_same_model, reconfigure, runner, spoken, write_quantized
 
 BLOCK, NESTED = 64, 4
@@ -122,6 +123,17 @@ def test_a_model_quantized_on_load_says_what_its_rounded_weights_say(kind: str, 
     # int8 rounds the inputs, too, except where deterministic mode unpacks.
     assert (packed - rounded).norm() <= (0.1 if kind == "int8" else 1e-4) * rounded.norm()
     assert (rounded - spoken(directory)[0]).norm() > 1e-3 * rounded.norm()
+
+
+def test_int8_rounds_the_output_layers_weights_too_unless_told_not_to(tmp_path: Path) -> None:
+    directory = write_tiny(tmp_path / "plain", "qwen2", **SHAPE)
+    knobs: dict[str, Any] = {"quantize": "int8", "dtype": "bfloat16"}
+    whole, kept = (spoken(directory, **knobs, quantize_head=head)[0] for head in (True, False))
+    assert (whole - kept).norm() <= 0.02 * kept.norm()
+    assert torch.equal(whole, kept) == ("amx_bf16" not in cpu_flags())
+    assert torch.equal(
+        spoken(directory, dtype="bfloat16", quantize_head=False), spoken(directory, dtype="bfloat16")
+    )
 
 
 def test_what_cannot_be_quantized_that_way_is_refused(tmp_path: Path) -> None:
