@@ -40,12 +40,11 @@ class Int8(ByteCodes):
         """``weight`` [rows, columns] rounded, symmetric, -127 to 127."""
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scales = torch.empty(len(weight), device=weight.device)
-        for piece, code, scale in zip(
-            *(each.split(AT_ONCE) for each in (weight, codes, scales)), strict=True
-        ):
-            wide = piece.float()
-            scale.copy_(wide.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny).div_(127))
-            code.copy_((wide / scale[:, None]).round_())
+        for first in range(0, len(weight), AT_ONCE):
+            some = slice(first, first + AT_ONCE)
+            wide = weight[some].float()
+            scales[some] = wide.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
+            codes[some] = (wide / scales[some, None]).round_()
         return cls(codes, scales, inputs)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
