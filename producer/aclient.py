@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .batch.answers import Kind
     from .batches import Batches, BatchHandle, Source
     from .dead import Dead, DeadJob
-    from .stream import Chunk, Item
+    from .replica import Chunk, Item
 
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class AsyncJobHandle:
         self, last_id: EntryId | str | None = None, *, timeout_s: float | None = None
     ) -> AsyncIterator[Chunk]:
         """See JobHandle.stream."""
-        from .stream import Chunk
+        from .replica import Chunk
 
         async with aclosing(await self._items(last_id, timeout_s)) as items:
             async for item in items:
@@ -115,7 +115,7 @@ class AsyncJobHandle:
         self, *, include_usage: bool = False, timeout_s: float | None = None
     ) -> AsyncIterator[dict[str, Any]]:
         """See JobHandle.stream_openai."""
-        from .stream import Chunk
+        from .replica import Chunk
 
         chunks = core.openai_chunks(self.id, self.job, include_usage)
         async with aclosing(await self._items(None, timeout_s)) as items:

@@ -26,7 +26,7 @@ from .link import Link
 if TYPE_CHECKING:
     from .batches import Batches, BatchHandle, Source
     from .dead import Dead
-    from .stream import Chunk, Item
+    from .replica import Chunk, Item
     from .webhooks import Webhooks
 
 
@@ -49,7 +49,7 @@ class JobHandle:
         Joined texts equal the result's text, whether you attach early, late or again. Raises JobFailed at the
         end of a job that did not succeed, JobNotFound, WaitTimeout after ``timeout_s`` in all.
         """
-        from .stream import Chunk
+        from .replica import Chunk
 
         for item in self._items(last_id, timeout_s):
             if isinstance(item, Chunk):
@@ -67,7 +67,7 @@ class JobHandle:
         Raises what ``stream`` does; InvalidRequest unless this handle is from ``submit``; ResultChanged, see
         ``Chunks.of``.
         """
-        from .stream import Chunk
+        from .replica import Chunk
 
         chunks = core.openai_chunks(self.id, self.job, include_usage)
         for item in self._items(None, timeout_s):

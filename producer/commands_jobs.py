@@ -28,7 +28,7 @@ from .console import (
 from .sampling_flags import GROUPS, GroupedCommand, sampling_flags, wishes
 
 if TYPE_CHECKING:
-    from .stream import Chunk
+    from .replica import Chunk
 
 SUBMIT_HELP = """Send one job and print its id; --stream shows the text as it is made, --wait when it is done.
 

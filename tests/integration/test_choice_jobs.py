@@ -10,7 +10,7 @@ import pytest
 from gristmill.backends.state import Claim, State, Write
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.keeper.endings import Ending, complete
-from gristmill.producer.stream import Chunk
+from gristmill.producer.replica import Chunk
 from gristmill.schemas.events import Candidate, Delta, Done, Started
 from gristmill.schemas.job import JobState
 from gristmill.schemas.logprobs import TokenLogprobs, pack

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from gristmill.backends.state import State, Write, open_async_state
 from gristmill.producer import stream
-from gristmill.producer.stream import Chunk, Final, Item, follow, follow_async
+from gristmill.producer.replica import Chunk, Final, Item
+from gristmill.producer.stream import follow, follow_async
 from gristmill.schemas import keys
 from gristmill.schemas.errors import (
     BrokerUnavailable,

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from gristmill.backends.state import Claim, Final, State
 from gristmill.backends.store import FileStore
-from gristmill.producer.stream import Chunk, Item, follow
+from gristmill.producer.replica import Chunk, Item
+from gristmill.producer.stream import follow
 from gristmill.schemas import keys
 from gristmill.schemas.events import Delta, Done, End, EntryId, Released, Started
 from gristmill.schemas.job import FINAL, Job, JobState

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from gristmill.engine.messages import Output
 from gristmill.engine.tokenizer import Tokenizer
-from gristmill.producer.stream import Replica
+from gristmill.producer.replica import Replica
 from gristmill.schemas.events import Candidate, Crashed, Delta, Done, EntryId, Event, Started
 from gristmill.schemas.job import Job, JobState
 from gristmill.schemas.logprobs import TokenLogprobs, likeliest

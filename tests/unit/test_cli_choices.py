@@ -6,7 +6,7 @@ import random
 
 import pytest
 from gristmill.producer import commands_jobs
-from gristmill.producer.stream import Chunk
+from gristmill.producer.replica import Chunk
 from gristmill.schemas.events import EntryId
 from gristmill.schemas.result import FinishReason
 

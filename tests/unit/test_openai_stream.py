@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from gristmill.producer.stream import Chunk
+from gristmill.producer.replica import Chunk
 from gristmill.schemas.errors import ResultChanged
 from gristmill.schemas.events import EntryId
 from gristmill.schemas.job import Endpoint, Job, Message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gristmill.producer.stream import Chunk
+from gristmill.producer.replica import Chunk
 from gristmill.schemas.errors import InvalidRequest
 from gristmill.schemas.events import EntryId
 from gristmill.schemas.job import JobState

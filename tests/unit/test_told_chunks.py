@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gristmill.producer.stream import Chunk, Replica
+from gristmill.producer.replica import Chunk, Replica
 from gristmill.schemas.events import Delta, Done, EntryId, Event
 from gristmill.schemas.logprobs import TokenLogprobs, pack
 from gristmill.schemas.result import FinishReason
