@@ -26,6 +26,7 @@ from itertools import groupby
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..schemas import keys
+from ..schemas.batch import row_of
 from ..schemas.errors import IdempotencyConflict, JobNotFound
 from ..schemas.events import Candidate, Delta, End, EntryId, Event, event_from_json
 from ..schemas.job import Job, JobState, Priority
@@ -110,6 +111,10 @@ class Final:
 
 class Resubscribed:
     """The connection to a channel was lost and is back: what was published meanwhile is only in the log."""
+
+
+class BatchStirred:
+    """Something happened to the batch of a row that is followed; perhaps the row's end has joined it."""
 
 
 # ---- jobs
@@ -420,12 +425,22 @@ def _parse_xrange(rows: list[tuple[bytes, dict[bytes, bytes]]]) -> list[Entry]:
     return [(EntryId.parse(entry_id), event_from_json(fields[b"d"])) for entry_id, fields in rows]
 
 
-def parse_message(message: dict[str, Any]) -> Entry | Resubscribed | None:
-    """What came over a job's channel. None: nothing that concerns a follower."""
+def told_beside(job_id: str) -> tuple[str, ...]:
+    """Channels that tell of a job beside its log's: the end of a row is an event of its batch."""
+    row = row_of(job_id)
+    return () if row is None else (keys.batch_events(row[0]),)
+
+
+def parse_message(message: dict[str, Any], log: str) -> Entry | Resubscribed | BatchStirred | None:
+    """What came over a job's channels, of which ``log`` has its entries. None: nothing that concerns a
+    follower.
+    """
     if message["type"] == "subscribe":
         return Resubscribed()
     if message["type"] != "message":
         return None
+    if message["channel"].decode() != log:
+        return BatchStirred()
     entry_id, _, event = message["data"].partition(b" ")
     return EntryId.parse(entry_id), event_from_json(event)
 

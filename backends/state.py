@@ -31,7 +31,7 @@ from ..schemas.settings import Settings
 from ..schemas.status import JobStatus, ModelInfo, WorkerInfo
 from . import batch_calls, calls
 from .batches import PAGE, Batches
-from .calls import Call, Claim, Due, Entry, Final, Resubscribed, Write
+from .calls import BatchStirred, Call, Claim, Due, Entry, Final, Resubscribed, Write
 from .embedded import Embedded
 from .redis import connect, connect_async, redis_errors
 from .script import Script, run_script
@@ -39,6 +39,7 @@ from .script import Script, run_script
 __all__ = [
     "AsyncState",
     "AsyncSubscription",
+    "BatchStirred",
     "Claim",
     "Clock",
     "Due",
@@ -160,7 +161,8 @@ class State:
 
     def subscribe(self, job_id: str) -> Subscription:
         """Live entries of a job: a context manager; what is published after entering it is not missed."""
-        return Subscription(self._client, keys.log(job_id), self._settings.connect_timeout_s)
+        timeout_s = self._settings.connect_timeout_s
+        return Subscription(self._client, keys.log(job_id), timeout_s, calls.told_beside(job_id))
 
     # ---- jobs that nobody runs
 
@@ -274,18 +276,25 @@ class State:
 
 
 class Subscription:
-    """One channel. Entering it waits for the server's confirmation."""
+    """One channel, and ``beside`` it others that tell of the same. Entering it waits for the server's
+    confirmation: of all at once, so that nothing comes in between.
+    """
 
-    def __init__(self, client: redis.Redis, channel: str, confirm_timeout_s: float) -> None:
-        self._channel, self._confirm_timeout_s = channel, confirm_timeout_s
+    def __init__(
+        self, client: redis.Redis, channel: str, confirm_timeout_s: float, beside: Sequence[str] = ()
+    ) -> None:
+        self._channel, self._beside, self._confirm_timeout_s = channel, beside, confirm_timeout_s
         self._pubsub: Any = client.pubsub()  # pyright: ignore[reportUnknownMemberType]  (**kwargs)
 
     def __enter__(self) -> Self:
         try:
             with redis_errors(_WHERE):
-                self._pubsub.subscribe(self._channel)
-                confirmed = self._pubsub.get_message(timeout=self._confirm_timeout_s)
-            if confirmed is None:
+                self._pubsub.subscribe(self._channel, *self._beside)
+                confirmed = [
+                    self._pubsub.get_message(timeout=self._confirm_timeout_s)
+                    for _ in (self._channel, *self._beside)
+                ]
+            if None in confirmed:
                 raise BrokerUnavailable(f"{_WHERE}: no confirmation within {self._confirm_timeout_s:g} s")
         except BaseException:
             self.__exit__()
@@ -296,10 +305,10 @@ class Subscription:
         with suppress(BrokerUnavailable), redis_errors(_WHERE):
             self._pubsub.close()
 
-    def get(self, timeout_s: float) -> Entry | Resubscribed | None:
+    def get(self, timeout_s: float) -> Entry | Resubscribed | BatchStirred | None:
         """The next entry; Resubscribed after a break; None: nothing within ``timeout_s``."""
         message = self.get_raw(timeout_s)
-        return None if message is None else calls.parse_message(message)
+        return None if message is None else calls.parse_message(message, self._channel)
 
     def get_raw(self, timeout_s: float) -> dict[str, Any] | None:
         """The next message as redis-py gives it."""
@@ -357,7 +366,8 @@ class AsyncState:
 
     def subscribe(self, job_id: str) -> AsyncSubscription:
         """See State.subscribe; an asynchronous context manager."""
-        return AsyncSubscription(self._client, keys.log(job_id), self._settings.connect_timeout_s)
+        timeout_s = self._settings.connect_timeout_s
+        return AsyncSubscription(self._client, keys.log(job_id), timeout_s, calls.told_beside(job_id))
 
     async def models(self) -> dict[str, ModelInfo]:
         """See State.models."""
@@ -406,16 +416,21 @@ class AsyncState:
 class AsyncSubscription:
     """Subscription for asyncio."""
 
-    def __init__(self, client: redis.asyncio.Redis, channel: str, confirm_timeout_s: float) -> None:
-        self._channel, self._confirm_timeout_s = channel, confirm_timeout_s
+    def __init__(
+        self, client: redis.asyncio.Redis, channel: str, confirm_timeout_s: float, beside: Sequence[str] = ()
+    ) -> None:
+        self._channel, self._beside, self._confirm_timeout_s = channel, beside, confirm_timeout_s
         self._pubsub: Any = client.pubsub()  # pyright: ignore[reportUnknownMemberType]  (**kwargs)
 
     async def __aenter__(self) -> Self:
         try:
             with redis_errors(_WHERE):
-                await self._pubsub.subscribe(self._channel)
-                confirmed = await self._pubsub.get_message(timeout=self._confirm_timeout_s)
-            if confirmed is None:
+                await self._pubsub.subscribe(self._channel, *self._beside)
+                confirmed = [
+                    await self._pubsub.get_message(timeout=self._confirm_timeout_s)
+                    for _ in (self._channel, *self._beside)
+                ]
+            if None in confirmed:
                 raise BrokerUnavailable(f"{_WHERE}: no confirmation within {self._confirm_timeout_s:g} s")
         except BaseException:
             await self.__aexit__()
@@ -426,11 +441,11 @@ class AsyncSubscription:
         with suppress(BrokerUnavailable), redis_errors(_WHERE):
             await self._pubsub.aclose()
 
-    async def get(self, timeout_s: float) -> Entry | Resubscribed | None:
+    async def get(self, timeout_s: float) -> Entry | Resubscribed | BatchStirred | None:
         """See Subscription.get."""
         with redis_errors(_WHERE):
             message = await self._pubsub.get_message(timeout=timeout_s)
-        return None if message is None else calls.parse_message(message)
+        return None if message is None else calls.parse_message(message, self._channel)
 
 
 def open_state(settings: Settings) -> State:

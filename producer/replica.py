@@ -116,6 +116,11 @@ class Replica:
             return self._whole
         return self._whole and bool(self._choices) and all(c.finished for c in self._choices.values())
 
+    @property
+    def running(self) -> bool:
+        """Whether more text must come."""
+        return any(choice.finished is None for choice in self._choices.values())
+
     def read(self, entries: Sequence[Entry]) -> Iterator[Chunk]:
         """Take what the log holds after ``after``."""
         for entry_id, event in entries:

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ..backends.state import LOG_PAGE, AsyncState, Entry, Resubscribed, State
+from ..backends.state import LOG_PAGE, AsyncState, BatchStirred, Entry, Resubscribed, State
 from ..schemas.errors import (
     BrokerUnavailable,
     GristmillError,
@@ -61,6 +61,9 @@ class _Next:
 class _Status:
     """Answer: JobStatus or None."""
 
+    silence: bool
+    """It is asked because nothing comes."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Fetch:
@@ -90,8 +93,8 @@ def _protocol(
         try:
             yield _Subscribe()
             yield from _catch_up(replica)
-            if replica.after is None:
-                yield from _look_up(job_id, replica)
+            if replica.end is None and not replica.running:
+                yield from _look_up(job_id, replica, silence=replica.after is None)
             away_since, pause_s = None, RECONNECT_MIN_S
             while replica.end is None:
                 yield from _live(job_id, replica, deadline, idle_s, clock)
@@ -119,21 +122,26 @@ def _live(
     job_id: str, replica: Replica, deadline: float, idle_s: float, clock: Callable[[], float]
 ) -> _Steps:
     """One message, or the lack of one."""
-    message: Entry | Resubscribed | None = yield _Next(max(0.0, min(idle_s, deadline - clock())))
+    message: Entry | Resubscribed | BatchStirred | None = yield _Next(
+        max(0.0, min(idle_s, deadline - clock()))
+    )
     pieces = replica.live(*message) if isinstance(message, tuple) else None
     if pieces is not None:
         yield from pieces
-    else:  # a gap, a new attempt, a new connection, or a long silence
+    else:  # a gap, a new attempt, a new connection, news of its batch, or a long silence
         yield from _catch_up(replica)
     if replica.end is None and clock() >= deadline:
         raise WaitTimeout(f"job {job_id} has not ended yet; it goes on, follow it from {replica.after or 0}")
-    if message is None and replica.end is None:
-        yield from _look_up(job_id, replica)
+    silence = message is None
+    if replica.end is None and (silence or not (isinstance(message, tuple) or replica.running)):
+        yield from _look_up(job_id, replica, silence=silence)
 
 
-def _look_up(job_id: str, replica: Replica) -> _Steps:
-    """Nothing comes: is the job still to end? Queued or running it is, whoever runs it now or next."""
-    status: JobStatus | None = yield _Status()
+def _look_up(job_id: str, replica: Replica, *, silence: bool) -> _Steps:
+    """Nothing comes, or its log may be over: is the job still to end? Queued or running it is, whoever runs
+    it now or next. A row has no end in its log, which goes when the row's line joins the batch.
+    """
+    status: JobStatus | None = yield _Status(silence)
     if status is not None and not status.state.final:
         return
     yield from _catch_up(replica)  # it may have ended while we asked
@@ -200,9 +208,10 @@ def follow(
                     case _Subscribe():
                         stack.close()
                         subscription = stack.enter_context(state.subscribe(job_id))
-                    case _Status():
+                    case _Status(silence):
                         answer = state.status(job_id)
-                        on_silence()
+                        if silence:
+                            on_silence()
                     case _Fetch():
                         answer = (fetch or state.result)(job_id)
                     case _Sleep(seconds):
@@ -245,9 +254,9 @@ async def follow_async(
                     case _Subscribe():
                         await stack.aclose()
                         subscription = await stack.enter_async_context(state.subscribe(job_id))
-                    case _Status():
+                    case _Status(silence):
                         answer = await state.status(job_id)
-                        if on_silence is not None:
+                        if silence and on_silence is not None:
                             await on_silence()
                     case _Fetch():
                         answer = await (fetch or state.result)(job_id)

@@ -7,16 +7,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.backends.row_results import row_result
 from gristmill.backends.state import State, Write, open_async_state
+from gristmill.backends.store import FileStore
 from gristmill.producer import stream
 from gristmill.producer.replica import Chunk, Final, Item
 from gristmill.producer.stream import follow, follow_async
 from gristmill.schemas import keys
+from gristmill.schemas.batch import row_id
 from gristmill.schemas.errors import (
     BrokerUnavailable,
     GristmillError,
@@ -29,6 +33,7 @@ from gristmill.schemas.job import Job, JobState
 from gristmill.schemas.result import FinishReason
 from gristmill.schemas.settings import Settings
 
+from ..support.batch_hand import Hand, open_batch
 from ..support.journal import Attempt, make_job
 from ..support.valkey import Valkey
 from ..support.waiting import wait_until
@@ -552,3 +557,51 @@ def test_the_example_says_that_it_knows_no_such_job(
 def test_the_example_imports_no_part_of_ours() -> None:
     imports = [line for line in EXAMPLE.read_text().splitlines() if line.startswith(("import ", "from "))]
     assert not [line for line in imports if "gristmill" in line]
+
+
+# ---- rows of batches
+
+
+def test_a_rows_end_reaches_its_followers_with_its_batchs_event(
+    state: State, valkey: Valkey, settings: Settings, tmp_path: Path
+) -> None:
+    """It took up to 25 s: rows join after 10 s, and 15 s of silence had to pass until somebody looked."""
+    store = FileStore(tmp_path)
+    hand = Hand(state, store)
+    batch = open_batch(state, store, [[1, 2, 3]])
+    hand.validate(1)
+    state.batches.begin(batch)
+    begun, waits, other = (make_job(id=row_id(batch.id, line)) for line in (1, 2, 3))
+
+    def fetch(job_id: str) -> str | None:
+        result = row_result(state.batches, store, job_id)
+        return None if result is None else result.to_json()
+
+    async def read(job_id: str) -> list[Item]:
+        client = await open_async_state(settings)
+        async with client, aclosing(follow_async(client, job_id, fetch=fetch_async, idle_s=3600)) as items:
+            return [item async for item in items]
+
+    async def fetch_async(job_id: str) -> str | None:
+        return fetch(job_id)
+
+    claim = hand.claim(1)
+    state.batches.begin_rows(claim.info.id, claim.attempt, "w1", [1])
+    readers = [listening(state, valkey, job, fetch=fetch, idle_s=3600) for job in (begun, waits)]
+    with ThreadPoolExecutor(1) as threads:
+        before = subscribers(valkey)
+        awaited = threads.submit(lambda: asyncio.run(read(other.id)))
+        wait_until(lambda: subscribers(valkey) > before, 20, "it subscribes, too")
+        events = [Delta(offset=0, ids=(1,), text="x"), Done(reason=FinishReason.STOP, text=" 1", at=1.0)]
+        writes = [
+            Write(begun.id, claim.attempt, seq, each.to_json(), claim.info.id)
+            for seq, each in enumerate(events, 1)
+        ]
+        assert state.publish(writes) == set()
+        wait_until(lambda: readers[0].text == "x 1", 20, "its text is there")
+        hand.accept(claim, hand.put(claim, [3]))
+        assert text_of(awaited.result(20)) == "x 3"
+        assert all(reader.is_alive() for reader in readers), "their rows have not ended"
+        hand.accept(claim, hand.put(claim, [1, 2]))
+        assert [reader.finished() for reader in readers] == ["x 1", "x 2"]
+    assert resets(readers[0].items) == 0

@@ -60,7 +60,8 @@ def put_segment(store: ResultStore, batch_id: str, number: int, lines: Sequence[
 
 def answer(batch_id: str, line: int, text: str = "x") -> bytes:
     job = row_id(batch_id, line)
-    body = {"choices": [{"text": f"{text} {line}"}], "usage": USAGE}
+    choice = {"index": 0, "text": f"{text} {line}", "finish_reason": "stop"}
+    body = {"object": "text_completion", "created": 1, "choices": [choice], "usage": USAGE}
     response = Response(status_code=200, request_id=f"req_{job}", body=body)
     return OutputLine(id=f"batch_req_{job}", custom_id=f"row-{line}", response=response).to_line()
 
