@@ -8,6 +8,7 @@ local STATE, LOG, WORKER, CONTROL = '{state}', '{log}', '{worker}', '{control}'
 local BATCHES, DUE, KEEPER = '{batches}', '{due}', '{keeper}'
 local FINAL = {completed = true, failed = true, expired = true, cancelled = true}
 local MOST_METADATA = 15000
+local SENDER_MS = 30000  -- a client that has said nothing for so long sends no more messages
 local ENDED = {succeeded = true, failed = true, cancelled = true, expired = true}
 
 local TIME = clock()

@@ -4,8 +4,6 @@
 --         (ms)   6 rows   7 cancel it after so many failed rows, or ''   8 how many segments   9... id and description
 --         of each
 -- returns 1 opened; 0 known already; -1 known with another description
-local UNSENT_MS = 30000
-
 local known = redis.call('HGET', BATCH, 'spec')
 if known then
   return known == ARGV[2] and 0 or -1
@@ -29,5 +27,5 @@ keep(BATCH, SEGMENTS, UNSENT)
 redis.call('ZADD', BATCHES, string.format('%.0f', NOW_MS), B)
 tell_status()
 -- Whoever opens it sends the messages; a keeper sends what is missing.
-redis.call('ZADD', DUE, string.format('%.0f', NOW_MS + (ARGV[8] == '0' and 0 or UNSENT_MS)), B)
+redis.call('ZADD', DUE, string.format('%.0f', NOW_MS + (ARGV[8] == '0' and 0 or SENDER_MS)), B)
 return 1

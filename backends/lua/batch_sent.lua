@@ -8,4 +8,9 @@ for i = 2, #ARGV, 2 do
     known = known + redis.call('ZREM', UNSENT, ARGV[i])
   end
 end
+-- A client is at it, unless a keeper has something to do here.
+local due = redis.call('ZSCORE', DUE, B)
+if due and tonumber(due) > NOW_MS then
+  redis.call('ZADD', DUE, 'GT', string.format('%.0f', NOW_MS + SENDER_MS), B)
+end
 return known

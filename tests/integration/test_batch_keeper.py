@@ -120,6 +120,18 @@ def test_a_batch_goes_from_its_input_to_its_files_with_a_keeper_alone(fleet: Fle
     assert keeper.round().idle
 
 
+def test_a_client_that_takes_long_to_send_its_messages_is_left_to_it(fleet: Fleet) -> None:
+    """After half a minute each further segment had two messages, and was begun twice."""
+    open_batch(fleet.state, fleet.store, [[1], [2], [3]])
+    marks, keeper = fleet.state.batches.unsent(BATCH), fleet.keeper()
+    for segment in (f"{BATCH}.s1", f"{BATCH}.s2"):
+        fleet.clock.advance(20)
+        assert keeper.round().sent == 0
+        fleet.state.batches.sent(BATCH, {segment: marks[segment]})
+    fleet.clock.advance(31)
+    assert keeper.round().sent == 1, "it died"
+
+
 def test_segments_are_sent_in_their_order_and_what_was_split_off_behind_its_origin(fleet: Fleet) -> None:
     batch = running(fleet, *[[n] for n in range(1, 13)])
     sent: list[str] = []
