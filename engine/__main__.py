@@ -23,7 +23,10 @@ def main() -> None:
     log_to_stderr()
     building = logging.getLogger(f"{__package__}.native.build")
     building.setLevel(logging.INFO)  # a first start compiles: not in silence
-    settings = EngineSettings.model_validate_json(sys.stdin.buffer.read())
+    given = sys.stdin.buffer.read()
+    if not given:
+        return  # begun early, and not wanted after all
+    settings = EngineSettings.model_validate_json(given)
     from .serving import serve_consumer  # brings torch
 
     serve_consumer(settings)

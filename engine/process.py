@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -27,18 +25,10 @@ from .parallel.launch import Followers, told_of
 from .parallel.link import RANK_GONE
 from .quick_torch import will_do
 from .settings import EngineSettings
+from .spawn import QUICK, WHOLE, spawn, take_early
 
 DIED = "engine_died"
 STOPPED = "engine_stopped"
-SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "1000"}
-"""OpenMP threads wait for one another by spinning, by default for milliseconds: on cores shared with the
-consumer, or with anybody, a step became 20 times slower. A thousand turns, about 50 us, cover the pause
-between two kernels, so that a quiet machine loses nothing."""
-REPORT_BUFFER_BYTES = 8192
-"""Reports that may lie unread; the kernel takes twice this, its own overhead included. That is some ten steps
-of a small batch and one of a large: an engine whose consumer stands still would otherwise make hundreds of
-tokens that nobody writes down, and the next attempt makes them again.
-"""
 START_UP_ERRORS: dict[str, type[BadInput]] = {c.code: c for c in (Misconfigured, ModelInvalid, ModelNotFound)}
 
 
@@ -58,8 +48,8 @@ class EngineProcess:
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
         self._followers = Followers(settings)
-        self._sock, self._child_sock = socket.socketpair()
-        self._child_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REPORT_BUFFER_BYTES)
+        self._sock: socket.socket
+        """There once there is a process."""
         self._sending = threading.Lock()
         self._frames = pipe.FrameReader()
         self._received: deque[Report] = deque()
@@ -98,21 +88,12 @@ class EngineProcess:
     def start(self) -> None:
         """Start the process and return at once; ``wait_ready`` waits for the model to be loaded."""
         assert self._process is None, "an EngineProcess is started once"
-        # -P: a file named like a module in the current directory must not take its place.
-        module = f"{__package__}.quick_start" if will_do(self._settings) else str(__package__)
-        command = [sys.executable, "-P", "-m", module, str(self._child_sock.fileno())]
-        followers = self._followers
-        environment = {**SPIN_BRIEFLY, **followers.environment, **os.environ}
-        self._process = subprocess.Popen(
-            command + followers.arguments,
-            stdin=subprocess.PIPE,
-            stdout=2,  # our stdout carries data
-            pass_fds=[self._child_sock.fileno(), *followers.descriptors],
-            start_new_session=True,
-            env=environment,
+        module, followers = QUICK if will_do(self._settings) else WHOLE, self._followers
+        spawned = take_early(module) or spawn(
+            module, followers.arguments, followers.descriptors, followers.environment
         )
-        self._child_sock.close()
-        followers.start(environment)
+        self._process, self._sock = spawned.process, spawned.sock
+        followers.start(spawned.environment)
         assert self._process.stdin
         self._process.stdin.write(self._settings.model_dump_json().encode())
         self._process.stdin.close()
@@ -166,9 +147,7 @@ class EngineProcess:
     def stop(self, timeout_s: float = 5.0) -> None:
         """End the process, after the step in hand if that takes less than ``timeout_s``. Idempotent."""
         self._stopping = True
-        self._child_sock.close()
         if self._process is None:
-            self._sock.close()
             return
         try:
             if self._process.poll() is None:

@@ -20,10 +20,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .settings import EngineSettings
+from typing import Any, Protocol
 
 LATER = frozenset(
     {
@@ -136,7 +133,18 @@ def left_out() -> list[str]:
     return [module.__name__ for module in _asked if isinstance(module, _Later)]
 
 
-def will_do(settings: EngineSettings) -> bool:
+class Wanted(Protocol):
+    """What is asked of an engine, by its own settings or its worker's."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def quick_start(self) -> bool: ...
+    @property
+    def tensor_parallel_size(self) -> int: ...
+
+
+def will_do(settings: Wanted) -> bool:
     """Whether an engine on a CPU and on no other rank is asked for. With a driver there, torch may end up on
     the card, and has more to be careful of."""
     on_cpu = settings.device == "cpu" or not any(Path(driver).exists() for driver in GPU_DRIVERS)

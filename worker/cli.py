@@ -8,7 +8,9 @@ from typing import Any, get_args
 import click
 
 from ..backends import logs
+from ..engine.quick_torch import will_do
 from ..engine.settings import KVDType, Quantize
+from ..engine.spawn import begin_early
 from .settings import load_worker_settings
 
 EXAMPLES = """\b
@@ -132,6 +134,8 @@ def run(debug: bool, **flags: Any) -> None:
     with logs.last_words(debug=debug):
         settings = load_worker_settings(**flags)
         logs.install(settings.log_format, settings.log_level)
+        if will_do(settings):
+            begin_early()  # beside what follows
         from .app import WorkerApp  # slow: only once the settings are right
 
         code = WorkerApp(settings).run()

@@ -6,6 +6,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import count
 
+from gristmill.engine.spawn import begin_early
+
+begin_early()  # as a worker does, before it imports the rest
+
 from gristmill.engine.messages import Failed, Request
 from gristmill.engine.process import EngineProcess
 from gristmill.engine.settings import EngineSettings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from gristmill.engine.messages import Request, Step
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.process import EngineProcess
 from gristmill.engine.settings import EngineSettings
+from gristmill.engine.spawn import begin_early
 
 from ..support.waiting import LOADED_S
 
@@ -106,3 +108,37 @@ def test_a_torch_that_cannot_be_read_in_parts_is_read_whole_by_a_new_start(
         assert isinstance(report, Step)
         assert engine.pid == pid
     assert "engine.whole_torch" in capfd.readouterr().err
+
+
+def test_an_engine_begun_early_is_the_next_one(settings: EngineSettings) -> None:
+    pid = begin_early()
+    with EngineProcess(settings) as engine:
+        assert engine.pid == pid
+        engine.wait_ready(START_S)
+        engine.add([Request(id="a", prompt_ids=[5], max_tokens=1, ignore_eos=True)])
+        assert isinstance(engine.recv(START_S), Step)
+
+
+def test_what_was_begun_otherwise_than_it_is_wanted_ends(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wanted, name in (
+        (settings, "GRISTMILL_TEST_OTHER"),
+        (settings.model_copy(update={"quick_start": False}), ""),
+    ):
+        pid = begin_early()
+        if name:
+            monkeypatch.setenv(name, "1")
+        with EngineProcess(wanted) as engine:
+            assert engine.pid != pid
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
+def test_what_nobody_wants_ends_with_who_began_it() -> None:
+    code = "from gristmill.engine.spawn import begin_early; print(begin_early())"
+    said = subprocess.run(
+        [sys.executable, "-P", "-c", code], check=True, capture_output=True, timeout=START_S
+    )
+    assert int(said.stdout) > 0
+    assert said.stderr == b"", "run() waited for that process, too, which holds this pipe"
