@@ -18,11 +18,12 @@ from typing import Any
 
 from ..backends.assemble import assemble
 from ..backends.batches import Batches, Refused
+from ..backends.joining import join
 from ..backends.line_merge import Piece
 from ..backends.object_lines import object_lines
 from ..backends.store import ResultStore
 from ..schemas import keys
-from ..schemas.batch import Batch, BatchStatus, LineSet, ResultObject, pack_lines, row_of
+from ..schemas.batch import Batch, BatchStatus, LineSet, OpenedBatch, ResultObject, pack_lines, row_of
 from ..schemas.batch_lines import OutputLine, unfinished_line
 from ..schemas.batch_manifest import BatchFile, BatchManifest
 from ..schemas.errors import GristmillError, ResultsDamaged
@@ -88,6 +89,8 @@ class Finisher:
         """Error lines for all rows that have not ended. False: somebody else holds the batch by now."""
         ended, stamp = self._batches.ended(batch.id), time.time_ns() // 1_000_000
         names = (keys.rows_object(f"{batch.id}.{OURS}", stamp, n, "errors") for n in count(1))
+        if not self._join_clients(batch.id):
+            return False
         for name in sorted({info.input for info in self._batches.segments(batch.id)}):
             rows = _unfinished(self._store, name, ended, state)
             try:
@@ -99,6 +102,14 @@ class Finisher:
             ) as exc:  # nobody knows what its rows were called; the others get their lines
                 log.error("batch.rows_lost", extra={"batch_id": batch.id, "reason": exc.message})
         return True
+
+    def _join_clients(self, batch_id: str) -> bool:
+        """Rows that its client refused or answered, if it died before it said so: they are in no segment.
+        False: somebody else holds the batch by now.
+        """
+        body = self._store.get(keys.batch_file(batch_id, "batch.json"))
+        objects = () if body is None else OpenedBatch.from_json(body).objects
+        return all(join(self._batches, self._store, batch_id, each, OURS, self._token) for each in objects)
 
     def _add(self, batch: Batch, state: JobState, rows: dict[int, OutputLine], names: Iterator[str]) -> bool:
         """Let these join, but for those that have joined before. False: somebody else holds the batch."""

@@ -10,16 +10,14 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Literal
 
-from ...backends.batches import Batches, Refused
-from ...backends.line_merge import line_number
-from ...backends.object_lines import object_lines
+from ...backends.batches import Batches
+from ...backends.joining import join
 from ...backends.recovery import clear_end
 from ...backends.segment_messages import send_segment
 from ...backends.store import ResultStore
@@ -34,7 +32,6 @@ from ...schemas.batch import (
     pack_lines,
     row_id,
     segment_id,
-    unpack_lines,
 )
 from ...schemas.batch_lines import OutputLine, error_line
 from ..link import Link
@@ -48,7 +45,6 @@ UPLOADS = 4
 """Segments on their way to the store, and in memory."""
 SENT_AT_ONCE = 50
 ALL = 1_000_000
-ADDED_AT_ONCE = 4
 CLIENT = "client"
 Kind = Literal["output", "errors"]
 DAY_S = 86_400.0
@@ -123,33 +119,10 @@ class Submission:
         return () if body is None else OpenedBatch.from_json(body).objects
 
     def _join(self, objects: Sequence[ResultObject]) -> None:
-        """Let them join, but for rows that have ended before: an earlier try has told of those, and need not
-        have put the same rows together.
-        """
-        for start in range(0, len(objects), ADDED_AT_ONCE):
-            page = objects[start : start + ADDED_AT_ONCE]
-            answer = self._batches.add(self.batch.id, page)
-            if answer is None:  # it is past taking anything
+        """None joins that is too late: the batch is past taking anything."""
+        for each in objects:
+            if not join(self._batches, self._link.store, self.batch.id, each, CLIENT):
                 return
-            if isinstance(answer, Refused):
-                for each in page:
-                    self._join_rest(each, answer.lines)
-
-    def _join_rest(self, made: ResultObject, ended: frozenset[int]) -> None:
-        while len(rest := [line for line in unpack_lines(made.lines) if line not in ended]):
-            if len(rest) < made.rows:
-                made = self._without(made, rest)
-            answer = self._batches.add(self.batch.id, [made])
-            if not isinstance(answer, Refused):
-                return
-            ended |= answer.lines
-
-    def _without(self, made: ResultObject, rest: Collection[int]) -> ResultObject:
-        """Another object, of ``rest`` alone. The first one stays: somebody else may be about to add it."""
-        kept, store = set(rest), self._link.store
-        rows = [line + b"\n" for line in object_lines(store, made.name) if line_number(line) in kept]
-        own = OwnRows(store, self.batch.id)
-        return own.put(made.kind, sorted(kept), b"".join(rows))
 
     def _send(self) -> None:
         """A message for each segment that has none. A keeper would do it half a minute later.
@@ -235,20 +208,20 @@ class OwnRows:
         buffer, self._open[kind] = self._open[kind], _Buffer()
         if not buffer.lines:
             return
-        self._objects.append(self.put(kind, buffer.lines, bytes(buffer.data)))
-
-    def put(self, kind: Kind, lines: Sequence[int], body: bytes) -> ResultObject:
-        """An object of these lines, ascending, under a name that nothing has."""
+        body = bytes(buffer.data)
         owner = f"{self._batch_id}.{CLIENT}"
-        names = (keys.rows_object(owner, self._attempt, n, kind) for n in count(len(self._objects)))
-        return ResultObject(
-            segment=CLIENT,
-            kind=kind,
-            name=next(name for name in names if self._store.put_new(name, body)),
-            rows=len(lines),
-            bytes=len(body),
-            sha256=hashlib.sha256(body).hexdigest(),
-            lines=pack_lines(lines),
+        name = keys.rows_object(owner, self._attempt, len(self._objects), kind)
+        self._store.put_new(name, body)
+        self._objects.append(
+            ResultObject(
+                segment=CLIENT,
+                kind=kind,
+                name=name,
+                rows=len(buffer.lines),
+                bytes=len(body),
+                sha256=hashlib.sha256(body).hexdigest(),
+                lines=pack_lines(buffer.lines),
+            )
         )
 
 

@@ -78,14 +78,14 @@ class Desk:
         self.keeper.round()
         self.hand(batch).run(1, failing=failing)
 
-    def finished(self, batch: Batch) -> Batch:
+    def finished(self, batch: Batch, status: BatchStatus = BatchStatus.COMPLETED) -> Batch:
         self.fleet.clock.advance(600)  # behind the server's own clock, by which the client acts
         for _ in range(3):
             self.keeper.round()
             self.keeper.settle()
         found = self.fleet.state.batches.get(batch.id)
         assert found is not None
-        assert found.status is BatchStatus.COMPLETED, found
+        assert found.status is status, found
         return found
 
     def lines(self, name: str | None) -> list[int]:
@@ -126,10 +126,10 @@ def test_rows_that_an_earlier_try_told_of_with_others_join_all_the_same(
     """It had told of the first one, and died. All others lay in one object with that, which was refused."""
     with monkeypatch.context() as small:
         small.setattr(submission, "OBJECT_BYTES", 1)
-        small.setattr(submission, "ADDED_AT_ONCE", 1)
         desk.dies_at_add(2, monkeypatch)
         batch = desk.submit("", "", "c", "", on_invalid="skip")
     assert desk.died == 1
+    desk.fleet.store.remove(keys.batch_file(batch.id, "batch.json"))  # it would name the first try's objects
     desk.submit("", "", "c", "", on_invalid="skip")
     joined = [each.lines for each in desk.fleet.state.batches.objects(batch.id)]
     assert [unpack_lines(lines) for lines in joined] == [[1], [2, 4]]
@@ -151,6 +151,18 @@ def test_a_client_that_died_before_its_own_rows_joined_completes_the_batch_with_
     assert desk.submit("a", "b", "c", "", on_invalid="skip", known=again).id == batch.id
     found = desk.finished(batch)
     assert (desk.lines(found.output), desk.lines(found.error_output)) == ([1, 2, 3], [4])
+
+
+def test_rows_that_a_dead_client_had_refused_or_answered_are_there_when_its_batch_is_stopped(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were in no segment, and so in none of its files."""
+    desk.dies_at_add(2, monkeypatch)
+    batch = desk.submit("a", "b", "c", "", on_invalid="skip", known={1})
+    desk.fleet.state.batches.cancel(batch.id)
+    found = desk.finished(batch, BatchStatus.CANCELLED)
+    assert (desk.lines(found.output), desk.lines(found.error_output)) == ([1], [2, 3, 4])
+    assert found.request_counts.failed == 3
 
 
 def test_what_an_earlier_life_left_beside_the_segments_is_not_run_again_by_a_retry(desk: Desk) -> None:
