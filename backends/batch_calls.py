@@ -16,6 +16,7 @@ Field names of the hash ``gm:{batch}:batch``, all values text:
 ``created_at expires_at in_progress_at …``   unix seconds
 ``until``                      ms: when all its keys go
 ``finalizer finalizer_until``  who makes it final, and for how long nobody else may
+``trouble trouble_at``         what keeps it from becoming final, an ErrorInfo, JSON; unix seconds
 ``joined``                     the last objects that joined without a segment
 ``output error_output manifest``   names in the result store
 
@@ -96,7 +97,7 @@ STANDING, CANCEL, CANCEL_ROW, PAUSE, EXPIRE = map(
 BEGIN_FINALIZE, COMPLETE, ROW, DELETE, SENT = map(
     _script, ("batch_begin_finalize", "batch_complete", "batch_row", "batch_delete", "batch_sent")
 )
-SILENT, ASK = map(_script, ("batch_silent", "batch_ask"))
+SILENT, ASK, TROUBLE = map(_script, ("batch_silent", "batch_ask", "batch_trouble"))
 LIST, DEFER = Script.of(lua("batch_list")), Script.of(lua("batch_defer"))
 DUE = Script.of(lua("clock") + lua("batch_due"), timed=True)
 
@@ -245,6 +246,7 @@ def _parse_batch(reply: list[Any]) -> Batch | None:
     now["status"] = BatchStatus(texts["status"])
     now["paused"] = "paused" in texts
     now["reason"] = ErrorInfo.from_json(texts["reason"]) if "reason" in texts else None
+    now["trouble"] = ErrorInfo.from_json(texts["trouble"]) if "trouble" in texts else None
     now["request_counts"] = RequestCounts(
         total=number("total"), completed=number("completed"), failed=number("failed")
     )
@@ -514,6 +516,10 @@ def complete(
 ) -> Call[BatchStatus | None]:
     files = (output or "", error_output or "", manifest or "")
     return Call((batch_id, token, round(retention_s * 1000), *files), _status, COMPLETE)
+
+
+def trouble(batch_id: str, what: ErrorInfo) -> Call[bool]:
+    return Call((batch_id, what.to_json()), bool, TROUBLE)
 
 
 def objects(batch_id: str, start: int, count: int) -> Call[list[ResultObject]]:

@@ -287,6 +287,12 @@ class Batches:
             )
         )
 
+    def trouble(self, batch_id: str, what: ErrorInfo) -> bool:
+        """Its files cannot be made until a person mends this; its record says so until they are. False: it is
+        final, or unknown.
+        """
+        return self._run(batch_calls.trouble(batch_id, what))
+
     def objects(self, batch_id: str) -> Iterator[ResultObject]:
         """Accepted ones, in order, those that join meanwhile included."""
         start = 0

@@ -8,11 +8,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..backends.batches import Batches, DueBatch, NoClaim
 from ..schemas.batch import Batch, BatchStatus, Phase
 from ..schemas.errors import GristmillError, Misconfigured, Transient
+from ..schemas.result import ErrorInfo
 from .finisher import Finisher
 
 log = logging.getLogger(__name__)
@@ -227,6 +229,8 @@ class BatchRounds:
         except GristmillError as exc:
             self._broken[batch_id] = time.monotonic() + BROKEN_AGAIN_S
             log.error("batch.damaged", extra={"batch_id": batch_id, "code": exc.code, "reason": exc.message})
+            with suppress(Transient):  # it is said again after the next try
+                self._batches.trouble(batch_id, ErrorInfo.of(exc))
         except Exception:
             self._broken[batch_id] = time.monotonic() + BROKEN_AGAIN_S
             log.critical("batch.not_finished", exc_info=True, extra={"batch_id": batch_id})

@@ -183,6 +183,9 @@ def _facts(found: Batch) -> list[tuple[str, str]]:
             facts.append((name.removesuffix("_at"), local_time(at)))
     if found.reason is not None:
         facts.append(("because", f"{found.reason.message} [{found.reason.code}]"))
+    if found.trouble is not None:
+        facts.append(("trouble", f"{found.trouble.message} [{found.trouble.code}]"))
+        facts.append(("next step", "mend that in the result store; a keeper tries again within five minutes"))
     if found.retry_of is not None:
         facts.append(("retry of", found.retry_of))
     if found.input:

@@ -131,6 +131,10 @@ class Batch(Answer):
     paused: Bool = False
     reason: ErrorInfo | None = None
     """Why it was cancelled, if nobody asked for it."""
+    trouble: ErrorInfo | None = None
+    """What keeps it from becoming final: a person must mend that …"""
+    trouble_at: Float | None = None
+    """… and when that was last seen."""
     errors: tuple[LineProblem, ...] = ()
     """The first problems of the input."""
     problems: Int = 0

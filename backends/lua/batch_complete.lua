@@ -17,7 +17,7 @@ for i, name in ipairs({'output', 'error_output', 'manifest'}) do
   end
 end
 redis.call('HSET', BATCH, 'until', string.format('%.0f', NOW_MS + ARGV[3]))
-redis.call('HDEL', BATCH, 'paused')
+redis.call('HDEL', BATCH, 'paused', 'trouble', 'trouble_at')
 become(is[2] or AFTER[is[1]])
 redis.call('ZREM', DUE, B)
 keep(BATCH, ROWS, OBJECTS, SEGMENTS, ERRORS, STOPPED, EVENTS)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ...schemas.batch import Batch, BatchStatus, ResultObject
-from ...schemas.errors import InvalidRequest, JobNotFound, Transient
+from ...schemas.errors import InvalidRequest, JobNotFound, ResultsDamaged, Transient
 from ..link import Link
 from ..settings import ProducerSettings
 from .answers import Answers, find, standing
@@ -59,6 +59,8 @@ class Run:
         """Rows that had ended before this run …"""
         self._objects_before = None if self.over else sum(1 for _ in self._objects())
         """… and how many objects they are in; None: there is nothing to do."""
+        self._mended_at = self.batch.trouble_at
+        """What an earlier run could not finish for may be mended by now; a keeper has to try."""
         self._trouble_since: float | None = None
         if self.batch.status in (BatchStatus.CANCELLED, BatchStatus.EXPIRED, BatchStatus.CANCELLING):
             raise InvalidRequest(
@@ -140,6 +142,8 @@ class Run:
             if self.batch.status.final:
                 self.over = True
                 return
+            if self.batch.trouble is not None and self.batch.trouble_at != self._mended_at:
+                raise ResultsDamaged(f"{self.batch.id} cannot be finished: {self.batch.trouble.message}")
             crew.watch(progress.ended > ended)
             ended = counts.completed + counts.failed
             time.sleep(self._settings.bulk_poll_s)

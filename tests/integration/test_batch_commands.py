@@ -22,11 +22,13 @@ from gristmill.producer.settings import producer_settings
 from gristmill.schemas.batch import Batch, BatchStatus, RequestCounts
 from gristmill.schemas.batch_lines import OutputLine, Response
 from gristmill.schemas.errors import EngineUnavailable, WaitTimeout
-from gristmill.schemas.result import Usage
+from gristmill.schemas.result import ErrorInfo, Usage
 from gristmill.schemas.settings import Settings
 
 from ..support.batch_hand import Hand
 from ..support.command_line import Run
+
+DAMAGED = ErrorInfo(code="results_damaged", message="it is gone")
 
 
 def rows(count: int, **fields: Any) -> bytes:
@@ -152,6 +154,9 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on_so(
     assert fresh != first
     assert stopped() == fresh, "the last one"
     assert run("batch", "resume", fresh)[0] == 0
+    monkeypatch.setattr(Crew, "watch", lambda *_: state.batches.trouble(fresh, DAMAGED))
+    code, _, err = run("run", source, "-o", output)
+    assert (code, "cannot be finished: it is gone [results_damaged]" in err) == (1, True), err
     monkeypatch.setattr(Crew, "watch", lambda *_: Hand(state, store, fresh).finish())
     code, out, err = run("run", source, "-o", output, "--json")
     assert (code, json.loads(out)["batch"], len(output.read_text().splitlines())) == (0, fresh, 3), err

@@ -14,6 +14,8 @@ from gristmill.backends.assemble import lines
 from gristmill.backends.line_merge import Piece
 from gristmill.keeper import batch_rounds, finisher
 from gristmill.keeper.finisher import Finisher
+from gristmill.producer.cli import cli
+from gristmill.producer.console import run_guarded
 from gristmill.schemas import keys
 from gristmill.schemas.batch import (
     Batch,
@@ -380,7 +382,7 @@ def test_a_keeper_may_die_before_any_call_and_another_goes_on(
 
 
 def test_objects_that_are_gone_leave_the_batch_unfinished_and_are_told_of(
-    fleet: Fleet, hand: Hand, caplog: pytest.LogCaptureFixture
+    fleet: Fleet, hand: Hand, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     running(fleet, [1])
     hand.run(1)
@@ -392,10 +394,16 @@ def test_objects_that_are_gone_leave_the_batch_unfinished_and_are_told_of(
     rounds(fleet)
     assert [entry.msg for entry in caplog.records].count("batch.damaged") == 1, "and not in every round"
     assert record(fleet).status is BatchStatus.FINALIZING
+    assert run_guarded(cli, ["batch", "show", BATCH, "--broker", fleet.valkey.url]) == 0
+    shown = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert "results_damaged" in shown["trouble"]
+    assert made.name in shown["trouble"]
+    assert "a keeper tries again" in shown["next step"]
     fleet.store.put_new(made.name, body)
     fleet.clock.advance(batch_rounds.BROKEN_AGAIN_S)
     rounds(fleet, 1)
-    assert record(fleet).status is BatchStatus.COMPLETED
+    ended = record(fleet)
+    assert (ended.status, ended.trouble, ended.trouble_at) == (BatchStatus.COMPLETED, None, None)
 
 
 def test_a_batch_whose_rows_were_taken_away_ends_with_what_there_is(fleet: Fleet, hand: Hand) -> None:
