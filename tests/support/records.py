@@ -17,6 +17,7 @@ from gristmill.schemas.batch import (
     RequestCounts,
     ResultObject,
     RowsEnded,
+    RowTimes,
     Segment,
     SegmentInfo,
     StatusChanged,
@@ -354,18 +355,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     ),
 }
 
-BATCH_LINES: dict[type[Record], st.SearchStrategy[Any]] = {
-    Response: st.builds(Response, status_code=COUNT, request_id=TEXT, body=OBJECT),
-}
-BATCH_LINES[OutputLine] = st.builds(
-    OutputLine,
-    id=TEXT,
-    custom_id=NAME,
-    response=maybe(BATCH_LINES[Response]),
-    error=maybe(OBJECT),
-)
-RECORDS |= BATCH_LINES
-
+responses = st.builds(Response, status_code=COUNT, request_id=TEXT, body=OBJECT)
 request_counts = st.builds(RequestCounts, total=COUNT, completed=COUNT, failed=COUNT)
 line_problems = st.builds(LineProblem, code=NAME, message=TEXT, param=maybe(TEXT), line=maybe(COUNT))
 batch_options = st.builds(
@@ -379,8 +369,19 @@ batch_options = st.builds(
     webhook_every_percent=maybe(st.integers(1, 99)),
     retention_s=st.floats(0, 1e6, exclude_min=True),
 )
+row_times = st.builds(
+    RowTimes,
+    first_token_at=TIME,
+    finished_at=TIME,
+    completion_tokens=COUNT,
+    ttft=st.dictionaries(st.integers(0, 200).map(str), COUNT, max_size=3),
+)
 batch_files = st.builds(BatchFile, name=NAME, rows=COUNT, bytes=COUNT, sha256=NAME)
-BATCHES: dict[type[Record], st.SearchStrategy[Any]] = {
+RECORDS |= {
+    Response: responses,
+    OutputLine: st.builds(
+        OutputLine, id=TEXT, custom_id=NAME, response=maybe(responses), error=maybe(OBJECT)
+    ),
     RequestCounts: request_counts,
     LineProblem: line_problems,
     BatchOptions: batch_options,
@@ -397,6 +398,8 @@ BATCHES: dict[type[Record], st.SearchStrategy[Any]] = {
         status=st.sampled_from(BatchStatus),
         paused=st.booleans(),
         reason=maybe(error_infos),
+        trouble=maybe(error_infos),
+        trouble_at=maybe(TIME),
         errors=st.lists(line_problems, max_size=2).map(tuple),
         request_counts=request_counts,
         usage=usages,
@@ -428,7 +431,9 @@ BATCHES: dict[type[Record], st.SearchStrategy[Any]] = {
         cancelled=TEXT,
         expired=TEXT,
         usage=usages,
+        times=maybe(row_times),
     ),
+    RowTimes: row_times,
     StatusChanged: st.builds(
         StatusChanged,
         status=st.sampled_from(BatchStatus),
@@ -461,7 +466,6 @@ BATCHES: dict[type[Record], st.SearchStrategy[Any]] = {
         created_at=TIME,
     ),
 }
-RECORDS |= BATCHES
 
 tries = st.builds(WebhookTry, n=COUNT, at=TIME, ms=COUNT, status=maybe(COUNT), code=maybe(NAME), reason=TEXT)
 RECORDS |= {
