@@ -40,8 +40,8 @@ class NativeAttention:
         share: bool = True,
         numbers: Numbers | None = None,
     ) -> None:
-        """``uniform``: the same instructions for a row whether it is decoded or part of a prefill, and
-        whoever is in the batch. ``share``: rows that begin alike read their common keys together.
+        """``uniform``: the same sums for a row whether it is decoded or part of a prefill, and whoever is in
+        the batch. ``share``: rows that begin alike read their common keys together.
 
         ``numbers``: keys and values in fewer bits.
         """
@@ -56,7 +56,7 @@ class NativeAttention:
         self._scoring = (spec.scale, spec.softcap or 0.0, self._slopes.data_ptr() if spec.alibi else None)
         self._windows = [window or 0 for window in spec.windows]
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, library.threads)
-        self._uniform, self._split = int(uniform), NEVER if uniform else SPLIT_TOKENS
+        self._split = NEVER if uniform else SPLIT_TOKENS
         self._share = share and not uniform
         self._kind = numbers.kernel if numbers else 0
         self._tile = max(1, QUERY_ROWS // spec.group)
@@ -117,7 +117,6 @@ class NativeAttention:
             self._windows[layer],
             *self._scoring,
             *self._shape,
-            self._uniform,
             self._kind,
             *self._scales[layer],
         )

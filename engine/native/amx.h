@@ -19,48 +19,52 @@ inline void fetch(const bf16* p, int lines) {
   for (int i = 0; i < lines; i++) __builtin_prefetch(p + i * 32);
 }
 
-inline void tile_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, const Tile<bf16>& tile,
-                          const Tile<bf16>& next, int dim16, const Scoring& how) {
-  const int count = seen_in_tile(s, r0, n, start, end), groups = (count + LANES - 1) / LANES;
+// `tiles` are those of the span that begins at `start`, and the first of the next. The first rows to meet them fetch.
+template <bool FIRST>
+inline void span_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, const Tile<bf16>* tiles, int dim16,
+                          const Scoring& how) {
+  const int count = seen(s, r0, n, start, end, SPAN), groups = (count + LANES - 1) / LANES;
   if (count == 0) return;
-  vf dots[16 * TILE_GROUPS];
-  alignas(64) bf16 p[16 * TILE], tail[LANES * 256];
-  float fade[16];
+  vf dots[16 * SPAN_GROUPS];
+  alignas(64) bf16 p[16 * SPAN], tail[LANES * 256];
+  alignas(64) float fade[LANES];
   const bf16* q = s.q.data() + size_t(r0) * dim16;
-  __asm__ volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::);
-  for (int d = 0; d < dim16; d += 32) {
-    TILE_LOAD(4, q + d, dim16 * 2);
-    const int at = d * LANES;                                                  // 16 pairs of dims, 64 bytes each
-    TILE_LOAD(5, tile.keys[0] + at, 64);
-    TILE_DOT(0, 4, 5);
-    fetch(next.keys[0] + at, 16);
-    TILE_LOAD(5, tile.keys[1] + at, 64);
-    TILE_DOT(1, 4, 5);
-    fetch(next.keys[1] + at, 16);
-    TILE_LOAD(5, tile.keys[2] + at, 64);
-    TILE_DOT(2, 4, 5);
-    fetch(next.keys[2] + at, 16);
-    TILE_LOAD(5, tile.keys[3] + at, 64);
-    TILE_DOT(3, 4, 5);
-    fetch(next.keys[3] + at, 16);
+  for (int g = 0; g < groups; g += TILE_GROUPS) {
+    const Tile<bf16>&now = tiles[g / TILE_GROUPS], &next = tiles[g / TILE_GROUPS + 1];
+    __asm__ volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::);
+    for (int d = 0; d < dim16; d += 32) {
+      const int at = d * LANES;                                                // 16 pairs of dims, 64 bytes each
+      TILE_LOAD(4, q + d, dim16 * 2);
+      TILE_LOAD(5, now.keys[0] + at, 64);
+      TILE_DOT(0, 4, 5);
+      if constexpr (FIRST) fetch(next.keys[0] + at, 16), fetch(now.values[0] + at, 16);
+      TILE_LOAD(5, now.keys[1] + at, 64);
+      TILE_DOT(1, 4, 5);
+      if constexpr (FIRST) fetch(next.keys[1] + at, 16), fetch(now.values[1] + at, 16);
+      TILE_LOAD(5, now.keys[2] + at, 64);
+      TILE_DOT(2, 4, 5);
+      if constexpr (FIRST) fetch(next.keys[2] + at, 16), fetch(now.values[2] + at, 16);
+      TILE_LOAD(5, now.keys[3] + at, 64);
+      TILE_DOT(3, 4, 5);
+      if constexpr (FIRST) fetch(next.keys[3] + at, 16), fetch(now.values[3] + at, 16);
+    }
+    TILE_STORE(0, dots + g, SPAN_GROUPS * 64);
+    TILE_STORE(1, dots + g + 1, SPAN_GROUPS * 64);
+    TILE_STORE(2, dots + g + 2, SPAN_GROUPS * 64);
+    TILE_STORE(3, dots + g + 3, SPAN_GROUPS * 64);
   }
-  TILE_STORE(0, dots + 0, 256);
-  TILE_STORE(1, dots + 1, 256);
-  TILE_STORE(2, dots + 2, 256);
-  TILE_STORE(3, dots + 3, 256);
-  if (how.bent()) bend(s, r0, n, start, groups, how, dots);
-  soften(s, r0, n, start, end, groups, how.factor(), dots, p, fade);
-  if (how.packed) weigh(s, n, groups, p);
+  if (how.bent()) bend<SPAN_GROUPS>(s, r0, n, start, groups, how, dots);
+  soften<SPAN_GROUPS>(s, r0, n, start, end, groups, how.factor(), dots, p, fade);
+  if (how.packed) weigh<SPAN_GROUPS>(s, n, groups, p);
   float* acc = s.acc.data() + size_t(r0) * dim16;
   fade_rows(acc, n, dim16, fade);
-  const bf16* values[TILE_GROUPS];
-  std::copy(tile.values, tile.values + groups, values);
+  const bf16* last = tiles[(groups - 1) / TILE_GROUPS].values[(groups - 1) % TILE_GROUPS];
   if (const int left = count % LANES) {                                        // keys never written must read as zero
     std::fill(tail, tail + LANES * dim16, bf16(0));
-    std::copy(values[groups - 1], values[groups - 1] + left / 2 * 2 * dim16, tail);
+    std::copy(last, last + left / 2 * 2 * dim16, tail);
     if (left % 2)
-      for (int d = 0; d < dim16; d++) tail[(left / 2 * dim16 + d) * 2] = values[groups - 1][(left / 2 * dim16 + d) * 2];
-    values[groups - 1] = tail;
+      for (int d = 0; d < dim16; d++) tail[(left / 2 * dim16 + d) * 2] = last[(left / 2 * dim16 + d) * 2];
+    last = tail;
   }
   for (int d = 0; d < dim16; d += 64) {                                        // 64 dims at a time, at the end maybe 32
     const bool whole = d + 64 <= dim16;
@@ -71,8 +75,8 @@ inline void tile_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
       TILE_LOAD(3, acc + d + 48, dim16 * 4);
     }
     for (int g = 0; g < groups; g++) {
-      const bf16* v = values[g] + d * 2;
-      TILE_LOAD(6, p + g * LANES, TILE * 2);
+      const bf16* v = (g + 1 < groups ? tiles[g / TILE_GROUPS].values[g % TILE_GROUPS] : last) + d * 2;
+      TILE_LOAD(6, p + g * LANES, SPAN * 2);
       TILE_LOAD(7, v, dim16 * 4);
       TILE_DOT(0, 6, 7);
       TILE_LOAD(7, v + 32, dim16 * 4);
@@ -83,7 +87,6 @@ inline void tile_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
         TILE_LOAD(7, v + 96, dim16 * 4);
         TILE_DOT(3, 6, 7);
       }
-      fetch(next.values[g] + d * LANES, whole ? 32 : 16);
     }
     TILE_STORE(0, acc + d, dim16 * 4);
     TILE_STORE(1, acc + d + 16, dim16 * 4);

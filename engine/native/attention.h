@@ -26,7 +26,6 @@ template <class T> struct Call {
   int table_width, window;
   Scoring how;
   Shape s;
-  bool uniform;                                                                // few rows as many would be computed
 };
 
 #if defined(GM_AMX)
@@ -35,17 +34,18 @@ template <class T> inline bool use_amx(const Call<T>& c) {
 }
 #endif
 
-// The tile at `start`, unpacked into rows' own memory; groups beyond `end` repeat the last.
+// The tile at `start`, unpacked into rows' own memory as the `slot`-th of a span; groups beyond `end` repeat the last.
 template <class T>
-Tile<T> unpack_tile(const Call<T>& c, const int32_t* table, int head, int start, int end, Rows<T>& rows) {
+Tile<T> unpack_tile(const Call<T>& c, const int32_t* table, int head, int start, int end, Rows<T>& rows, int slot) {
   const Shape& s = c.s;
   const size_t size = s.group_size();
-  rows.keys.resize(TILE_GROUPS * size), rows.values.resize(TILE_GROUPS * size);
+  rows.keys.resize(SPAN_GROUPS * size), rows.values.resize(SPAN_GROUPS * size);
   Tile<T> tile;
-  size_t at = s.at(table, head, start);
-  for (int g = 0; g < TILE_GROUPS; g++) {
-    tile.keys[g] = rows.keys.data() + g * size, tile.values[g] = rows.values.data() + g * size;
-    const int token = start + g * LANES, after = token + LANES;
+  size_t at = s.at(table, head, std::min(start, end - 1));
+  for (int i = 0; i < TILE_GROUPS; i++) {
+    const int g = slot * TILE_GROUPS + i;
+    tile.keys[i] = rows.keys.data() + g * size, tile.values[i] = rows.values.data() + g * size;
+    const int token = start + i * LANES, after = token + LANES;
     if (token >= end) continue;
     const size_t next = s.at(table, head, std::min(after, end - 1)), scales = Packed::scale_at(s, table, head, token);
     auto unpack = c.packed.kind == INT8 ? unpack_group<T, INT8> : unpack_group<T, FP8>;
@@ -58,10 +58,61 @@ Tile<T> unpack_tile(const Call<T>& c, const int32_t* table, int head, int start,
   return tile;
 }
 
+// Keys that an item's queries meet: those of one head of a sequence.
+struct Keys {
+  const int32_t* table;
+  int head, begin, end;
+};
+
+template <class T> Tile<T> tile_at(const Call<T>& c, const Keys& keys, int start, Rows<T>& rows, int slot = 0) {
+  if (c.packed.kind) return unpack_tile(c, keys.table, keys.head, start, keys.end, rows, slot);
+  Tile<T> tile;
+  for (int g = 0; g < TILE_GROUPS; g++) {
+    const size_t at = c.s.at(keys.table, keys.head, std::min(start + g * LANES, keys.end - 1));
+    tile.keys[g] = c.keys + at;
+    tile.values[g] = c.values + at;
+  }
+  return tile;
+}
+
+template <class T> void meet(const Call<T>& c, const Keys& keys, int n, Rows<T>& rows) {
+  const int dim16 = c.s.dim16();
+  Tile<T> tile = tile_at(c, keys, keys.begin, rows), next = tile;
+  for (int start = keys.begin; start < keys.end; start += TILE, tile = next) {
+    if (start + TILE < keys.end && !c.packed.kind) next = tile_at(c, keys, start + TILE, rows);
+    int r = 0;
+    if constexpr (ROWS == 4) {
+      for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, keys.end, tile, next, dim16, c.how);
+      if (n - r == 3) tile_step<T, 3>(rows, r, start, keys.end, tile, next, dim16, c.how), r += 3;
+      if (n - r == 2) tile_step<T, 2>(rows, r, start, keys.end, tile, next, dim16, c.how), r += 2;
+    }
+    for (; r < n; r++) tile_step<T, 1>(rows, r, start, keys.end, tile, next, dim16, c.how);
+    if (start + TILE < keys.end && c.packed.kind) next = tile_at(c, keys, start + TILE, rows);
+  }
+}
+
+#if defined(GM_AMX)
+void meet_amx(const Call<bf16>& c, const Keys& keys, int n, Rows<bf16>& rows) {
+  amx_configure(std::min(n, 16));                                              // a last group of fewer rows: padding
+  const int ahead = c.packed.kind ? 0 : 1;
+  Tile<bf16> tiles[SPAN_TILES + 1];
+  for (int start = keys.begin; start < keys.end; start += SPAN) {
+    int i = 0;
+    for (; i < SPAN_TILES + ahead && start + i * TILE < keys.end; i++)
+      tiles[i] = tile_at(c, keys, start + i * TILE, rows, i);
+    for (; i <= SPAN_TILES; i++) tiles[i] = tiles[i - 1];
+    span_step_amx<true>(rows, 0, std::min(16, n), start, keys.end, tiles, c.s.dim16(), c.how);
+    for (int r = 16; r < n; r += 16)
+      span_step_amx<false>(rows, r, std::min(16, n - r), start, keys.end, tiles, c.s.dim16(), c.how);
+  }
+}
+#endif
+
 template <class T> void run_item(const Call<T>& c, const Item& it, const Query* queries, int head, Rows<T>& rows) {
   const Shape& s = c.s;
   const int dim16 = s.dim16(), group = s.group(), n = it.count * group;
   rows.reset(n, dim16);
+  int oldest = it.end;
   for (int r = 0; r < n; r++) {
     const Query& q = queries[it.first + r / group];
     const int h = head * group + r % group;
@@ -69,39 +120,17 @@ template <class T> void run_item(const Call<T>& c, const Item& it, const Query* 
     rows.limit[r] = q.position + 1;
     if (c.how.slopes) rows.slope[r] = c.how.slopes[h];
     rows.first[r] = c.window > 0 ? std::max(0, rows.limit[r] - c.window) : 0;
+    oldest = std::min(oldest, rows.first[r]);
   }
-#if defined(GM_AMX)
-  const bool amx = (n > 4 || c.uniform) && use_amx(c);                         // decode waits for memory, not for sums
-  if (amx) amx_configure(std::min(n, 16));                                     // a last group of fewer rows: padding
-#endif
-  const int32_t* table = c.tables + size_t(it.table) * c.table_width;
-  const int end = it.end, oldest = *std::min_element(rows.first.begin(), rows.first.end());
-  auto tile_at = [&](int start) {
-    Tile<T> tile;
-    for (int g = 0; g < TILE_GROUPS; g++) {
-      const size_t at = s.at(table, head, std::min(start + g * LANES, end - 1));
-      tile.keys[g] = c.keys + at;
-      tile.values[g] = c.values + at;
-    }
-    return tile;
+  const auto keys = [&](int step) {
+    return Keys{c.tables + size_t(it.table) * c.table_width, head, std::max(it.begin, oldest / step * step), it.end};
   };
-  int start = std::max<int>(it.begin, oldest / TILE * TILE);
-  for (Tile<T> tile = tile_at(start), next; start < end; start += TILE, tile = next) {
-    next = start + TILE < end ? tile_at(start + TILE) : tile;
-    if (c.packed.kind) tile = next = unpack_tile(c, table, head, start, end, rows);
-    int r = 0;
+  bool amx = false;
 #if defined(GM_AMX)
-    if constexpr (std::is_same_v<T, bf16>)
-      if (amx)
-        for (; r < n; r += 16) tile_step_amx(rows, r, std::min(16, n - r), start, end, tile, next, dim16, c.how);
+  if constexpr (std::is_same_v<T, bf16>)
+    if ((amx = use_amx(c))) meet_amx(c, keys(SPAN), n, rows);
 #endif
-    if constexpr (ROWS == 4) {
-      for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, end, tile, next, dim16, c.how);
-      if (n - r == 3) tile_step<T, 3>(rows, r, start, end, tile, next, dim16, c.how), r += 3;
-      if (n - r == 2) tile_step<T, 2>(rows, r, start, end, tile, next, dim16, c.how), r += 2;
-    }
-    for (; r < n; r++) tile_step<T, 1>(rows, r, start, end, tile, next, dim16, c.how);
-  }
+  if (!amx) meet(c, keys(TILE), n, rows);
   for (int r = 0; r < n; r++) {
     const Query& q = queries[it.first + r / group];
     const int h = head * group + r % group;

@@ -32,7 +32,7 @@ void gm_attend(int wide, void* out, void* qkv, void* keys, void* values, const i
                const float* cos, const float* sin, const void* q_norm, const void* k_norm, float eps, int64_t rows,
                const int32_t* queries, const int32_t* items, int n_items, const int32_t* merges, int n_merges,
                const int32_t* tables, int table_width, float* scratch, int window, float scale, float cap,
-               const float* slopes, int heads, int kv_heads, int dim, int block, int threads, int uniform, int kind,
+               const float* slopes, int heads, int kv_heads, int dim, int block, int threads, int kind,
                float* key_scales, float* value_scales) {
   const Scoring how{scale, cap, slopes, kind != PLAIN};
   const Packed packed{kind, (uint8_t*)keys, (uint8_t*)values, key_scales, value_scales};
@@ -42,7 +42,7 @@ void gm_attend(int wide, void* out, void* qkv, void* keys, void* values, const i
     const NewRows<T> fresh{(T*)qkv, (T*)keys, (T*)values, slots, positions, cos, sin, (const T*)q_norm,
                            (const T*)k_norm, eps, rows};
     const Call<T> c{(const T*)qkv, (const T*)keys, (const T*)values, packed, (T*)out, tables, scratch,
-                    table_width, window, how, s, uniform != 0};
+                    table_width, window, how, s};
     const Work work{(const Query*)queries, (const Item*)items, (const Merge*)merges, n_items, n_merges};
     attend_all(fresh, c, work, threads);
   };

@@ -21,7 +21,7 @@ _SIGNATURES = {
     "gm_silu_mul": (_i, _p, _p, _q, _i, _i),
     "gm_attend": (
         *(_i, *(_p,) * 10, _f, _q),
-        *(_p, _p, _i, _p, _i, _p, _i, _p, _i, _f, _f, _p, *(_i,) * 7, _p, _p),
+        *(_p, _p, _i, _p, _i, _p, _i, _p, _i, _f, _f, _p, *(_i,) * 6, _p, _p),
     ),
 }
 

@@ -279,7 +279,8 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> fi
           done.expect(r, n, int(p) * PANEL);
 #if defined(GM_AMX)
           if (way == AMX)
-            amx_block<INT8>(a, n > TILE_ROWS ? a + w.steps * TILE_SIZE : nullptr, b, w.steps, !r && !w.narrow, sums);
+            amx_block<INT8>(a, n > TILE_ROWS ? a + w.steps * TILE_SIZE : nullptr, b, w.steps, r == 0 && !w.narrow,
+                            sums);
 #endif
 #if defined(GM_VNNI)
           if constexpr (INT8)

@@ -5,14 +5,17 @@
 
 namespace {
 
+// Many query rows look at so many keys between two softmax updates: sums are loaded and stored as seldom as that.
+constexpr int SPAN_TILES = 4, SPAN_GROUPS = SPAN_TILES * TILE_GROUPS, SPAN = SPAN_TILES * TILE;
+
 // The running softmax of the query rows of one work item.
 template <class T> struct Rows {
   std::vector<T> q;                                                            // [rows][dim16], zero padded
   std::vector<float> acc, m, l;                                                // [rows][dim16], [rows], [rows][16]
   std::vector<int> first, limit;                                               // keys seen: first <= position < limit
   std::vector<float> slope;                                                    // ALiBi's, where a model has it
-  std::vector<T> keys, values;                                                 // a tile, unpacked from bytes
-  float key_scales[TILE], value_scales[TILE];
+  std::vector<T> keys, values;                                                 // tiles, unpacked from bytes
+  float key_scales[SPAN], value_scales[SPAN];
   void reset(int rows, int dim16) {
     const size_t padded = (rows + 15) / 16 * 16;                               // whole tiles are read and written
     q.assign(padded * dim16, T(0));
@@ -36,13 +39,13 @@ struct Scoring {
 
 // Scores that are more than scaled: by their keys, then capped, then biased by how far back a key is. In one place for all sizes, out of
 // the way of the others; products are rounded (vectors.h) so that a row's bits do not depend on n.
-template <class T>
+template <int G, class T>
 __attribute__((noinline)) void bend(const Rows<T>& s, int r0, int n, int start, int groups, const Scoring& how,
                                     vf* dots) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int r = 0; r < n; r++)
     for (int g = 0; g < groups; g++) {
-      vf score = dots[r * TILE_GROUPS + g] * how.scale;
+      vf score = dots[r * G + g] * how.scale;
       if (how.packed) score *= load(s.key_scales + g * LANES);
       if (how.cap > 0) score = tanhv(score / how.cap) * how.cap;
       if (how.slopes) {
@@ -51,51 +54,63 @@ __attribute__((noinline)) void bend(const Rows<T>& s, int r0, int n, int start, 
         rounded(bias);
         score -= bias;
       }
-      dots[r * TILE_GROUPS + g] = score * LOG2E;
+      dots[r * G + g] = score * LOG2E;
     }
 }
 
 // Weights p [n][TILE] take in the scales of the values. What is hidden weighs 0, whatever its scale may be.
-template <class T> __attribute__((noinline)) void weigh(const Rows<T>& s, int n, int groups, T* p) {
+template <int G, class T> __attribute__((noinline)) void weigh(const Rows<T>& s, int n, int groups, T* p) {
   for (int r = 0; r < n; r++)
     for (int g = 0; g < groups; g++) {
-      T* at = p + r * TILE + g * LANES;
+      T* at = p + (r * G + g) * LANES;
       const vf weight = load(at), scaled = weight * load(s.value_scales + g * LANES);
       store(at, weight > 0.f ? scaled : vf{});
     }
 }
 
-// How many keys of the tile at `start` any of the rows [r0, r0 + n) sees, counted from the tile's first.
-template <class T> inline int seen_in_tile(const Rows<T>& s, int r0, int n, int start, int end) {
+// How many of `keys` from `start` on any of the rows [r0, r0 + n) sees, counted to the last of them.
+template <class T> inline int seen(const Rows<T>& s, int r0, int n, int start, int end, int keys) {
   int low = s.first[r0], high = 0;
   for (int r = r0; r < r0 + n; r++) low = std::min(low, s.first[r]), high = std::max(high, s.limit[r]);
   high = std::min(high, end);
-  return high <= start || low >= start + TILE ? 0 : std::min(TILE, high - start);
+  return high <= start || low >= start + keys ? 0 : std::min(keys, high - start);
 }
 
-// Scores to weights, for n rows: dots [n][TILE] -> p [n][TILE]; fade[r] is what the sums so far are worth now.
-template <class T>
-inline void soften(Rows<T>& s, int r0, int n, int start, int end, int groups, float scale, const vf* dots, T* p,
+// Scores to weights, for n rows: dots [n][G] -> p [n][16 G]; fade[r] is what the sums so far are worth now. Dots are
+// overwritten.
+template <int G, class T>
+inline void soften(Rows<T>& s, int r0, int n, int start, int end, int groups, float scale, vf* dots, T* p,
                    float* fade) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  alignas(64) float tops[LANES] = {}, peak[LANES] = {};
   for (int r = 0; r < n; r++) {
     const int limit = std::min(s.limit[r0 + r], end) - start, first = s.first[r0 + r] - start;
-    vf score[TILE_GROUPS], top = splat(-1e30f);
+    vf *row = dots + r * G, top = splat(-1e30f);
     for (int g = 0; g < groups; g++) {
-      vi at = lane + g * LANES;
-      score[g] = (at < limit) & (at >= first) ? dots[r * TILE_GROUPS + g] * scale : splat(-1e30f);
-      top = vmax(top, score[g]);
+      vf score = row[g] * scale;
+      if (first > 0 || limit < groups * LANES) {
+        const vi at = lane + g * LANES;
+        score = (at < limit) & (at >= first) ? score : splat(-1e30f);
+      }
+      row[g] = score;
+      top = vmax(top, score);
     }
-    const float old = s.m[r0 + r], m = std::max(old, largest(top));
-    fade[r] = exp2v(splat(old - m))[0];
-    s.m[r0 + r] = m;
+    tops[r] = largest(top);
+  }
+  std::memcpy(peak, s.m.data() + r0, n * sizeof(float));
+  const vf old = load(peak), m = vmax(old, load(tops));
+  store(fade, exp2v(old - m));
+  store(peak, m);
+  std::memcpy(s.m.data() + r0, peak, n * sizeof(float));
+  store(peak, vmax(m, splat(-1e29f)));                                         // hidden keys weigh 0, also when all are
+  for (int r = 0; r < n; r++) {
+    const vf* row = dots + r * G;
     vf total = load(s.l.data() + size_t(r0 + r) * LANES) * fade[r];
     rounded(total);
-    const float above = std::max(m, -1e29f);                                   // hidden keys weigh 0, also when all are
     for (int g = 0; g < groups; g++) {
-      vf e = exp2v(score[g] - above);
+      const vf e = exp2v(row[g] - peak[r]);
       total += e;
-      store(p + r * TILE + g * LANES, e);
+      store(p + (r * G + g) * LANES, e);
     }
     store(s.l.data() + size_t(r0 + r) * LANES, total);
   }
@@ -103,7 +118,8 @@ inline void soften(Rows<T>& s, int r0, int n, int start, int end, int groups, fl
 
 inline void fade_rows(float* acc, int n, int dim16, const float* fade) {
   for (int r = 0; r < n; r++)
-    for (int d = 0; d < dim16; d += LANES) store(acc + r * dim16 + d, load(acc + r * dim16 + d) * fade[r]);
+    if (fade[r] != 1.f)
+      for (int d = 0; d < dim16; d += LANES) store(acc + r * dim16 + d, load(acc + r * dim16 + d) * fade[r]);
   __asm__ volatile("" ::: "memory");                                           // as rounded() does
 }
 
@@ -114,7 +130,7 @@ template <class T> struct Tile { const T *keys[TILE_GROUPS], *values[TILE_GROUPS
 template <class T, int R>
 inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& tile, const Tile<T>& next, int dim16,
                       const Scoring& how) {
-  const int count = seen_in_tile(s, r0, R, start, end), groups = (count + LANES - 1) / LANES;
+  const int count = seen(s, r0, R, start, end, TILE), groups = (count + LANES - 1) / LANES;
   if (count == 0) return;
   vf dots[R][TILE_GROUPS];
   const T* q = s.q.data() + size_t(r0) * dim16;
@@ -122,11 +138,11 @@ inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& til
     scores<R, TILE_GROUPS>(q, dim16, tile.keys, next.keys, dim16, dots[0]);
   else
     for (int g = 0; g < groups; g++) scores<R, 1>(q, dim16, tile.keys + g, next.keys + g, dim16, dots[0] + g);
-  if (how.bent()) bend(s, r0, R, start, groups, how, dots[0]);
+  if (how.bent()) bend<TILE_GROUPS>(s, r0, R, start, groups, how, dots[0]);
   alignas(64) T p[R * TILE];
-  float fade[R];
-  soften(s, r0, R, start, end, groups, how.factor(), dots[0], p, fade);
-  if (how.packed) weigh(s, R, groups, p);
+  alignas(64) float fade[LANES];
+  soften<TILE_GROUPS>(s, r0, R, start, end, groups, how.factor(), dots[0], p, fade);
+  if (how.packed) weigh<TILE_GROUPS>(s, R, groups, p);
   float* acc = s.acc.data() + size_t(r0) * dim16;
   fade_rows(acc, R, dim16, fade);
   int d = 0;

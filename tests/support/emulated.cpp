@@ -46,7 +46,7 @@ int main() {
       const auto ints = [&](int i) { return (const int32_t*)p(i); };
       gm_attend(n(0), p(1), p(2), p(3), p(4), longs(5), longs(6), scale(7), scale(8), p(9), p(10), f(11), n(12), ints(13),
                 ints(14), n(15), ints(16), n(17), ints(18), n(19), scale(20), n(21), f(22), f(23), scale(24), n(25), n(26),
-                n(27), n(28), 1, n(30), n(31), scale(32), scale(33));
+                n(27), n(28), 1, n(30), scale(31), scale(32));
     }
     if (head[0] == 3) {                                                        // its first argument: all rows' logits
       std::vector<const void*> rows;

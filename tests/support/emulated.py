@@ -87,8 +87,8 @@ class EmulatedLibrary(Library):
         sizes |= {7: angles, 8: angles, 9: row, 10: row, 13: queries.nbytes, 14: items.nbytes}
         sizes |= {16: n_merges * MERGE_FIELDS * 4, 18: tables.nbytes, 24: heads * 4}
         sizes[20] = (int(queries[:, 2].max()) + 1) * heads * (-(-dim // 16) * 16 + 2) * 4
-        cache = self._cache(int(used) + 1, kv_heads, dim, block, packed=given[31])
-        self._arm.call(ATTEND, given, sizes | dict(zip((3, 4, 32, 33), cache, strict=True)))
+        cache = self._cache(int(used) + 1, kv_heads, dim, block, packed=given[30])
+        self._arm.call(ATTEND, given, sizes | dict(zip((3, 4, 31, 32), cache, strict=True)))
 
     def _cache(self, blocks: int, kv_heads: int, dim: int, block: int, *, packed: int) -> tuple[int, ...]:
         """Bytes of keys, values, and the scales of both."""
