@@ -248,6 +248,7 @@ def result_of(line: OutputLine, job_id: str, model: str) -> Result:
             cached_tokens=used.get("prompt_tokens_details", {}).get("cached_tokens", 0),
         ),
         timings=Timings(submitted_at=float(body["created"]), finished_at=float(body["created"])),
+        fingerprint=body.get("system_fingerprint"),
         custom_id=line.custom_id,
     )
 

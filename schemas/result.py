@@ -159,6 +159,8 @@ class Result(Answer):
     attempts: Int = Field(default=1, ge=0)
     """How often the job was claimed; 0: it ended without a claim."""
     seed: Int | None = None
+    fingerprint: str | None = None
+    """Of what answered: the model's files and how they were run. None: nobody did, or its worker is gone."""
     custom_id: str | None = None
     retry_of: JobId | None = None
     metadata: dict[str, str] = Field(default_factory=dict[str, str])

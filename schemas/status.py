@@ -51,6 +51,8 @@ class WorkerInfo(Answer):
     host: str
     pid: Int
     version: str
+    fingerprint: str | None = None
+    """Of what answers there: workers with the same one answer the same."""
     max_model_len: Int | None = None
     trouble: str | None = None
     """Why finished jobs' results wait, or no jobs are taken, in words."""

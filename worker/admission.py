@@ -31,6 +31,8 @@ class Admission:
 
     engine: EngineClient
     """Set by ``JobHandler.attach``."""
+    fingerprint: str | None = None
+    """Of what answers here; set once the engine is ready."""
 
     def __init__(self, settings: WorkerSettings, tokenizer: Tokenizer) -> None:
         self._settings, self.tokenizer = settings, tokenizer

@@ -36,6 +36,7 @@ from ..schemas.errors import GristmillError
 from . import spool
 from .capacity import max_places
 from .engine_client import EngineClient
+from .fingerprint import fingerprint
 from .handler import JobHandler
 from .health import HealthServer
 from .lifecycle import Lifecycle
@@ -85,6 +86,7 @@ class WorkerApp:
                 app
             )  # a queue that is missing, or not ours to read, is found before the engine is up
             info = handler.engine.wait_ready()
+            handler.fingerprint = fingerprint(model_dir, self.settings, info.dtype)
             self._started(info, started)
             return self._serve(app, state, handler)
         finally:

@@ -64,6 +64,8 @@ class Generation:
     tokenizer: Tokenizer
     owner: str | None = None
     """Whose attempt it is: a row's segment; None: the job's own."""
+    fingerprint: str | None = None
+    """Of what answers it."""
     prompt_ids: list[int] = field(default_factory=list[int])
     max_tokens: int = 0
     processors: Processors | None = None
@@ -421,6 +423,7 @@ class Generation:
             error=done.error,
             attempts=self.attempts,
             seed=job.seed,
+            fingerprint=self.fingerprint,
             custom_id=job.custom_id,
             retry_of=job.retry_of,
             metadata=job.metadata,

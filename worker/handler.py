@@ -103,6 +103,15 @@ class JobHandler:
         """The engine whose listener is ours: before anything else."""
         self.engine = self.listener.engine = self._admission.engine = self.segments.engine = engine
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Of what answers here; None: not known yet."""
+        return self._admission.fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, found: str) -> None:
+        self._admission.fingerprint = found
+
     def _floor(self) -> Floor:
         """What segments need of us."""
         return Floor(
@@ -237,7 +246,14 @@ class JobHandler:
 
     def _prepare(self, job: Job, claim: Claim) -> Generation:
         """A Generation that stands where the journal stands. Bad input, too, becomes one: with its error."""
-        generation = Generation(job, claim.attempt, claim.attempts, claim.now, self._tokenizer)
+        generation = Generation(
+            job,
+            claim.attempt,
+            claim.attempts,
+            claim.now,
+            self._tokenizer,
+            fingerprint=self._admission.fingerprint,
+        )
         try:
             generation.replay(claim.entries)
             if not generation.complete:

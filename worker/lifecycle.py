@@ -209,6 +209,7 @@ class Lifecycle:
             host=socket.gethostname(),
             pid=os.getpid(),
             version=version("gristmill"),
+            fingerprint=self._handler.fingerprint,
             max_model_len=info.max_model_len,
             trouble=self._handler.trouble
             or self._handler.committer.waits_for

@@ -327,8 +327,15 @@ class SegmentRun:
             self._refuse(row.line, None, row.error)
             return None
         attempts = 1 + sum(isinstance(event, Started) for _, event in entries)
+        admission = self._floor.admission
         generation = Generation(
-            row.job, self._attempt, attempts, now, self._floor.admission.tokenizer, owner=self.id
+            row.job,
+            self._attempt,
+            attempts,
+            now,
+            admission.tokenizer,
+            owner=self.id,
+            fingerprint=admission.fingerprint,
         )
         try:
             generation.replay(entries)
@@ -336,7 +343,7 @@ class SegmentRun:
                 if row.error is not None and row.line not in self._stopped:
                     raise row.error
                 over = FinishReason.CANCELLED if row.line in self._stopped else None
-                self._floor.admission.admit(generation, now, over, row.fit)
+                admission.admit(generation, now, over, row.fit)
         except BadInput as exc:
             generation.fail(ErrorInfo.of(exc), now)
         except BaseException as exc:  # noqa: BLE001 - the panic of a Rust library is no Exception

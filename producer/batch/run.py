@@ -126,7 +126,8 @@ class Run:
         if cache is None:
             return self._submission.upload()
         own = OwnRows(self._link.store, batch.id)
-        return self._submission.upload(lambda row: cache.taken(batch, own, row), own)
+        serving = {info.fingerprint for info in self._link.state.alive(batch.model) if info.fingerprint}
+        return self._submission.upload(lambda row: cache.taken(batch, own, row, serving), own)
 
     def _follow(self, crew: Crew, hooks: Hooks, uploaded: Uploaded) -> None:
         forecast, ended = Forecast(uploaded.parts), self.resumed

@@ -24,7 +24,7 @@ def response_body(result: Result) -> dict[str, Any]:
             for each in result.choices
         ],
         "usage": usage_body(result.usage),
-        "system_fingerprint": None,
+        "system_fingerprint": result.fingerprint,
     }
     if is_chat and result.prompt_logprobs is not None:
         body["prompt_logprobs"] = _prompt_body(result.prompt_logprobs)

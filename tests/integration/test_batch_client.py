@@ -127,7 +127,11 @@ def test_rows_from_a_program_become_a_batch(tiny_stack: Stack, tmp_path: Path) -
     assert sum(sum(each.ttft.values()) for each in times) == 5, "five were computed, the others are copies"
     assert sum(each.completion_tokens for each in times) == ended.usage.completion_tokens
     assert all(each.first_token_at <= each.finished_at for each in times)
-    assert {row.custom_id for row in handle.lines()} == {str(n) for n in range(100)}
+    answered = list(handle.lines())
+    assert {row.custom_id for row in answered} == {str(n) for n in range(100)}
+    (who,) = tiny_stack.state.alive("m")
+    assert who.fingerprint is not None
+    assert {row.response and row.response.body["system_fingerprint"] for row in answered} == {who.fingerprint}
     with pytest.raises(InvalidRequest, match="no failed row"):
         handle.retry()
     with pytest.raises(EmptyFile):

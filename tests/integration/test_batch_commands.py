@@ -165,33 +165,39 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on_so(
 def test_a_row_that_was_answered_before_is_taken_from_the_cache(
     run: Run, state: State, settings: Settings, tmp_path: Path
 ) -> None:
-    """A batch of three rows, two of which an earlier batch has asked for."""
+    """A batch of three rows, two of which an earlier batch has asked for. A model that was quantized since,
+    or replaced under its name, gave its predecessor's answers."""
     (tmp_path / "results").mkdir()
     ours = producer_settings(settings.model_copy(update={"results_url": f"file://{tmp_path}/results"}))
     link, path = Link(ours), str(tmp_path / "cache.sqlite")
 
-    def submit(count: int) -> Batch:
-        asked = Wishes(model="tiny")
-        requests = [{"prompt": f"row {n}", "custom_id": f"{count}-{n}"} for n in range(count)]
+    def submit(count: int, *serving: str, **fields: Any) -> Batch:
+        asked = Wishes(model="tiny", fresh=True)
+        requests = [{"prompt": f"row {n}", "custom_id": f"{count}-{n}"} | fields for n in range(count)]
         with read(requests, asked, ours) as intake, Cache(path) as cache:
             batch = describe(intake, asked, "tiny", ours, "run_", "")
             own = OwnRows(link.store, batch.id)
-            Submission(link, intake, batch).run(lambda row: cache.taken(batch, own, row), own)
+            Submission(link, intake, batch).run(lambda row: cache.taken(batch, own, row, serving), own)
             return batch
 
-    first = submit(2)
+    first = submit(2, "fp_a")
     lines = [
         OutputLine(
             id=f"batch_req_{first.id}.{n}",
             custom_id="x",
-            response=Response(status_code=200, request_id="r", body={"choices": [f"answer {n}"]}),
+            response=Response(
+                status_code=200, request_id="r", body={"choices": [f"answer {n}"], "system_fingerprint": by}
+            ),
         ).to_line()
-        for n in (1, 2)
+        for n, by in ((1, "fp_a"), (2, "fp_a"), (3, None))
     ]
     with Cache(path) as cache:
         cache.keep(first, lines)
-    again = BatchHandle(link, submit(3).id)
+    again = BatchHandle(link, submit(3, "fp_b", "fp_a").id)
     assert again.status().request_counts.completed == 2
+    for serving, fields in ((("fp_b",), {}), ((), {}), (("fp_a",), {"adapter_id": "lora"})):
+        other = submit(3, *serving, **fields)
+        assert BatchHandle(link, other.id).status().request_counts.completed == 0, serving
     said = {row.custom_id: row.response and row.response.body["choices"] for row in again.lines()}
     assert said == {"3-0": ["answer 1"], "3-1": ["answer 2"]}
     link.close()
