@@ -7,12 +7,14 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import pairwise, starmap
 from typing import Any, BinaryIO, Self, cast
 
 from .twins import Lines, Twins, temporary_full
 
 CHUNK_PAIRS = 100_000
 _PAIR = struct.Struct(">QQ")
+PAGE_BYTES = 512 * _PAIR.size
 
 
 class Copies:
@@ -21,7 +23,9 @@ class Copies:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._are = Lines()
-        self._chunks: list[BinaryIO] = []
+        self._file: BinaryIO | None = None
+        self._ends = [0]
+        """Of the sorted chunks in it, in bytes; each begins where the one before it ends."""
         self._pairs: Iterator[tuple[int, int]] = iter(())
         self._next: tuple[int, int] | None = None
 
@@ -38,7 +42,7 @@ class Copies:
                 self._write(chunk)
                 chunk = []
         chunk.sort()
-        self._pairs = heapq.merge(*map(_read, self._chunks), chunk)
+        self._pairs = heapq.merge(*starmap(self._read, pairwise(self._ends)), chunk)
         self._next = next(self._pairs, None)
 
     @property
@@ -61,13 +65,22 @@ class Copies:
     def _write(self, chunk: list[tuple[int, int]]) -> None:
         chunk.sort()
         try:
-            file = tempfile.TemporaryFile(prefix="gristmill-")  # noqa: SIM115 - closed by the stack
-            self._stack.callback(file.close)
-            file.write(b"".join(_PAIR.pack(*pair) for pair in chunk))
-            file.seek(0)
+            if self._file is None:
+                file = tempfile.TemporaryFile(prefix="gristmill-")  # noqa: SIM115 - closed by the stack
+                self._stack.callback(file.close)
+                self._file = cast("BinaryIO", file)
+            self._file.write(b"".join(_PAIR.pack(*pair) for pair in chunk))
+            self._file.flush()
         except OSError as exc:
             raise temporary_full(exc) from exc
-        self._chunks.append(cast("BinaryIO", file))
+        self._ends.append(self._ends[-1] + len(chunk) * _PAIR.size)
+
+    def _read(self, start: int, end: int) -> Iterator[tuple[Any, ...]]:
+        """A chunk, page by page: others are read in between."""
+        assert self._file is not None, "a chunk was written somewhere"
+        for at in range(start, end, PAGE_BYTES):
+            self._file.seek(at)
+            yield from _PAIR.iter_unpack(self._file.read(min(PAGE_BYTES, end - at)))
 
     def __enter__(self) -> Self:
         return self
@@ -88,8 +101,3 @@ def _allowed(pairs: Iterable[tuple[int, int]], refused: Lines) -> Iterator[tuple
             leader = copy
         else:
             yield copy, leader
-
-
-def _read(file: BinaryIO) -> Iterator[tuple[Any, ...]]:
-    while data := file.read(_PAIR.size * 512):
-        yield from _PAIR.iter_unpack(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import tempfile
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import BinaryIO, Self, cast
@@ -16,22 +17,27 @@ DIGEST_BYTES = 12
 """Two of ten million different keys share a digest with a chance of 1 in 10^15."""
 WHERE_BYTES = 6
 RECORD_BYTES = DIGEST_BYTES + WHERE_BYTES
-BUFFER_BYTES = 4096
+BLOCK_BYTES = 228 * RECORD_BYTES
 
 
 class Twins:
     """Takes a key for each row, and where the row is (any number that grows); tells those whose key an
     earlier one has.
 
-    A key is kept as a salted digest, in one of many files by its first byte, so that equal ones meet in a
-    file that is small enough to sort: 18 bytes on disk for a row, and no look-ups while rows come.
+    A key is kept as a salted digest, in one of many parts by its first byte, so that equal ones meet in a
+    part that is small enough to sort: 18 bytes on disk for a row, and no look-ups while rows come. All parts
+    share a file, block by block: a shell may allow a process no more than 256 of them.
     """
 
     def __init__(self) -> None:
         self._salt = secrets.token_bytes(16)
         self._buffers = [bytearray() for _ in range(PARTS)]
         self._stack = ExitStack()
-        self._files: list[BinaryIO | None] = [None] * PARTS
+        self._file: BinaryIO | None = None
+        self._written = 0
+        """Blocks in the file."""
+        self._blocks = [array("L") for _ in range(PARTS)]
+        """Which of them are whose."""
 
     def add(self, key: bytes, where: int) -> None:
         """Raises Misconfigured when the disk is full."""
@@ -40,11 +46,14 @@ class Twins:
         buffer = self._buffers[part]
         buffer += digest
         buffer += where.to_bytes(WHERE_BYTES, "big")
-        if len(buffer) >= BUFFER_BYTES:
+        if len(buffer) == BLOCK_BYTES:
             self._flush(part)
 
     def pairs(self) -> Iterator[tuple[int, int]]:
-        """(where it is, where the first with its key is) of each but the first, in no promised order."""
+        """(where it is, where the first with its key is) of each but the first, in no promised order.
+
+        Raises Misconfigured when the disk is full.
+        """
         for part in range(PARTS):
             data = self._take(part)
             records = sorted(data[at : at + RECORD_BYTES] for at in range(0, len(data), RECORD_BYTES))
@@ -56,22 +65,27 @@ class Twins:
                     first = record
 
     def _take(self, part: int) -> bytes:
-        file, rest = self._files[part], bytes(self._buffers[part])
-        if file is None:
-            return rest
-        file.seek(0)
-        return file.read() + rest
+        blocks: list[bytes] = []
+        for block in self._blocks[part]:
+            assert self._file is not None, "a block was written somewhere"
+            try:
+                self._file.seek(block * BLOCK_BYTES)  # writes what is buffered, the first time
+                blocks.append(self._file.read(BLOCK_BYTES))
+            except OSError as exc:
+                raise temporary_full(exc) from exc
+        return b"".join([*blocks, self._buffers[part]])
 
     def _flush(self, part: int) -> None:
-        file = self._files[part]
         try:
-            if file is None:
-                file = tempfile.TemporaryFile(prefix="gristmill-", buffering=0)  # noqa: SIM115 - by the stack
+            if self._file is None:
+                file = tempfile.TemporaryFile(prefix="gristmill-")  # noqa: SIM115 - closed by the stack
                 self._stack.callback(file.close)
-                self._files[part] = cast("BinaryIO", file)
-            file.write(self._buffers[part])
+                self._file = cast("BinaryIO", file)
+            self._file.write(self._buffers[part])
         except OSError as exc:
             raise temporary_full(exc) from exc
+        self._blocks[part].append(self._written)
+        self._written += 1
         self._buffers[part].clear()
 
     def __enter__(self) -> Self:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import urllib.request
-
 from gristmill.producer import JobHandle
 from gristmill.schemas.job import JobState
 
@@ -13,15 +10,6 @@ from ..support.waiting import wait_until
 
 LONG = {"max_tokens": 1900, "ignore_eos": True}
 SHORT = {"max_tokens": 4, "ignore_eos": True}
-
-
-def metric(worker: Worker, name: str) -> float:
-    """One sample of the worker's page."""
-    found = re.search(r"health=127\.0\.0\.1:(\d+)", worker.log.read_text())
-    assert found
-    with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/metrics", timeout=10) as page:
-        value = re.search(rf"^gristmill_{name}\{{[^}}]*\}} (\S+)", page.read().decode(), re.MULTILINE)
-    return float(value[1]) if value else 0.0
 
 
 def generating(*jobs: JobHandle) -> bool:
@@ -42,7 +30,7 @@ def test_a_worker_serves_classes_tenants_and_deadlines_as_promised(stack: Stack)
 def urgent_work_is_not_kept_waiting(stack: Stack, worker: Worker, batch: list[JobHandle]) -> None:
     result = stack.client.submit("Hello", priority="interactive", **SHORT).result(60)
     assert result.usage.completion_tokens == 4
-    assert metric(worker, "num_preemptions_total") >= 1, "it took a batch job's place"
+    assert worker.metric("num_preemptions_total") >= 1, "it took a batch job's place"
     assert [job.status().state for job in batch] == [JobState.RUNNING] * 2
 
 
@@ -55,13 +43,13 @@ def a_deadline_stops_a_running_job(stack: Stack) -> None:
 
 
 def cancelled_jobs_keep_their_text_and_free_their_memory(worker: Worker, batch: list[JobHandle]) -> None:
-    assert metric(worker, "kv_cache_usage_ratio") > 0
+    assert worker.metric("kv_cache_usage_ratio") > 0
     for job in batch:
         job.cancel()
     results = [job.result(30, check=False) for job in batch]
     assert [result.state for result in results] == [JobState.CANCELLED] * 2
     assert all(result.text for result in results)
-    wait_until(lambda: metric(worker, "kv_cache_usage_ratio") == 0, 20, "their blocks are free")
+    wait_until(lambda: worker.metric("kv_cache_usage_ratio") == 0, 20, "their blocks are free")
 
 
 def tenants_take_turns(stack: Stack) -> None:

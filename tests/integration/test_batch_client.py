@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from gristmill.schemas.batch_manifest import BatchManifest
 from gristmill.schemas.errors import EmptyFile, InvalidRequest
 
 from ..support.stack import Stack
+from ..support.waiting import wait_until
 
 WAIT_S = 120
+PATIENT = {"GRISTMILL_VISIBILITY_TIMEOUT_S": "300", "GRISTMILL_LEASE_RENEW_EVERY_S": "20"}
+"""A worker that misses its leases on a busy machine would begin again."""
 
 FOR_THE_CLIENT: list[tuple[str | dict[str, Any], str]] = [
     ("nonsense", "invalid_json_line"),
@@ -108,9 +112,11 @@ def test_every_kind_of_bad_line_is_named_and_every_good_row_answered(
     assert {line_of(row): code_of(row) for row in again.lines("errors")} == codes
 
 
-def test_rows_from_a_program_become_a_batch(tiny_stack: Stack, tmp_path: Path) -> None:
+def test_rows_from_a_program_become_a_batch_and_equal_ones_are_computed_once(
+    tiny_stack: Stack, tmp_path: Path
+) -> None:
     batches = tiny_stack.client.batches
-    tiny_stack.worker("--dtype", "float32")
+    worker = tiny_stack.worker("--dtype", "float32", "--no-prefix-cache", "--speculate", "0", env=PATIENT)
 
     def rows() -> Any:
         for n in range(100):
@@ -128,6 +134,13 @@ def test_rows_from_a_program_become_a_batch(tiny_stack: Stack, tmp_path: Path) -
     assert sum(each.completion_tokens for each in times) == ended.usage.completion_tokens
     assert all(each.first_token_at <= each.finished_at for each in times)
     answered = list(handle.lines())
+    wait_until(lambda: worker.metric("requests_finished_total") >= 5, 60, "they are counted")
+    assert worker.metric("requests_finished_total") == 5
+    fed = worker.metric("engine_tokens_total")
+    used = batches.submit(islice(rows(), 5), **shape).wait(WAIT_S).usage
+    wait_until(lambda: worker.metric("requests_finished_total") == 10, 60, "and five alone")
+    assert worker.metric("engine_tokens_total") == 2 * fed > 0, "a hundred rows cost what five do"
+    assert (ended.usage.prompt_tokens, used.completion_tokens) == (used.prompt_tokens, 10)
     assert {row.custom_id for row in answered} == {str(n) for n in range(100)}
     (who,) = tiny_stack.state.alive("m")
     assert who.fingerprint is not None

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from gristmill.producer.batch import sources
+from gristmill.producer.batch import copies, sources
 from gristmill.producer.batch.check import CODES, Checked, Rules, check, line_limit
 from gristmill.producer.batch.copies import Copies
 from gristmill.producer.batch.intake import Intake
@@ -283,6 +283,20 @@ def test_twins_are_found_on_disk_as_a_set_would_find_them(stack: ExitStack) -> N
     found = list(twins.pairs())
     assert len(found) == len(wanted)
     assert set(found) == wanted
+
+
+def test_finding_copies_takes_two_files_however_many_there_are(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was 256 and one for each 100,000 copies; a shell may allow a process 256 in all."""
+    monkeypatch.setattr(copies, "CHUNK_PAIRS", 1000)
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    twins, found, half = stack.enter_context(Twins()), stack.enter_context(Copies()), 35_000
+    for place in range(2 * half):
+        twins.add(b"%d" % (place % half), place)
+    found.find(twins, Lines())
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) <= before + 2
+    assert all(found.of(place) == [place + half] for place in range(half))
 
 
 def test_a_row_that_asks_for_the_same_is_a_copy(stack: ExitStack) -> None:
