@@ -274,7 +274,15 @@ class SegmentRun:
                 break
             chosen.append(row)
         if chosen:
+            self._set_copies_aside()
             self._begin(chosen)
+
+    def _set_copies_aside(self) -> None:
+        """Those of the last row that was prepared, if it is about to begin: they lie behind it, and it may
+        end before anybody comes to them."""
+        while not self._next and len(self._rows):
+            if (row := self._prepare()) is not None:
+                self._next.append(row)
 
     def _prepare_ahead(self) -> None:
         while len(self._next) < AHEAD and len(self._rows) and not self._told:

@@ -243,6 +243,28 @@ def test_rows_that_ask_for_the_same_are_computed_once(floor: Floor, state: State
     assert (batch.request_counts.completed, batch.usage.completion_tokens) == (5, 3)
 
 
+def test_a_row_that_ends_before_its_copies_have_their_turn_answers_them_all_the_same(
+    floor: Floor, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last row of those that begin together ended, and each of its copies was computed again."""
+    monkeypatch.setattr(segment_run, "BEGIN_AT_ONCE", 1)
+    monkeypatch.setattr(segment_run, "AHEAD", 0)
+    first, last = row(1), row(9)
+    copies = [row(line, prompt="row 1", copy_of=first.id) for line in range(2, 9)]
+    slots, room = floor.handler._slots, floor.handler._room
+    monkeypatch.setattr(
+        floor.handler, "_room", lambda priority: None if slots.get(first.id) else room(priority)
+    )
+    run_batch(state, floor.store, [first, *copies, last])
+    delivery = floor.deliver_segment()
+    for each in (first, last):
+        floor.wait(each)
+        floor.finish(each)
+    assert delivery.result(10) is Disposition.ACK
+    assert floor.engine.submitted.keys() == {first.id, last.id}
+    assert len(lines_of(state, floor.store)) == 9
+
+
 def test_copies_of_a_row_that_was_cancelled_alone_are_computed(floor: Floor, state: State) -> None:
     rows = [row(1), row(2, prompt="row 1", copy_of=row(1).id), row(3, prompt="row 1", copy_of=row(1).id)]
     run_batch(state, floor.store, rows)
