@@ -67,7 +67,7 @@ class Intake:
         """A file. Raises BadInput, StoreUnavailable, Misconfigured."""
         limit = check.line_limit(self.rules.settings)
         with open_input(name, self.rules.settings) as file:
-            return self.take(read_records(file, name.form, limit))
+            return self.take(read_records(file, name.form, limit, self.rules.shape))
 
     def take_requests(self, requests: Iterable[Mapping[str, Any]]) -> Checked:
         """Requests as a program has them, numbered from 1: what a line of JSON may say, they may."""

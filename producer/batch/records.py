@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import string
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
@@ -18,8 +19,10 @@ from .sources import Form, pyarrow_parquet
 Record = bytes | int | dict[str, Any] | BadInput
 """A line of JSON; of a line over the limit, its size; a table's row by column; or what is wrong with it."""
 
+BOM = b"\xef\xbb\xbf"
 PARQUET_ROWS = 1024
 """Read at once."""
+HEAD_SHOWN = 20
 _FIELDS = frozenset(
     [
         *("custom_id", "model", "prompt", "messages", "metadata"),
@@ -39,16 +42,20 @@ class Lines(Protocol):
         ...
 
 
-def read_records(file: BinaryIO, form: Form, limit_bytes: int) -> Iterator[tuple[int, Record]]:
+def read_records(
+    file: BinaryIO, form: Form, limit_bytes: int, shape: Shape | None = None
+) -> Iterator[tuple[int, Record]]:
     """(number, record), blank lines left out. The number is what an editor shows; in Parquet the row's.
 
-    Raises InvalidRequest for a table without a proper head, BadInput for a file that is no Parquet.
+    ``shape``: what becomes of the records. Raises InvalidRequest for a table without a proper head, or
+    without the columns that ``shape`` needs, BadInput for a file that is no Parquet.
     """
+    shape = shape or Shape()
     if form is Form.JSONL:
         return read_lines(file, limit_bytes)
     if form is Form.PARQUET:
-        return _parquet(file)
-    return _csv(file, "\t" if form is Form.TSV else ",", limit_bytes)
+        return _parquet(file, shape)
+    return _csv(file, "\t" if form is Form.TSV else ",", limit_bytes, shape)
 
 
 def read_lines(file: Lines, limit_bytes: int) -> Iterator[tuple[int, bytes | int]]:
@@ -57,8 +64,8 @@ def read_lines(file: Lines, limit_bytes: int) -> Iterator[tuple[int, bytes | int
     while piece := file.readline(limit_bytes + 1):
         number += 1
         if len(piece) <= limit_bytes or piece.endswith(b"\n"):
-            if line := piece.strip(b" \t\r\n"):
-                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            if line := (piece.removeprefix(BOM) if number == 1 else piece).strip(b" \t\r\n"):
+                yield number, line
             continue
         size = len(piece)
         while not piece.endswith(b"\n") and (piece := file.readline(1 << 20)):
@@ -77,13 +84,15 @@ def as_line(fields: Mapping[str, Any]) -> Record:
 # ---- tables
 
 
-def _csv(file: BinaryIO, delimiter: str, limit_bytes: int) -> Iterator[tuple[int, Record]]:
+def _csv(file: BinaryIO, delimiter: str, limit_bytes: int, shape: Shape) -> Iterator[tuple[int, Record]]:
     csv.field_size_limit(limit_bytes)
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     try:
         lines = _TextLines(text, limit_bytes)
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        yield from _table(_head(rows), rows, lines)
+        if head := _head(rows):
+            shape.check_head(head)
+            yield from _table(head, rows, lines)
     finally:
         text.detach()  # the file is its opener's
 
@@ -94,25 +103,48 @@ class _TextLines:
     def __init__(self, text: io.TextIOWrapper, limit_chars: int) -> None:
         self._text, self._limit = text, limit_chars
         self.number = 0
+        self._row: list[str | None] = []
+        """Lines of the row that is being read, at most as many as a cell may be large; None: one too long."""
+        self._again = deque[str | None]()
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._text.readline(self._limit + 1)
-        if not line:
+        line = self._again.popleft() if self._again else self._read()
+        if line == "":
             raise StopIteration
         self.number += 1
+        self._row.append(line)
+        if line is None:
+            raise csv.Error(f"a line of more than {self._limit:,} characters")
+        return line
+
+    def begin_row(self) -> int:
+        """The next row begins. Returns its number."""
+        self._row.clear()
+        return self.number + 1
+
+    def give_up_row(self) -> int:
+        """Only the first line of this row was none; the others are read again. Returns how far it went."""
+        last = self.number
+        self._again.extendleft(reversed(self._row[1:]))
+        self.number -= len(self._row[1:])
+        return last
+
+    def _read(self) -> str | None:
+        line = self._text.readline(self._limit + 1)
         if len(line) <= self._limit or line.endswith(("\n", "\r")):
             return line
         while line and not line.endswith(("\n", "\r")):
             line = self._text.readline(1 << 20)
-        raise csv.Error(f"a line of more than {self._limit:,} characters")
+        return None
 
 
 def _head(rows: Any) -> list[str]:
+    """The first line that is not blank. Empty: there is none."""
     try:
-        head: list[str] = next(rows, list[str]())
+        head: list[str] = next(filter(None, rows), list[str]())
     except csv.Error as exc:
         raise InvalidRequest(f"line 1 is no head of a table: {exc}") from exc
     if len(set(head)) < len(head) or not all(head):
@@ -122,16 +154,26 @@ def _head(rows: Any) -> list[str]:
 
 def _table(head: Sequence[str], rows: Any, lines: _TextLines) -> Iterator[tuple[int, Record]]:
     while True:
-        number = lines.number + 1
+        number = lines.begin_row()
         try:
             cells = next(rows, None)
         except csv.Error as exc:
-            yield number, InvalidJson(f"not CSV: {exc}")
+            last = lines.give_up_row()
+            yield number, InvalidJson(_not_csv(exc, number, last))
             continue
         if cells is None:
             return
         if cells:
             yield number, _row(head, cells)
+
+
+def _not_csv(exc: csv.Error, number: int, last: int) -> str:
+    if number == last:
+        return f"not CSV: {exc}"
+    return (
+        f"not CSV: a quote that is opened in this line would end in line {last} or later ({exc}); "
+        "close it, or double it if it is text"
+    )
 
 
 def _row(head: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | BadInput:
@@ -154,11 +196,15 @@ def _value(name: str, cell: str) -> Any:
         return cell
 
 
-def _parquet(file: BinaryIO) -> Iterator[tuple[int, Record]]:
+def _parquet(file: BinaryIO, shape: Shape) -> Iterator[tuple[int, Record]]:
     parquet = pyarrow_parquet()
     number = 0
     try:
-        for piece in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
+        table = parquet.ParquetFile(file)
+        head: list[str] = table.schema_arrow.names
+        shape.check_head(head)
+        wanted = [name for name in head if shape.reads(name)]
+        for piece in table.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
             for row in piece.to_pylist():
                 number += 1
                 yield number, {name: value for name, value in row.items() if value is not None}
@@ -209,6 +255,38 @@ class Shape:
                 )
         return [name for _, name, _, _ in parts if name is not None]
 
+    @property
+    def _needed(self) -> list[str]:
+        """Columns without which no row is a request."""
+        return [name for name in (self._text_column, *self.columns(), self.id_column) if name is not None]
+
+    @property
+    def _text_column(self) -> str | None:
+        wants_one = self.template is None and (self.chat or self.system is not None)
+        return self.prompt_column or ("prompt" if wants_one else None)
+
+    def reads(self, column: str) -> bool:
+        """Whether anything is made of it."""
+        return column in _FIELDS or column in self._needed
+
+    def check_head(self, head: Sequence[str]) -> None:
+        """Raise InvalidRequest for a table whose rows would all lack the same."""
+        has = f"it has {', '.join(shown(name) for name in head[:HEAD_SHOWN])}"
+        if len(head) > HEAD_SHOWN:
+            has += f" and {len(head) - HEAD_SHOWN:,} more"
+        if missing := [name for name in self._needed if name not in head]:
+            raise InvalidRequest(
+                f"the table has no column '{shown(missing[0])}'; {has}; --prompt-column, --template and "
+                "--id-column name those to be used",
+                param=missing[0],
+            )
+        if not (self.prompt_column or self.template) and not {"prompt", "messages"} & set(head):
+            raise InvalidRequest(
+                f"the table has no column 'prompt' or 'messages'; {has}; "
+                "--prompt-column names the one that holds the prompts",
+                param="prompt",
+            )
+
     def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The request. Raises InvalidRequest: a column is missing or empty."""
         fields = {name: value for name, value in row.items() if name in _FIELDS}
@@ -230,7 +308,7 @@ class Shape:
             return "".join(
                 text + ("" if name is None else str(self._cell(row, name))) for text, name, _, _ in pieces
             )
-        column = self.prompt_column or ("prompt" if self.chat or self.system is not None else None)
+        column = self._text_column
         return None if column is None else str(self._cell(row, column))
 
     @staticmethod

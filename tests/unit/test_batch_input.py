@@ -34,7 +34,7 @@ class Read:
         self.spool = stack.enter_context(Spool(indexed=True))
         same = stack.enter_context(Twins()) if rules.get("dedupe") else None
         found = Rules(SETTINGS, **rules)  # type: ignore[arg-type]
-        records = read_records(io.BytesIO(data), form, line_limit(SETTINGS))
+        records = read_records(io.BytesIO(data), form, line_limit(SETTINGS), found.shape)
         self.checked = check(records, found, self.spool, same)
         self.copies = stack.enter_context(Copies())
         if same is not None:
@@ -158,6 +158,54 @@ def test_a_bad_row_of_a_table_has_its_line(stack: ExitStack, line: str, code: st
     assert Read(stack, table, Form.CSV).problems == [(3, code)]
 
 
+@pytest.mark.parametrize("end", ["", 'ok,"5"\n', '"6",7\n'])
+def test_a_stray_quote_costs_its_own_line_and_is_named_by_it(stack: ExitStack, end: str) -> None:
+    """The lines up to the next quote, or all that were left, went with it and were not told of."""
+    data = f'prompt,custom_id\nok,1\n"stray,2\nok,3\n\n"two\nlines",4\n{end}'.encode()
+    read = Read(stack, data, Form.CSV)
+    assert [row.line for row in read.rows] == [2, 4, 6, *([8] if end else [])]
+    (refusal,) = read.checked.errors
+    assert (refusal.line, refusal.problem.code) == (3, "invalid_json_line")
+    assert "a quote that is opened in this line would end in line 6" in refusal.error.message
+    never = Read(stack, b'prompt\n"stray\nok\n' + b"x" * 700_000 + b"\nok\n", Form.CSV)
+    assert [line for line, _ in never.problems] == [2, 4]
+    assert [row.line for row in never.rows] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("shape", "head", "missing"),
+    [
+        (
+            Shape(),
+            "question,lang",
+            "no column 'prompt' or 'messages'; it has question, lang; --prompt-column",
+        ),
+        (Shape(chat=True), "question,lang", "no column 'prompt'; it has question, lang; --prompt-column"),
+        (Shape(prompt_column="q"), "question,lang", "no column 'q'; it has question, lang"),
+        (Shape(template="{question} {x}"), "question,lang", "no column 'x'"),
+        (Shape(prompt_column="question", id_column="id"), "question,lang", "no column 'id'"),
+        (Shape(prompt_column="q"), ",".join(f"c{n}" for n in range(50)), "c19 and 30 more;"),
+    ],
+)
+def test_a_column_that_is_missing_is_told_once(
+    stack: ExitStack, shape: Shape, head: str, missing: str
+) -> None:
+    width = head.count(",")
+    with pytest.raises(InvalidRequest) as refused:
+        Read(stack, f"{head}\n{',' * width}\nwhy{',' * width}\n".encode(), Form.CSV, shape=shape)
+    assert missing in refused.value.message
+
+
+@pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n \n", b"\n\n"])
+@pytest.mark.parametrize("form", [Form.JSONL, Form.CSV])
+def test_an_input_of_nothing_but_a_mark_and_blank_lines_is_empty(
+    stack: ExitStack, data: bytes, form: Form
+) -> None:
+    data = data.replace(b" ", b"") if form is Form.CSV else data
+    checked = Read(stack, data, form).checked
+    assert (checked.rows, checked.invalid) == (0, 0)
+
+
 def test_a_line_of_a_table_that_never_ends_is_not_held_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "in.csv.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
@@ -197,16 +245,20 @@ def test_parquet_is_read_a_few_rows_at_a_time(stack: ExitStack, tmp_path: Path) 
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    table = pyarrow.table({"question": [f"q{n}" for n in range(3000)], "top_k": [None, 5, 6] * 1000})
-    parquet.write_table(table, tmp_path / "in.parquet")
+    unread = pyarrow.array([b"\xff"] * 3000, pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    asked = {"question": [f"q{n}" for n in range(3000)], "top_k": [None, 5, 6] * 1000}
+    parquet.write_table(pyarrow.table(asked | {"unread": unread}), tmp_path / "in.parquet")
     name = FileName.of(str(tmp_path / "in.parquet"))
     with open_input(name, SETTINGS) as file:
         shape = Shape(prompt_column="question")
         spool = stack.enter_context(Spool())
-        found = check(read_records(file, name.form, 1000), Rules(SETTINGS, shape=shape), spool, None)
+        records = read_records(file, name.form, 1000, shape)
+        found = check(records, Rules(SETTINGS, shape=shape), spool, None)
     assert (found.rows, found.invalid) == (3000, 0)
     last = list(spool.rows())[-1]
     assert (last.line, json.loads(last.body)["prompt"]) == (3000, "q2999")
+    with open_input(name, SETTINGS) as file, pytest.raises(InvalidRequest, match="it has question, top_k"):
+        next(read_records(file, name.form, 1000))
     (tmp_path / "in.parquet").write_bytes(b"nothing of the kind")
     with open_input(name, SETTINGS) as file, pytest.raises(BadInput, match="Parquet"):
         check(read_records(file, name.form, 1000), Rules(SETTINGS), spool, None)
