@@ -194,12 +194,14 @@ class Batches:
 
 def submit(link: Link, source: Source, asked: Wishes, settings: ProducerSettings) -> BatchHandle:
     """See ``Batches.submit``."""
+    from .batch.check import naming_the_line
     from .batch.submission import Submission
 
     if asked.model or settings.model:  # a wrong name is known before a long file is read
         core.pick_model(asked.model, link.state.models(), settings)
     with read(source, asked, settings) as intake:
-        name = core.pick_model(asked.model or intake.checked.model, link.state.models(), settings)
+        with naming_the_line(intake.checked, asked.model or settings.model):
+            name = core.pick_model(asked.model or intake.checked.model, link.state.models(), settings)
         batch = describe(intake, asked, name, settings, "batch_", source_name(source))
         submission = Submission(link, intake, batch)
         submission.run()

@@ -17,6 +17,7 @@ from . import batches, core, local_model
 from .batch import output as outputs
 from .batch.answers import Answers
 from .batch.cache import Cache
+from .batch.check import naming_the_line
 from .batch.crew import Crew
 from .batch.download import download
 from .batch.intake import Intake, InvalidInput
@@ -86,7 +87,8 @@ def run(source: str, output: str, errors: str | None, workers: int, as_json: boo
             read_or_say(source, asked, settings, model.names, as_json) as intake,
             Cache(options["cache"]) if options["cache"] else nullcontext() as cache,
         ):
-            name = model.name(intake.checked.model)
+            with naming_the_line(intake.checked, asked.model or settings.model):
+                name = model.name(intake.checked.model)
             batch = batches.describe(intake, asked, name, settings, "run_", source)
             batch = latest(link, intake, batch, fresh=options["fresh"])
             job = Run(link, settings, intake, batch, cache)

@@ -7,7 +7,8 @@ are found there, too.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +99,9 @@ class Checked:
     """Estimates, like ``output_tokens``."""
     output_tokens: float = 0.0
     model: str | None = None
-    """The model that rows name, if any does."""
+    """The model that rows name, if any does …"""
+    model_line: int = 0
+    """… and the first line that does."""
     endpoint: str | None = None
     """The first row's."""
     errors: list[Refusal] = field(default_factory=list[Refusal])
@@ -124,7 +127,7 @@ def check(records: Iterable[tuple[int, Record]], rules: Rules, spool: Spool, sam
     with Twins() as ids:
         for number, record in records:
             try:
-                row = check_record(number, record, rules, molds, found.model)
+                row = check_record(number, record, rules, molds, found)
             except BadInput as exc:
                 _add_refused(refuse(number, record, exc), rules, found, spool)
             else:
@@ -141,11 +144,8 @@ def check(records: Iterable[tuple[int, Record]], rules: Rules, spool: Spool, sam
     return found
 
 
-def check_record(number: int, record: Record, rules: Rules, molds: Molds, model: str | None) -> Made:
-    """One row. Raises the BadInput that says what is wrong with its record, duplicates aside.
-
-    ``model``: what earlier rows named.
-    """
+def check_record(number: int, record: Record, rules: Rules, molds: Molds, earlier: Checked) -> Made:
+    """One row. Raises the BadInput that says what is wrong with its record, duplicates aside."""
     limit = rules.settings.max_payload_bytes
     if isinstance(record, BadInput):
         raise record
@@ -158,23 +158,44 @@ def check_record(number: int, record: Record, rules: Rules, molds: Molds, model:
         if rules.shape.active:
             fields = rules.shape.fields(fields)
     row = molds.make(number, fields)
-    _check_model(row.model, rules, model)
+    _check_model(row.model, rules, earlier)
     if len(row.body) + ENVELOPE_BYTES > limit:
         raise PayloadTooLarge(size_bytes=len(row.body) + ENVELOPE_BYTES, limit_bytes=limit)
     return row
 
 
-def _check_model(model: str | None, rules: Rules, earlier: str | None) -> None:
-    models = frozenset({earlier}) if rules.models is None and earlier is not None else rules.models
-    if model is not None and models is not None and model not in models:
-        served = " or ".join(sorted(repr(name) for name in models))
+def _check_model(model: str | None, rules: Rules, earlier: Checked) -> None:
+    if model is None:
+        return
+    if rules.models is None and earlier.model not in (None, model):
+        raise ModelNotFound(
+            f"model {model!r} is not that of line {earlier.model_line} ({earlier.model!r}), "
+            "and a file runs on one; change the line"
+        )
+    if rules.models is not None and model not in rules.models:
+        served = " or ".join(sorted(repr(name) for name in rules.models))
         raise ModelNotFound(
             f"model {model!r} is not the one of this run ({served}); change the line, or use --model {model}"
         )
 
 
+@contextmanager
+def naming_the_line(found: Checked, asked: str | None) -> Generator[None]:
+    """Around the look for a model: where a row named it, and nobody ``asked`` for one, say which."""
+    try:
+        yield
+    except ModelNotFound as exc:
+        if asked is not None or found.model is None:
+            raise
+        raise ModelNotFound(
+            f"line {found.model_line} names a model that is not here: {exc.message}; "
+            "or use --model, and name no other one in the lines"
+        ) from exc
+
+
 def _add(number: int, row: Made, found: Checked, spool: Spool) -> int:
-    found.model = found.model or row.model
+    if found.model is None and row.model is not None:
+        found.model, found.model_line = row.model, number
     found.endpoint = found.endpoint or row.endpoint
     found.rows += 1
     found.prompt_tokens += row.prompt_tokens

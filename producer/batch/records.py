@@ -144,7 +144,7 @@ class _TextLines:
 def _head(rows: Any) -> list[str]:
     """The first line that is not blank. Empty: there is none."""
     try:
-        head: list[str] = next(filter(None, rows), list[str]())
+        head: list[str] = next((row for row in rows if row), list[str]())
     except csv.Error as exc:
         raise InvalidRequest(f"line 1 is no head of a table: {exc}") from exc
     if len(set(head)) < len(head) or not all(head):

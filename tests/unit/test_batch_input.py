@@ -111,6 +111,7 @@ def test_rows_that_name_different_models_are_caught(stack: ExitStack) -> None:
     read = Read(stack, b'{"prompt": "a"}\n{"prompt": "b", "model": "m"}\n{"prompt": "c", "model": "n"}\n')
     assert read.checked.model == "m"
     assert read.problems == [(3, "model_not_found")]
+    assert "model 'n' is not that of line 2 ('m')" in read.checked.errors[0].error.message
 
 
 def test_a_limit_of_rows_and_one_of_bytes_end_the_reading(stack: ExitStack) -> None:
