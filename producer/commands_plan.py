@@ -10,7 +10,7 @@ import click
 from ..schemas.batch import Batch, BatchStatus
 from ..schemas.errors import Transient
 from . import batches
-from .batch.forecast import LIVE_SHARE, PROMPT_WEIGHT
+from .batch.forecast import PROMPT_WEIGHT, Forecast
 from .batch.intake import Intake
 from .commands_run import read_or_say
 from .console import common, connection, put, put_json
@@ -76,13 +76,13 @@ def _estimate(intake: Intake, recent: list[Batch], tokens_per_s: float | None) -
     checked = intake.checked
     prompts, outputs, basis = checked.prompt_tokens, checked.output_tokens, "estimate"
     same = next((each for each in recent if each.input_digest == checked.digest), None)
-    if same is not None:
-        counts, usage = same.request_counts, same.usage
-        ended = counts.completed + counts.failed
-        if ended and ended >= LIVE_SHARE * counts.total:
-            prompts = usage.prompt_tokens / ended * checked.rows
-            outputs = usage.completion_tokens / ended * checked.rows
-            basis = f"measured on {ended:,} rows of {same.id}"
+    if (
+        same is not None
+    ):  # its long rows ran first: what they took says nothing without what they were to take
+        forecast = Forecast([each.part for each in intake.cuts(lambda _refused: None)])
+        if forecast.live(same):
+            prompts, outputs = forecast.tokens(same)
+            basis = f"measured on {same.request_counts.completed:,} rows of {same.id}"
     rate_of = same if same is not None and measured(same) else next(filter(measured, recent), None)
     rate = tokens_per_s or (rate_of and measured(rate_of))
     return {

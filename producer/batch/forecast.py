@@ -74,8 +74,23 @@ class Forecast:
             completion_tokens=usage.completion_tokens,
             tokens_per_s=fresh / seconds if seconds > 0 else 0.0,
             eta_s=left / (work / seconds) if work > 0 and seconds > 0 else None,
-            live=ended >= LIVE_SHARE * counts.total,
+            live=self.live(batch),
         )
+
+    def live(self, batch: Batch) -> bool:
+        """Enough rows have run for what was measured on them to count; refused lines ran nowhere."""
+        counts = batch.request_counts
+        refused = self._refused(counts.total)
+        ran, rows = counts.completed + counts.failed - refused, counts.total - refused
+        return ran > 0 and ran >= LIVE_SHARE * rows
+
+    def tokens(self, batch: Batch) -> tuple[float, float]:
+        """(of all prompts, of all outputs): rows that have ended count as they are, the others as estimated,
+        corrected by how far the estimates of the former were off.
+        """
+        counts, usage = batch.request_counts, batch.usage
+        prompts, outputs = self._tokens_left(batch, counts.completed + counts.failed)
+        return usage.prompt_tokens + prompts, usage.completion_tokens + outputs
 
     def _note(self, batch: Batch, now: float) -> None:
         """A sample every few seconds. Of the time before anything has ended, as much as answers wait until
@@ -89,22 +104,27 @@ class Forecast:
             self._samples.append((now, batch))
 
     def _left(self, batch: Batch, ended: int) -> float:
-        """Work of the rows that have not ended, in tokens of output: estimates, corrected by how far those of
-        the ended rows were off.
-        """
+        """Work of the rows that have not ended, in tokens of output."""
+        prompts, outputs = self._tokens_left(batch, ended)
+        return outputs + PROMPT_WEIGHT * prompts
+
+    def _tokens_left(self, batch: Batch, ended: int) -> tuple[float, float]:
         total, usage = batch.request_counts.total, batch.usage
         prompt_done, prompt_all = self._at(self._prompts, ended, total)
         output_done, output_all = self._at(self._outputs, ended, total)
         outputs = (output_all - output_done) * _ratio(usage.completion_tokens, output_done)
         prompts = (prompt_all - prompt_done) * _ratio(usage.prompt_tokens, prompt_done)
-        return outputs + PROMPT_WEIGHT * prompts
+        return prompts, outputs
+
+    def _refused(self, total: int) -> int:
+        """They are in no segment, and end first."""
+        return total - self._rows[-1] if self._rows[-1] else 0
 
     def _at(self, sums: Sequence[float], ended: int, total: int) -> tuple[float, float]:
         """(estimate of the first ``ended`` rows, of all). Without estimates rows count alike."""
         if self._rows[-1] == 0:
             return float(ended), float(total)
-        refused = total - self._rows[-1]  # are in no segment, and end first
-        ended = min(max(ended - refused, 0), self._rows[-1])
+        ended = min(max(ended - self._refused(total), 0), self._rows[-1])
         place = min(bisect_right(self._rows, ended), len(self._rows) - 1)
         rows = self._rows[place] - self._rows[place - 1]
         share = (ended - self._rows[place - 1]) / rows if rows else 1.0

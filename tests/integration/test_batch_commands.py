@@ -101,6 +101,32 @@ def test_a_plan_tells_rows_tokens_time_and_money(run: Run) -> None:
     assert (code, "not known yet" in out) == (0, True)
 
 
+def test_a_plan_rests_on_what_was_measured_once_a_twentieth_of_the_rows_have_run(
+    run: Run, state: State, tmp_path: Path
+) -> None:
+    """Lines that were refused have ended, too, at once and without a token: they counted as measured."""
+    (tmp_path / "home" / "results").mkdir(parents=True)
+    store = FileStore(tmp_path / "home" / "results")
+    data, args = rows(40) + b"bad\n" * 10, ("-", "--on-invalid", "skip")
+    batch_id = run("batch", "submit", *args, stdin=data)[1].strip()
+    hand = Hand(state, store, batch_id)
+
+    def planned() -> Any:
+        said = json.loads(run("plan", *args, "--json", stdin=data)[1].splitlines()[-1])
+        return said["basis"], said["completion_tokens"]
+
+    assert planned() == ("estimate", 4000)
+    hand.validate(1)
+    batch = state.batches.get(batch_id)
+    assert batch is not None
+    assert (batch.request_counts.failed, len(list(state.batches.segments(batch_id)))) == (10, 1)
+    assert state.batches.begin(batch)
+    hand.run(1, only=[1])
+    assert planned() == ("estimate", 4000)
+    hand.run(1, only=[2, 3])
+    assert planned() == (f"measured on 3 rows of {batch_id}", 80), "two tokens each, and not a hundred"
+
+
 def test_a_run_whose_worker_does_not_start_leaves_nothing_behind(
     run: Run, state: State, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

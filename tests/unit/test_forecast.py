@@ -35,4 +35,8 @@ def test_lines_that_were_refused_are_no_part_of_the_work_that_is_done() -> None:
 
     found = forecast.progress(batch(5, 500, total=100, failed=90), now=10.0)
 
-    assert found.eta_s == 10.0
+    assert (found.eta_s, found.live) == (10.0, True)
+    assert not forecast.live(batch(0, 0, total=100, failed=90)), "nothing has run"
+    assert forecast.tokens(batch(5, 50, total=100, failed=90)) == (0.0, 100.0), (
+        "a tenth of what was estimated"
+    )
