@@ -23,7 +23,7 @@ import redis.asyncio
 from redis.exceptions import NoScriptError
 
 from ..schemas import keys
-from ..schemas.batch import row_of, unpack_lines
+from ..schemas.batch import BatchEvent, row_of, unpack_lines
 from ..schemas.errors import BrokerUnavailable, JobNotFound, Misconfigured
 from ..schemas.events import End, EntryId
 from ..schemas.job import Job, JobState
@@ -369,6 +369,16 @@ class AsyncState:
         timeout_s = self._settings.connect_timeout_s
         return AsyncSubscription(self._client, keys.log(job_id), timeout_s, calls.told_beside(job_id))
 
+    async def batch_events(
+        self, batch_id: str, after: EntryId | None, count: int
+    ) -> Sequence[tuple[EntryId, BatchEvent]]:
+        """See Batches.read_events."""
+        return await self._run(batch_calls.read_events(batch_id, after, count))
+
+    def subscribe_batch(self, batch_id: str) -> AsyncSubscription:
+        """See Batches.subscribe; only to be woken by."""
+        return AsyncSubscription(self._client, keys.batch_events(batch_id), self._settings.connect_timeout_s)
+
     async def models(self) -> dict[str, ModelInfo]:
         """See State.models."""
         return await self._run(calls.models())
@@ -443,9 +453,13 @@ class AsyncSubscription:
 
     async def get(self, timeout_s: float) -> Entry | Resubscribed | BatchStirred | None:
         """See Subscription.get."""
-        with redis_errors(_WHERE):
-            message = await self._pubsub.get_message(timeout=timeout_s)
+        message = await self.get_raw(timeout_s)
         return None if message is None else calls.parse_message(message, self._channel)
+
+    async def get_raw(self, timeout_s: float) -> dict[str, Any] | None:
+        """See Subscription.get_raw."""
+        with redis_errors(_WHERE):
+            return await self._pubsub.get_message(timeout=timeout_s)
 
 
 def open_state(settings: Settings) -> State:

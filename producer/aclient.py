@@ -20,13 +20,15 @@ from .link import Link
 
 if TYPE_CHECKING:
     from ..backends.state import AsyncState
-    from ..schemas.batch import Batch, BatchStatus
+    from ..schemas.batch import Batch, BatchEvent, BatchStatus
     from ..schemas.batch_lines import OutputLine
     from ..schemas.dead import DeadLetter
+    from ..schemas.webhook import WebhookDelivery, WebhookEndpoint
     from .batch.answers import Kind
     from .batches import Batches, BatchHandle, Source
     from .dead import Dead, DeadJob
     from .replica import Chunk, Item
+    from .webhooks import Webhooks
 
 
 T = TypeVar("T")
@@ -78,6 +80,13 @@ class AsyncLink:
         from .batches import Batches
 
         return Batches(self._link)
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """What they are asked by, in threads."""
+        from .webhooks import Webhooks
+
+        return Webhooks(self._link)
 
     async def close(self) -> None:
         """Let go of what was opened."""
@@ -219,8 +228,8 @@ class AsyncDead:
 class AsyncBatchHandle:
     """See BatchHandle; the same calls, in threads."""
 
-    def __init__(self, handle: BatchHandle) -> None:
-        self._handle = handle
+    def __init__(self, link: AsyncLink, handle: BatchHandle) -> None:
+        self._link, self._handle = link, handle
         self.id, self.warnings = handle.id, handle.warnings
 
     async def status(self) -> Batch:
@@ -241,6 +250,16 @@ class AsyncBatchHandle:
                 break
             await asyncio.sleep(min(pause_s, left_s))
         raise still_running(self.id, timeout_s)
+
+    async def follow(self, after: EntryId | str | None = None) -> AsyncIterator[tuple[EntryId, BatchEvent]]:
+        """See BatchHandle.follow."""
+        from .batch.following import follow_async
+
+        last = EntryId.parse(after) if isinstance(after, str) else after
+        state = await self._link.state()
+        async with aclosing(follow_async(state, self.id, last, self.status)) as events:
+            async for each in events:
+                yield each
 
     async def lines(self, kind: Kind = "output") -> AsyncIterator[OutputLine]:
         """See BatchHandle.lines."""
@@ -267,7 +286,7 @@ class AsyncBatchHandle:
 
     async def retry(self) -> AsyncBatchHandle:
         """See BatchHandle.retry."""
-        return AsyncBatchHandle(await asyncio.to_thread(self._handle.retry))
+        return AsyncBatchHandle(self._link, await asyncio.to_thread(self._handle.retry))
 
     def __repr__(self) -> str:
         return f"AsyncBatchHandle({self.id!r})"
@@ -276,20 +295,55 @@ class AsyncBatchHandle:
 class AsyncBatches:
     """See Batches."""
 
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
+    def __init__(self, link: AsyncLink) -> None:
+        self._link, self._batches = link, link.batches
 
     async def submit(self, source: Source, **asked: Any) -> AsyncBatchHandle:
         """See Batches.submit."""
-        return AsyncBatchHandle(await asyncio.to_thread(lambda: self._batches.submit(source, **asked)))
+        handle = await asyncio.to_thread(lambda: self._batches.submit(source, **asked))
+        return AsyncBatchHandle(self._link, handle)
 
     def get(self, batch_id: str) -> AsyncBatchHandle:
         """See Batches.get."""
-        return AsyncBatchHandle(self._batches.get(batch_id))
+        return AsyncBatchHandle(self._link, self._batches.get(batch_id))
 
     async def list(self, after: str | None = None, limit: int = 20) -> list[Batch]:
         """See Batches.list."""
         return await asyncio.to_thread(self._batches.list, after, limit)
+
+
+class AsyncWebhooks:
+    """See Webhooks; the same calls, in threads."""
+
+    def __init__(self, webhooks: Webhooks) -> None:
+        self._webhooks = webhooks
+
+    async def list(self, **wanted: Any) -> AsyncIterator[WebhookDelivery]:
+        """See Webhooks.list."""
+        found = self._webhooks.list(**wanted)
+        while page := await asyncio.to_thread(lambda: list(islice(found, LINES_AT_ONCE))):
+            for each in page:
+                yield each
+
+    async def get(self, event_id: str) -> WebhookDelivery:
+        """See Webhooks.get."""
+        return await asyncio.to_thread(self._webhooks.get, event_id)
+
+    async def replay(self, event_ids: Sequence[str]) -> Sequence[str]:
+        """See Webhooks.replay."""
+        return await asyncio.to_thread(self._webhooks.replay, event_ids)
+
+    async def endpoints(self) -> Sequence[WebhookEndpoint]:
+        """See Webhooks.endpoints."""
+        return await asyncio.to_thread(self._webhooks.endpoints)
+
+    async def enable(self, url: str) -> tuple[bool, int]:
+        """See Webhooks.enable."""
+        return await asyncio.to_thread(self._webhooks.enable, url)
+
+    async def test(self, url: str, timeout_s: float = 60.0) -> WebhookDelivery:
+        """See Webhooks.test. Its thread waits until the end, also if nobody waits for it any more."""
+        return await asyncio.to_thread(self._webhooks.test, url, timeout_s)
 
 
 class AsyncClient:
@@ -370,12 +424,17 @@ class AsyncClient:
     @property
     def batches(self) -> AsyncBatches:
         """See Client.batches."""
-        return AsyncBatches(self._link.batches)
+        return AsyncBatches(self._link)
 
     @property
     def dead(self) -> AsyncDead:
         """See Client.dead."""
         return AsyncDead(self._link)
+
+    @property
+    def webhooks(self) -> AsyncWebhooks:
+        """See Client.webhooks."""
+        return AsyncWebhooks(self._link.webhooks)
 
     async def close(self) -> None:
         """Close the connections."""

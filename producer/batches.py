@@ -161,10 +161,12 @@ class Batches:
         input_order: bool = False,
         stop_after_failed: int | None = None,
         webhook: str | None = None,
+        webhook_every_percent: int | None = None,
         metadata: Mapping[str, str] | None = None,
         **wishes: Any,
     ) -> BatchHandle:
-        """Submit a file (a path, ``s3://…``) or requests as mappings. ``wishes``: the fields of ``Wishes``.
+        """Submit a file (a path, ``s3://…``) or requests as mappings. ``webhook`` is told how it ended, and
+        with ``webhook_every_percent`` how far it is. ``wishes``: the fields of ``Wishes``.
 
         When this returns, the broker has it. Raises InvalidInput (its ``errors`` have line and code),
         EmptyFile, ModelNotFound, BrokerUnavailable, StoreUnavailable.
@@ -175,6 +177,7 @@ class Batches:
                 "input_order": input_order,
                 "stop_after_failed": stop_after_failed,
                 "webhook": webhook,
+                "webhook_every_percent": webhook_every_percent,
             }
         )
         unknown = sorted(set(wishes) - set(Wishes.__dataclass_fields__))

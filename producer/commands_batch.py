@@ -21,7 +21,7 @@ from .batches import BatchHandle
 from .commands_run import default_errors, show_problems, show_refusal
 from .console import common, connection, put, put_json, say, warn
 from .core import local_time
-from .input_flags import asked_for, input_flags, order_flag
+from .input_flags import asked_for, input_flags, order_flag, webhook_flags, webhook_wishes
 from .link import Link
 from .progress import rest
 from .sampling_flags import GroupedCommand
@@ -44,6 +44,7 @@ Examples:
   gristmill batch submit prompts.jsonl --model smollm2-135m
   gristmill batch submit s3://bucket/in.parquet --prompt-column question --chat --input-order
   gristmill batch submit prompts.jsonl --stop-after-failed 100 --meta team=search
+  gristmill batch submit prompts.jsonl --webhook https://example.com/hook --webhook-every-percent 10
 """
 RECOVER_HELP = """Go on with a batch whose record was lost with the state server. Its rows and its answers
 are in the result store; what has ended does not run again. The completion window begins anew.
@@ -89,7 +90,7 @@ class _Opened:
 @batch.command(help=SUBMIT_HELP, cls=GroupedCommand)
 @click.argument("source", metavar="INPUT|-")
 @order_flag(by_default=False)
-@click.option("--webhook", metavar="URL", help="Told how it ended.")
+@webhook_flags
 @click.option("--stop-after-failed", type=click.IntRange(1), help="Cancel it once so many rows have failed.")
 @click.option("--stop-after-share", type=click.FloatRange(0, 1, min_open=True), help="… such a share of all.")
 @click.option("--window-h", type=click.FloatRange(0, min_open=True), help="It expires after so many hours.")
@@ -101,8 +102,8 @@ class _Opened:
 def submit(source: str, as_json: bool, **options: Any) -> int:
     """Check, upload, open."""
     with _Opened(options) as opened:
-        more = ("input_order", "webhook", "stop_after_failed", "stop_after_share")
-        asked = asked_for(options, **{name: options[name] for name in more})
+        more = ("input_order", "stop_after_failed", "stop_after_share")
+        asked = asked_for(options, **{name: options[name] for name in more}, **webhook_wishes(options))
         hours = options["window_h"]
         asked = replace(
             asked,

@@ -25,7 +25,7 @@ from .batch.run import Hooks, Run, latest, only_run
 from .batch.sources import STANDARD, refuse_same_files
 from .batches import Wishes
 from .console import Interrupts, common, connection, put_json, say, say_error, warn
-from .input_flags import asked_for, input_flags, order_flag
+from .input_flags import asked_for, input_flags, order_flag, webhook_flags, webhook_wishes
 from .knobs import engine_knobs, worker_flags
 from .link import EMBEDDED, Link
 from .progress import show_progress
@@ -47,6 +47,7 @@ Examples:
   gristmill run reviews.csv -o s3://bucket/out.jsonl.gz --template "Is this praise? {text}" --chat
   echo '{"prompt": "Once upon a time", "max_tokens": 32}' | gristmill run - -o -
   gristmill run prompts.jsonl -o answers.jsonl --broker redis://queue:6379/0     # workers elsewhere
+  gristmill run prompts.jsonl -o answers.jsonl --webhook https://example.com/hook --webhook-every-percent 10
 """
 
 
@@ -56,6 +57,7 @@ Examples:
 @click.option("--errors", metavar="FILE", help="Rows that failed; default: OUTPUT's name with .errors.jsonl.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True)
 @order_flag(by_default=True)
+@webhook_flags
 @click.option("--cache", metavar="FILE", help="Keep answers there, and take them for rows that ask the same.")
 @click.option(
     "--fresh",
@@ -77,7 +79,7 @@ def run(source: str, output: str, errors: str | None, workers: int, as_json: boo
     for what, name in (("--output", output), ("--errors", errors)):
         if name is not None:
             outputs.check_target(name, what, settings)
-    asked = asked_for(options, input_order=options["input_order"])
+    asked = asked_for(options, input_order=options["input_order"], **webhook_wishes(options))
     link = Link(settings)
     try:
         link.state.ping()

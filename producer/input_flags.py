@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from ..schemas.batch import BatchOptions
-from ..schemas.errors import BadInput
+from ..schemas.errors import BadInput, InvalidRequest
 from . import core
 from .batches import Wishes
 from .console import schema_option
@@ -44,6 +44,34 @@ ON_INVALID = click.option(
 )
 
 
+WEBHOOK = (
+    click.option("--webhook", metavar="URL", help="Told how it ended."),
+    click.option(
+        "--webhook-every-percent",
+        type=click.IntRange(1, 99),
+        metavar="N",
+        help="Told of the start, too, and each time so many percent more of the rows have ended.",
+    ),
+)
+
+
+def webhook_flags(command: F) -> F:
+    """Where a batch's events go, and which."""
+    for option in reversed(WEBHOOK):
+        command = option(command)
+    return command
+
+
+def webhook_wishes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags as fields of the batch's options. Raises InvalidRequest."""
+    url, every = options["webhook"], options["webhook_every_percent"]
+    if every is not None and url is None:
+        raise InvalidRequest(
+            "--webhook-every-percent says how often; --webhook says where, and is missing", param="webhook"
+        )
+    return {"webhook": url, "webhook_every_percent": every}
+
+
 def order_flag(by_default: bool) -> Callable[[F], F]:
     """In which order the output's lines stand; who waits for them wants another default than who does not."""
     return click.option(
@@ -72,7 +100,7 @@ def asked_for(options: Mapping[str, Any], **more: Any) -> Wishes:
         defaults["response_format"] = response_format
     return Wishes(
         model=options["model"],
-        options=BatchOptions(on_invalid=options["on_invalid"], **more),
+        options=BatchOptions.from_python({"on_invalid": options["on_invalid"], **more}),
         defaults=defaults,
         dedupe=options["dedupe"],
         input_format=options["input_format"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
-from ...schemas.batch import BatchEvent, StatusChanged
+from ...backends.state import AsyncState
+from ...schemas.batch import Batch, BatchEvent, StatusChanged
 from ...schemas.events import EntryId
 from ..link import Link
 from .answers import find
@@ -33,3 +34,25 @@ def follow(link: Link, batch_id: str, last: EntryId | None) -> Iterator[tuple[En
             final = find(link, batch_id).status.final  # then what it said last may have come meanwhile
             if not final:
                 channel.get(SILENCE_S)
+
+
+async def follow_async(
+    state: AsyncState, batch_id: str, last: EntryId | None, look: Callable[[], Awaitable[Batch]]
+) -> AsyncGenerator[tuple[EntryId, BatchEvent]]:
+    """``follow`` for asyncio. ``look``: where it stands; raises JobNotFound."""
+    await look()
+    final = False
+    async with state.subscribe_batch(batch_id) as channel:
+        while True:
+            page = await state.batch_events(batch_id, last, PAGE)
+            for last, event in page:
+                yield last, event
+                if isinstance(event, StatusChanged) and event.status.final:
+                    return
+            if page:
+                continue
+            if final:
+                return
+            final = (await look()).status.final
+            if not final:
+                await channel.get_raw(SILENCE_S)

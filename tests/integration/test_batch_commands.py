@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from pathlib import Path
@@ -22,6 +23,7 @@ from gristmill.producer.settings import producer_settings
 from gristmill.schemas.batch import Batch, BatchStatus, RequestCounts
 from gristmill.schemas.batch_lines import OutputLine, Response
 from gristmill.schemas.errors import EngineUnavailable, WaitTimeout
+from gristmill.schemas.events import EntryId
 from gristmill.schemas.result import ErrorInfo, Usage
 from gristmill.schemas.settings import Settings
 
@@ -79,6 +81,8 @@ def test_a_batch_is_submitted_once_however_often_it_is_asked_for(run: Run, state
         (("batch", "submit", "-"), rows(2) + rows(1, model="nope", custom_id="x"), "line 3 names a model"),
         (("batch", "submit", "-"), rows(2) + rows(1, model="nope", custom_id="x"), "'nope' is not served"),
         (("run", "-", "-o", "out.jsonl"), rows(1, model="nope"), "line 1 names a model that is not here"),
+        (("batch", "submit", "-", "--webhook-every-percent", "5"), rows(1), "--webhook says where"),
+        (("batch", "submit", "-", "--webhook", "https://127.1/"), rows(1), "webhook"),
         (("batch", "submit", "-", "--meta", "team"), rows(1), "write KEY=VALUE"),
         (("batch", "submit", "-", "--template", "{a}", "--prompt-column", "b"), rows(1), "not both"),
         (("batch", "submit", "nothing.jsonl"), b"", "cannot read"),
@@ -125,6 +129,14 @@ def test_a_plan_rests_on_what_was_measured_once_a_twentieth_of_the_rows_have_run
     assert planned() == ("estimate", 4000)
     hand.run(1, only=[2, 3])
     assert planned() == (f"measured on 3 rows of {batch_id}", 80), "two tokens each, and not a hundred"
+
+
+def test_a_batch_tells_its_webhook_as_often_as_the_flag_says(run: Run, state: State, tmp_path: Path) -> None:
+    flags = ("--webhook", "https://a.example/hook", "--webhook-every-percent", "25")
+    batch_id = run("batch", "submit", "-", *flags, stdin=rows(2))[1].strip()
+    batch = state.batches.get(batch_id)
+    assert batch is not None
+    assert (batch.options.webhook, batch.options.webhook_every_percent) == (flags[1], 25)
 
 
 def test_a_run_whose_worker_does_not_start_leaves_nothing_behind(
@@ -246,6 +258,43 @@ async def test_the_async_client_has_the_same_calls(state: State, settings: Setti
         assert (await handle.status()).paused
         assert [line async for line in handle.lines()] == []
         assert await handle.cancel() is BatchStatus.CANCELLING
+
+
+async def test_the_async_client_follows_a_batch_and_looks_at_its_webhooks(
+    state: State, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "results").mkdir()
+    state.register("w1", WorkerInfo(models=("tiny",), host="here", pid=1, version="0"), 600)
+    ours = settings.model_copy(update={"results_url": f"file://{tmp_path}/results"})
+    wishes: dict[str, Any] = {"webhook": "https://a.example/hook", "webhook_every_percent": 50}
+    async with AsyncClient(ours) as client:
+        handle = await client.batches.submit([{"prompt": "one"}, {"prompt": "two"}], **wishes)
+        hand = Hand(state, FileStore(tmp_path / "results"), handle.id)
+        begun, kinds = asyncio.Event(), list[str]()
+
+        async def follow() -> EntryId:
+            last = EntryId(0, 0)
+            async for entry, event in handle.follow():
+                last = entry
+                kinds.append(event.kind)
+                begun.set()
+            return last
+
+        following = asyncio.create_task(follow())
+        await asyncio.wait_for(begun.wait(), 60)
+        assert (kinds, following.done()) == (["status"], False), "the past, and then what comes"
+        await asyncio.to_thread(hand.finish)
+        last = await asyncio.wait_for(following, 60)
+        assert {"rows", "status"} <= set(kinds)
+        assert kinds == [event.kind for _, event in state.batches.read_events(handle.id)]
+        assert [each async for each in client.batches.get(handle.id).follow(last)] == []
+
+        told = {each.type: each async for each in client.webhooks.list(state="pending")}
+        assert told.keys() == {"batch.in_progress", "batch.completed"}, "the first one only if so wished"
+        found = await client.webhooks.get(told["batch.completed"].id)
+        assert await client.webhooks.replay([found.id]) == [found.id]
+        assert await client.webhooks.endpoints() == []
+        assert await client.webhooks.enable(found.endpoint) == (False, 0)
 
 
 def test_a_forecast_learns_how_long_outputs_are() -> None:
