@@ -245,7 +245,7 @@ class Engine:
                 if not is_out_of_memory(exc):
                     raise
             # Here the exception is gone, and with it the frames that held the failed step's tensors.
-            self._runner.free_caches()
+            self._runner.room.free_caches()
             self._scheduler.drop_guesses(plan)
             if not self._shrink(plan):
                 self._step_tokens = 0
@@ -277,7 +277,7 @@ class Engine:
                 raise
             following = None
         if following is None:
-            self._runner.free_caches()
+            self._runner.room.free_caches()
             self._shrink(plan)
             return None
         self._advance(following)
@@ -394,7 +394,7 @@ class Engine:
 
     def _swap_space(self, settings: EngineSettings) -> SwapSpace | None:
         """Where blocks go that are wanted again, should that cost less than computing them."""
-        made = self._runner.host_blocks(settings.swap_gib)
+        made = self._runner.room.host_blocks(settings.swap_gib)
         if made is None:
             return None
         blocks, count = made

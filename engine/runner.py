@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from ..schemas.errors import Misconfigured
-from ..schemas.home import default_home
-from .attention.backend import Attention
-from .attention.choice import Wanted, block_tokens, gpu_attention
-from .attention.native_backend import NativeAttention, unsupported
-from .attention.torch_backend import TorchAttention
+from .attention.choice import Wanted, block_tokens
 from .batch import Arrays, Batch, Coming, Fed, Feed, Piece, gather, guess_rows, upload
 from .graphs import Graphs, Record
-from .kv_cache import HostBlocks, KVCache, block_bytes, is_plentiful, spare_bytes
+from .kernels import attention_backend, elementwise, native_library, native_products
+from .kv_cache import is_plentiful
 from .kv_numbers import numbers_of
-from .layers.elementwise import Elementwise, RowByRow, TorchElementwise
+from .kv_room import KVRoom
 from .layers.invariant import Make, invariant
 from .layers.linear import Linear, linear, unpacked
 from .lora.adapter import Adapter, Blueprint
@@ -39,10 +36,9 @@ from .models.fallback import Fallback, is_ours
 from .models.fallback_trial import try_out
 from .models.families import from_hf
 from .models.spec import ModelSpec
-from .native.library import Library, load
-from .native.products import Products, in_use, load_products, used
+from .native.library import Library
+from .native.products import in_use, used
 from .parallel.adapters import narrow
-from .parallel.blocks import SharedBlocks
 from .parallel.feed import told
 from .parallel.messages import Adapt
 from .parallel.ranks import ONE_RANK, Ranks
@@ -154,21 +150,25 @@ class Runner:
                 model = Fallback(directory, config, settings, self.dtype, self.device)
                 self.spec = model.spec
                 self.shard = shard(self.spec, 0, 1)
-        self.block_size = block_tokens(settings)
-        self._numbers = numbers_of(settings.kv_cache_dtype)
+        self._numbers = numbers = numbers_of(settings.kv_cache_dtype)
         self.max_model_len = _max_model_len(settings, self.spec)
         self.length_knob = "max_total_tokens" if settings.max_total_tokens else None
         self.step_tokens = _step_tokens(settings, self.device)
         with self._timed("kernels"):
-            library = self._library(settings)
-            products = self._products(settings)
-            self._attention = self._backend(settings, library)
+            wanted = Wanted(self.shard.spec, self.max_model_len, self.device, self.dtype, numbers)
+            library = native_library(settings, wanted, block_tokens(settings))
+            products = native_products(settings, self.device)
+            self._attention = attention_backend(
+                settings, wanted, block_tokens(settings), library, uniform=self.deterministic
+            )
             self.block_size = self._attention.block_size
             if ranks.least(self.block_size) != -ranks.least(-self.block_size):
                 raise Misconfigured(
                     "the ranks found different attention kernels to be the fastest; name one of them: "
                     "attention=triton"
                 )
+        layers, kv_heads = self.spec.num_layers, self.shard.spec.num_kv_heads
+        self.room = KVRoom(self._attention, layers, kv_heads, numbers, self.dtype, self.device, ranks)
         with self._timed("weights"), torch.inference_mode(), used(products):
             self._decoder = (
                 self._made_ours(model, settings)
@@ -271,7 +271,8 @@ class Runner:
         fetch = partial(weights.fetch, dtype=self.dtype, device=self.device)
         lend = partial(weights.lend, dtype=self.dtype, device=self.device)
         packed = partial(weights.layer, dtype=self.dtype, device=self.device)
-        make, ops = self._linear(linear), self._elementwise(library)
+        make = self._linear(linear)
+        ops = elementwise(self._attention, library, uniform=self.deterministic)
         inner = quantizing(settings.quantize, weights.stored_as, make, unpack=self.deterministic)
         # Deterministic mode knows dense layers only: weights are unpacked on load then.
         packed = none_is if self.deterministic else packed
@@ -289,70 +290,12 @@ class Runner:
 
     def _made_ours(self, fallback: Fallback, settings: EngineSettings) -> Fallback:
         """Tried, then with our linears. Raises ModelInvalid if our attention is not all that it needs."""
-        try_out(fallback, self._attention, self._use_cache, exact=self._numbers is None)
+        try_out(fallback, self._attention, self.room.use, exact=self._numbers is None)
         fallback.rebuild(quantizing(settings.quantize, None, linear, unpack=False), head=linear)
         return fallback
 
     def _linear(self, make: Make) -> Make:
         return partial(invariant, make) if self.deterministic else make
-
-    def _elementwise(self, library: Library | None) -> Elementwise:
-        if self.deterministic:
-            return RowByRow(library or TorchElementwise())
-        if self.attention in ("triton", "flash"):
-            from .gpu.elementwise import TritonElementwise
-
-            return TritonElementwise()
-        return library or TorchElementwise()
-
-    def _library(self, settings: EngineSettings) -> Library | None:
-        if self.device.type != "cpu" or settings.attention not in ("auto", "cpu"):
-            return None
-        reason = unsupported(self.shard.spec)
-        if self.block_size % 16:
-            reason = f"kv_block_size {self.block_size} is no multiple of 16"
-        if reason:
-            log.warning("kernel.unavailable", extra={"reason": reason})
-            return None
-        cache = settings.kernel_cache or default_home() / "kernels"
-        return load(cache, self.dtype, torch.get_num_threads())
-
-    def _products(self, settings: EngineSettings) -> Products | None:
-        if self.device.type != "cpu" or not settings.native_products:
-            return None
-        return load_products(settings.kernel_cache or default_home() / "kernels", torch.get_num_threads())
-
-    def _backend(self, settings: EngineSettings, library: Library | None) -> Attention:
-        if library:
-            return NativeAttention(
-                self.shard.spec,
-                self.block_size,
-                self.max_model_len,
-                library,
-                uniform=self.deterministic,
-                share=settings.shared_attention,
-                numbers=self._numbers,
-            )
-        if settings.attention == "cpu":
-            raise Misconfigured(
-                "attention=cpu needs a CPU, float32 or bfloat16, kv_block_size a multiple of 16, a C++ "
-                "compiler or a kernel built earlier, and a model whose attention the kernel has; the log "
-                "event kernel.unavailable says what is missing. "
-                "attention=auto falls back to torch"
-            )
-        if self.device.type == "cuda" or settings.attention in ("triton", "flash"):
-            return gpu_attention(
-                settings,
-                Wanted(self.shard.spec, self.max_model_len, self.device, self.dtype, self._numbers),
-            )
-        return TorchAttention(
-            self.shard.spec,
-            self.block_size,
-            self.max_model_len,
-            self.device,
-            uniform=self.deterministic,
-            numbers=self._numbers,
-        )
 
     def _new_graphs(self, settings: EngineSettings, model: Weights | Fallback) -> Graphs | None:
         """Where launches can be recorded: experts choose their rows on the host, and what transformers' code
@@ -384,7 +327,7 @@ class Runner:
             tokens, seqs = min(tokens, SMALL_STEP_TOKENS), 1
         work = _largest_step(tokens, seqs, self.max_model_len, self.block_size)
         try:
-            self._use_cache(1 + max(max(piece.seq.block_table) for piece in work))
+            self.room.use(1 + max(max(piece.seq.block_table) for piece in work))
             self.forward(_WarmUp(work))
         except Exception as exc:
             if not is_out_of_memory(exc):
@@ -393,26 +336,10 @@ class Runner:
                 f"a step of {self.step_tokens} tokens does not fit this device's memory; "
                 f"lower max_batch_prefill_tokens or max_num_seqs: {exc}"
             ) from exc
-        size = self._block_bytes()
-        per_sequence = -(-self.max_model_len // self.block_size)
-        useful = settings.max_num_seqs * per_sequence
-        self._all_block_bytes = self.ranks.total(size)
-        if settings.max_batch_total_tokens:
-            blocks = min(useful, settings.max_batch_total_tokens // self.block_size)
-        else:
-            spare = spare_bytes(self.device, settings.memory_fraction)
-            if self.device.type == "cpu":
-                spare //= self.ranks.size  # they share what there is
-            blocks = min(useful, spare // size)
-        if blocks < 1:
-            raise Misconfigured(
-                f"no memory is left for the KV cache (a block is {size:,} bytes); "
-                "use a smaller model, lower max_batch_prefill_tokens, or raise memory_fraction"
-            )
-        fitted = self._fit_cache(blocks)
-        blocks = self.ranks.least(fitted)
-        if blocks < fitted:
-            self._use_cache(blocks)
+        blocks, per_sequence = (
+            self.room.fill(settings, self.max_model_len),
+            -(-self.max_model_len // self.block_size),
+        )
         if blocks < per_sequence:  # one sequence alone must fit, or it could never finish
             self.max_model_len, self.length_knob = blocks * self.block_size, "max_batch_total_tokens"
             log.warning(
@@ -431,69 +358,6 @@ class Runner:
         logits = min(seqs, self.step_tokens) * spec.vocab_size
         return 8 * torch.float32.itemsize * (self.step_tokens * widths + logits)
 
-    def _fit_cache(self, num_blocks: int) -> int:
-        """Allocate so many blocks, or half, or half of that … Returns how many. Raises Misconfigured."""
-        blocks = num_blocks
-        while True:
-            try:
-                self._use_cache(blocks)
-            except Exception as exc:
-                if not is_out_of_memory(exc):
-                    raise
-                if blocks < 2:
-                    raise Misconfigured(
-                        f"no memory for a KV cache of {num_blocks} blocks of {self.block_size} tokens, "
-                        "nor for one block; lower max_batch_total_tokens or memory_fraction, or add memory"
-                    ) from exc
-            else:
-                return blocks
-            self.free_caches()
-            log.warning("runner.cache_halved", extra={"blocks": blocks // 2, "wanted": num_blocks})
-            blocks //= 2
-
-    def free_caches(self) -> None:
-        """Give memory back that torch keeps for the next allocation."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def host_blocks(self, gib: float) -> tuple[HostBlocks, int] | None:
-        """A place for so many bytes of blocks, on all ranks, and how many those are. None: not even one."""
-        count = int(gib * 1024**3) // self._all_block_bytes
-        return (self.reserve(count), count) if count else None
-
-    def reserve(self, count: int) -> HostBlocks:
-        """A place for so many blocks. Raises Misconfigured."""
-        try:
-            return (
-                SharedBlocks(self._cache, count, self.ranks.tell)
-                if self._leads
-                else HostBlocks(self._cache, count)
-            )
-        except Exception as exc:
-            if not is_out_of_memory(exc):
-                raise
-            raise Misconfigured(
-                f"no memory for {count} swapped blocks; lower swap_gib, or add memory: {exc}"
-            ) from exc
-
-    def _block_bytes(self) -> int:
-        shape = self._attention.block_shape()
-        return block_bytes(self.spec.num_layers, shape, self._kv_dtype, self._scales_shape())
-
-    @property
-    def _kv_dtype(self) -> torch.dtype:
-        return self._numbers.dtype if self._numbers else self.dtype
-
-    def _scales_shape(self) -> tuple[int, ...]:
-        return (self.shard.spec.num_kv_heads, self.block_size) if self._numbers else ()
-
-    def _use_cache(self, num_blocks: int) -> None:
-        layers, shape = self.spec.num_layers, self._attention.block_shape()
-        self._cache = KVCache.allocate(
-            layers, num_blocks, shape, self._kv_dtype, self.device, self._scales_shape()
-        )
-        self._attention.use(self._cache)
-
     def _summary(self) -> dict[str, object]:
         return {
             "family": self.spec.family,
@@ -503,7 +367,7 @@ class Runner:
             "kv_cache_dtype": self._numbers.name if self._numbers else self.dtype_name,
             "num_blocks": self.num_blocks,
             "kv_cache_tokens": self.num_blocks * self.block_size,
-            "kv_cache_bytes": self.num_blocks * self._block_bytes(),
+            "kv_cache_bytes": self.num_blocks * self.room.block_bytes,
             "max_model_len": self.max_model_len,
             "ranks": self.ranks.size,
             "load_s": self.load_s,

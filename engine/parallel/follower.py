@@ -34,7 +34,7 @@ class Follower:
         elif isinstance(message, Adapt):
             self._adapt(message)
         elif isinstance(message, Reserve):
-            self._host = self._runner.reserve(message.slots)
+            self._host = self._runner.room.reserve(message.slots)
         else:
             self._move(message)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from gristmill.engine.engine import Engine
 from gristmill.engine.kv_cache import CPU_LIMIT_BYTES, is_plentiful
+from gristmill.engine.kv_room import KVRoom
 from gristmill.engine.memory import is_out_of_memory
 from gristmill.engine.messages import Output, Request
 from gristmill.engine.models.tiny import write_tiny
@@ -144,14 +145,14 @@ def test_an_engine_that_shrank_grows_again_when_there_is_memory(
 def test_a_cache_that_does_not_fit_is_halved_until_it_does(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_cache = Runner._use_cache
+    use = KVRoom.use
 
-    def limited(runner: Runner, blocks: int) -> None:
+    def limited(room: KVRoom, blocks: int) -> None:
         if blocks > 200:
             ask_for_a_petabyte()
-        use_cache(runner, blocks)
+        use(room, blocks)
 
-    monkeypatch.setattr(Runner, "_use_cache", limited)
+    monkeypatch.setattr(KVRoom, "use", limited)
     assert make_engine(model).stats.total_blocks == 128
 
 

@@ -29,7 +29,7 @@ def spoken(
     model: Path, monkeypatch: pytest.MonkeyPatch, record: Record | None = None, *, overlap: bool = False
 ) -> tuple[dict[str, list[int]], int]:
     """What a mix of requests gets, one of them long; and how many sizes of batch were recorded."""
-    monkeypatch.setattr("gristmill.engine.runner.TorchAttention", FramedTorchAttention)
+    monkeypatch.setattr("gristmill.engine.kernels.TorchAttention", FramedTorchAttention)
     settings = EngineSettings(
         model=str(model),
         device="cpu",
