@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from ..schemas.errors import BrokerUnavailable, DownloadFailed, Misconfigured, StoreUnavailable
 
+T = TypeVar("T")
+
+TRIES = 6
+FIRST_PAUSE_S = 0.2
 BUSY = {
     "OverLimit",
     "RequestThrottled",
@@ -21,6 +27,26 @@ BUSY = {
 """Error codes of a service that may well answer when asked again."""
 
 _RETRY_STATUS = 429
+
+
+def patiently(
+    ask: Callable[[], T],
+    errors: Callable[[], AbstractContextManager[None]],
+    away: type[StoreUnavailable | DownloadFailed],
+) -> T:
+    """Ask again, after a while, what a network may have swallowed: hours of a transfer hang on it.
+
+    ``errors`` raises ``away`` for that; it is raised after the last try, as is everything else at once.
+    """
+    for attempt in range(TRIES):
+        try:
+            with errors():
+                return ask()
+        except away:
+            if attempt == TRIES - 1:
+                raise
+        time.sleep(random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2**attempt)
+    raise AssertionError("unreachable")
 
 
 @contextmanager

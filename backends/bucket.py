@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..schemas.errors import DownloadFailed, InvalidRequest, Misconfigured, ModelInvalid
 from ..schemas.settings import Settings
-from .aws_errors import botocore_errors, code_and_status
+from .aws_errors import botocore_errors, code_and_status, patiently
 from .places import Found, Writer, is_kept, piece_bytes, refuse_large
 from .s3 import CONNECTIONS, s3_client
 
@@ -24,8 +22,6 @@ T = TypeVar("T")
 S3_SCHEME = "s3://"
 PIECES_AHEAD = 12
 """Of one file, in memory and on their way."""
-TRIES = 6
-FIRST_PAUSE_S = 0.2
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
@@ -139,16 +135,8 @@ class Bucket:
         return f"{self.prefix}/{name}" if self.prefix else name
 
     def patiently(self, ask: Callable[[], T]) -> T:
-        """Ask again, after a while, what a network may have swallowed: hours of a download hang on it."""
-        for attempt in range(TRIES):
-            try:
-                with self.errors():
-                    return ask()
-            except DownloadFailed:
-                if attempt == TRIES - 1:
-                    raise
-            time.sleep(random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2**attempt)
-        raise AssertionError("unreachable")
+        """Ask again, after a while, what a network may have swallowed."""
+        return patiently(ask, self.errors, DownloadFailed)
 
     @contextmanager
     def errors(self) -> Generator[None]:

@@ -6,9 +6,7 @@ For the files that users name as ``s3://bucket/key``; what Gristmill itself keep
 from __future__ import annotations
 
 import io
-import random
 import re
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -16,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..schemas.errors import BadInput, InvalidRequest, Misconfigured, StoreUnavailable
 from ..schemas.settings import Settings
-from .aws_errors import botocore_errors, code_and_status
+from .aws_errors import botocore_errors, code_and_status, patiently
 from .s3 import s3_client
 
 T = TypeVar("T")
@@ -28,8 +26,6 @@ GROWTH_PARTS = 500
 """After each so many parts of an upload the next ones are larger: S3 takes 10,000 parts of any object."""
 RANGE_OF_NOTHING, CHANGED = 416, 412
 """HTTP's words for them."""
-TRIES = 6
-FIRST_PAUSE_S = 0.2
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
@@ -57,15 +53,7 @@ class Object:
 
     def patiently(self, ask: Callable[[], T]) -> T:
         """Ask again, after a while, what a network may have swallowed."""
-        for attempt in range(TRIES):
-            try:
-                with self._errors():
-                    return ask()
-            except StoreUnavailable:
-                if attempt == TRIES - 1:
-                    raise
-            time.sleep(random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2**attempt)
-        raise AssertionError("unreachable")
+        return patiently(ask, self._errors, StoreUnavailable)
 
     def check(self) -> None:
         """Raises unless the bucket is there."""

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from gristmill.backends import object_stream
+from gristmill.backends import aws_errors, object_stream
 from gristmill.producer.batch import output
 from gristmill.producer.batch.sources import FileName, open_input, refuse_same_files
 from gristmill.schemas.errors import BadInput, InvalidRequest, Misconfigured
@@ -16,7 +16,7 @@ from ..support.s3 import Proxy, S3Server
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_stream, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(aws_errors, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(object_stream, "PIECE_BYTES", 5 * 1024 * 1024)  # S3 takes no smaller parts
 
 

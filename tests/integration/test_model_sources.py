@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gristmill.backends import bucket, copying, fetched, models
+from gristmill.backends import aws_errors, bucket, copying, fetched, models
 from gristmill.backends import places as places_module
 from gristmill.backends.copying import copy
 from gristmill.backends.manifest import MANIFEST
@@ -140,7 +140,7 @@ def model(tmp_path: Path) -> Path:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny model is fetched in as many pieces as a large one."""
     monkeypatch.setattr(places_module, "PIECE_BYTES", 16_384)
-    monkeypatch.setattr(bucket, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(aws_errors, "FIRST_PAUSE_S", 0.001)
 
 
 def upload(s3: S3Server, model: Path, prefix: str = "models/tiny") -> str:
