@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -10,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from ..schemas.settings import Seconds, Settings, misconfigured
+from ..schemas.settings import Seconds, Settings, json_object, misconfigured
 from ..schemas.webhook import check_url, normal_url, secret_key
 
 Network = IPv4Network | IPv6Network
@@ -52,12 +51,7 @@ class KeeperSettings(Settings):
     @field_validator("webhook_secrets", mode="before")
     @classmethod
     def _json_object(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        try:
-            return json.loads(value or "{}")
-        except ValueError as exc:
-            raise ValueError('must be a JSON object, {"https://…": "whsec_…"}') from exc
+        return json_object(value, '{"https://…": "whsec_…"}')
 
     @field_validator("webhook_allow", mode="before")
     @classmethod

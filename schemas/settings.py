@@ -97,12 +97,7 @@ class Settings(BaseSettings):
     @field_validator("sqs_queues", mode="before")
     @classmethod
     def _json_object(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        try:
-            return json.loads(value or "{}")
-        except ValueError as exc:
-            raise ValueError('must be a JSON object, {"queue": "https://…"}') from exc
+        return json_object(value, '{"queue": "https://…"}')
 
     @model_validator(mode="after")
     def _two_renewals_may_fail(self) -> Self:
@@ -135,6 +130,16 @@ class Settings(BaseSettings):
     def results(self) -> str:
         """The result store's URL with its default filled in."""
         return self.results_url or f"file://{self.home.absolute() / 'results'}"
+
+
+def json_object(value: object, example: str) -> object:
+    """A setting that is JSON in a variable, and an object in Python. Raises ValueError, for pydantic."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value or "{}")
+    except ValueError as exc:
+        raise ValueError(f"must be a JSON object, {example}") from exc
 
 
 def load_settings(**overrides: object) -> Settings:
