@@ -9,16 +9,18 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .serving import Serving
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class HubServer:
+class HubServer(Serving):
     """Serves the directory ``files`` as model ``name``.
 
     ``sent`` counts answers with a body, by file. A file named in ``stalled`` is sent by half, and then
@@ -29,18 +31,8 @@ class HubServer:
         self.files, self.name = files, name
         self.sent: Counter[str] = Counter()
         self.stalled: set[str] = set()
-        self.half_sent, self._closing = threading.Event(), threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self.half_sent = threading.Event()
+        super().__init__(self._handler())
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         hub = self
@@ -99,7 +91,7 @@ class HubServer:
                     if stall:
                         self.wfile.flush()
                         hub.half_sent.set()
-                        while stall in hub.stalled and not hub._closing.wait(0.02):
+                        while stall in hub.stalled and not hub.closing.wait(0.02):
                             pass
                     self.wfile.write(data[half:])
 

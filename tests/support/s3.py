@@ -10,13 +10,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
 import pytest
 from gristmill.schemas.settings import Settings
+
+from .serving import Serving
 
 
 class S3Server:
@@ -45,7 +47,7 @@ class S3Server:
         )
 
 
-class Proxy:
+class Proxy(Serving):
     """Passes requests on, but for those that ``faults`` says, first come first served.
 
     ``(status, code)`` is answered as such; ``drop`` closes the connection unanswered; ``lose reply`` passes
@@ -59,18 +61,7 @@ class Proxy:
         self.faults: deque[str | tuple[int, str]] = deque()
         self.down: str | tuple[int, str] | None = None
         self.requests = 0
-        self._closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(self._handler())
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         proxy = self
@@ -87,7 +78,7 @@ class Proxy:
                     return
                 body = self._body()
                 if fault == "stall":
-                    proxy._closing.wait(10)
+                    proxy.closing.wait(10)
                     self._hang_up()
                     return
                 if isinstance(fault, tuple):
