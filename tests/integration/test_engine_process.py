@@ -21,23 +21,13 @@ from gristmill.engine.process import EngineProcess
 from gristmill.engine.settings import EngineSettings
 from gristmill.schemas.errors import EngineUnavailable, InvalidRequest, ModelNotFound
 
+from ..support.engines import READY_S, tiny_settings
 from ..support.waiting import LOADED_S, wait_until
-
-READY_S = 60.0
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
-    model = write_tiny(tmp_path_factory.mktemp("tiny"))
-    return EngineSettings(
-        model=str(model),
-        dtype="float32",
-        attention="torch",
-        num_threads=1,
-        max_num_seqs=16,
-        max_batch_prefill_tokens=64,
-        max_batch_total_tokens=2048,
-    )
+    return tiny_settings(write_tiny(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,8 @@ from gristmill.engine.process import EngineProcess
 from gristmill.engine.settings import EngineSettings
 from gristmill.engine.spawn import begin_early
 
-from ..support.waiting import LOADED_S
+from ..support.engines import READY_S, tiny_settings
 
-START_S = 60 + LOADED_S
 OURS = ("aten::", "mkldnn::", "onednn::", "prims::", "quantized::")
 
 PROBE = """
@@ -56,17 +55,7 @@ sys.meta_path.insert(0, Odd())
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
-    model = write_tiny(tmp_path_factory.mktemp("tiny"))
-    return EngineSettings(
-        model=str(model),
-        device="cpu",
-        dtype="float32",
-        attention="torch",
-        num_threads=1,
-        max_num_seqs=4,
-        max_batch_prefill_tokens=64,
-        max_batch_total_tokens=1024,
-    )
+    return tiny_settings(write_tiny(tmp_path_factory.mktemp("tiny")))
 
 
 def kernels(key: str) -> set[str]:
@@ -78,7 +67,7 @@ def test_a_step_looks_into_nothing_that_was_left_out_and_makes_the_same_tokens(
     settings: EngineSettings,
 ) -> None:
     run = [sys.executable, "-P", "-c", PROBE, settings.model_dump_json()]
-    found = json.loads(subprocess.run(run, check=True, capture_output=True, timeout=START_S).stdout)
+    found = json.loads(subprocess.run(run, check=True, capture_output=True, timeout=READY_S).stdout)
     assert "torch._meta_registrations" in found["left_out"]
     assert "torch.export" in found["left_out"]
 
@@ -102,9 +91,9 @@ def test_a_torch_that_cannot_be_read_in_parts_is_read_whole_by_a_new_start(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with EngineProcess(settings) as engine:
         pid = engine.pid
-        engine.wait_ready(START_S)
+        engine.wait_ready(READY_S)
         engine.add([Request(id="a", prompt_ids=[5], max_tokens=1, ignore_eos=True)])
-        report = engine.recv(START_S)
+        report = engine.recv(READY_S)
         assert isinstance(report, Step)
         assert engine.pid == pid
     assert "engine.whole_torch" in capfd.readouterr().err
@@ -114,9 +103,9 @@ def test_an_engine_begun_early_is_the_next_one(settings: EngineSettings) -> None
     pid = begin_early()
     with EngineProcess(settings) as engine:
         assert engine.pid == pid
-        engine.wait_ready(START_S)
+        engine.wait_ready(READY_S)
         engine.add([Request(id="a", prompt_ids=[5], max_tokens=1, ignore_eos=True)])
-        assert isinstance(engine.recv(START_S), Step)
+        assert isinstance(engine.recv(READY_S), Step)
 
 
 def test_what_was_begun_otherwise_than_it_is_wanted_ends(
@@ -138,7 +127,7 @@ def test_what_was_begun_otherwise_than_it_is_wanted_ends(
 def test_what_nobody_wants_ends_with_who_began_it() -> None:
     code = "from gristmill.engine.spawn import begin_early; print(begin_early())"
     said = subprocess.run(
-        [sys.executable, "-P", "-c", code], check=True, capture_output=True, timeout=START_S
+        [sys.executable, "-P", "-c", code], check=True, capture_output=True, timeout=READY_S
     )
     assert int(said.stdout) > 0
     assert said.stderr == b"", "run() waited for that process, too, which holds this pipe"

@@ -5,34 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from gristmill.engine.engine import Engine
 from gristmill.engine.messages import Failed, Request, Step
 from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.process import DIED, EngineProcess
-from gristmill.engine.settings import EngineSettings
 from gristmill.schemas.errors import Misconfigured
 
+from ..support.engines import READY_S, tiny_settings
 from ..support.waiting import LOADED_S, wait_until
-
-READY_S = 60.0
-
-
-def settings(model: Path, ranks: int, **knobs: Any) -> EngineSettings:
-    return EngineSettings(
-        model=str(model),
-        device="cpu",
-        dtype="float32",
-        attention="torch",
-        num_threads=1,
-        max_num_seqs=8,
-        max_batch_prefill_tokens=64,
-        max_batch_total_tokens=2048,
-        tensor_parallel_size=ranks,
-        **knobs,
-    )
 
 
 def requests(max_tokens: int) -> list[Request]:
@@ -44,7 +26,7 @@ def requests(max_tokens: int) -> list[Request]:
 
 def test_two_processes_say_what_one_says_and_end_when_either_is_killed(tmp_path: Path) -> None:
     model = write_tiny(tmp_path)
-    direct = Engine(settings(model, 1))
+    direct = Engine(tiny_settings(model))
     for request in requests(20):
         direct.add(request)
     expected: dict[str, list[int]] = {}
@@ -52,7 +34,7 @@ def test_two_processes_say_what_one_says_and_end_when_either_is_killed(tmp_path:
         for output in direct.step():
             expected.setdefault(output.id, []).extend(output.token_ids)
 
-    with EngineProcess(settings(model, 2)) as engine:
+    with EngineProcess(tiny_settings(model, tensor_parallel_size=2)) as engine:
         engine.wait_ready(READY_S)
         engine.add(requests(20))
         said: dict[str, list[int]] = {}
@@ -77,7 +59,7 @@ def test_two_processes_say_what_one_says_and_end_when_either_is_killed(tmp_path:
         assert f"lost rank 1 (pid {pids[1]}), which was ended by SIGKILL" in last.message
         gone(pids)
 
-    with EngineProcess(settings(model, 2)) as engine:
+    with EngineProcess(tiny_settings(model, tensor_parallel_size=2)) as engine:
         engine.wait_ready(READY_S)
         pids = engine.rank_pids
         os.kill(pids[0], signal.SIGKILL)
@@ -93,7 +75,7 @@ def gone(pids: list[int]) -> None:
 
 def test_a_model_that_cannot_be_cut_is_refused_at_start_up(tmp_path: Path) -> None:
     model = write_tiny(tmp_path, num_attention_heads=1, num_key_value_heads=1)
-    with EngineProcess(settings(model, 2)) as engine:
+    with EngineProcess(tiny_settings(model, tensor_parallel_size=2)) as engine:
         with pytest.raises(
             Misconfigured, match=r"tensor_parallel_size is 2, .* 1 attention heads in 1 groups"
         ):
