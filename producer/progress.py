@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 from ..schemas.batch import BatchStatus
 from .batch.forecast import Progress
@@ -24,7 +25,7 @@ _DOING = {
 def show_progress() -> Generator[Callable[[Progress], None]]:
     """Gives what to call with the progress, as often as you like."""
     if sys.stderr.isatty():
-        with _bar() as report:
+        with _rows() as report:
             yield report
     else:
         yield Lines().report
@@ -37,29 +38,47 @@ def silent() -> Generator[Callable[[Progress], None]]:
 
 
 @contextmanager
-def _bar() -> Generator[Callable[[Progress], None]]:
+def bar(*names: str) -> Generator[Callable[..., None]]:
+    """A bar on stderr, gone at its end: a description, the bar, and ``names``: fields of it, or ``count`` and
+    ``elapsed``. Gives what to call with what has changed; ``anew=True`` begins it from nothing.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (
+    known: dict[str, ProgressColumn] = {"count": MofNCompleteColumn(), "elapsed": TimeElapsedColumn()}
+    columns = [known.get(name, TextColumn(f"{{task.fields[{name}]}}")) for name in names]
+    console = Console(stderr=True)
+    shown = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rest]}"),
-        TimeElapsedColumn(),
+        *columns,
+        console=console,
+        transient=True,
+        refresh_per_second=5,
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True, refresh_per_second=5) as bar:
-        task = bar.add_task("starting", total=None, rest="")
+    with shown:
+        task = shown.add_task("starting", total=None, rest="")
+
+        def update(*, anew: bool = False, **fields: Any) -> None:
+            if anew:
+                shown.reset(task)
+            shown.update(task, **fields)
+
+        yield update
+
+
+@contextmanager
+def _rows() -> Generator[Callable[[Progress], None]]:
+    with bar("count", "rest", "elapsed") as update:
 
         def report(progress: Progress) -> None:
             validating = progress.status is BatchStatus.VALIDATING
-            bar.update(
-                task,
+            update(
                 description=_doing(progress),
                 total=progress.rows or None,
                 completed=progress.validated if validating else progress.ended,
-                rest="" if validating else rest(progress),
+                rest="" if validating or progress.status is None else rest(progress),
             )
 
         yield report

@@ -9,37 +9,29 @@ from contextlib import contextmanager
 
 from ..backends.progress import Pace, Progress, size
 from .console import say
-from .progress import LINE_EVERY_S, duration
+from .progress import LINE_EVERY_S, bar, duration
 
 
 @contextmanager
 def show_transfer() -> Generator[Callable[[Progress], None]]:
     """Gives what to call with the progress, from one thread at a time."""
     if sys.stderr.isatty():
-        with _bar() as report:
+        with _bytes() as report:
             yield report
     else:
         yield _Lines().report
 
 
 @contextmanager
-def _bar() -> Generator[Callable[[Progress], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rest]}"))
+def _bytes() -> Generator[Callable[[Progress], None]]:
     pace, stage = Pace(), ""
-    with Bar(*columns, console=Console(stderr=True), transient=True, refresh_per_second=5) as bar:
-        task = bar.add_task("starting", total=None, rest="")
+    with bar("rest") as update:
 
         def report(progress: Progress) -> None:
             nonlocal stage
-            if progress.stage != stage:
-                stage = progress.stage
-                bar.reset(task)
-            bar.update(
-                task,
+            anew, stage = progress.stage != stage, progress.stage
+            update(
+                anew=anew,
                 description=progress.stage,
                 completed=progress.done,
                 total=progress.total or None,
