@@ -22,7 +22,7 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # May read the process environment, and why. Everybody else is handed a frozen settings object.
 READ_ENVIRONMENT: dict[str, str] = {
     "engine/guided/checker.py": "hands it on to the child",
-    "engine/process.py": "hands it on to the child, and says how its threads wait",
+    "engine/spawn.py": "hands it on to the child, and says how its threads wait",
     "schemas/home.py": "the XDG base directory rule, without pydantic-settings",
 }
 
