@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_passes import READY_S, circumstances, engine_pass
 from gristmill.backends.models import pull
+from gristmill.engine.messages import Output, Request, Step
 from gristmill.engine.process import EngineProcess
 from gristmill.engine.settings import EngineSettings
 from gristmill.producer import Client
@@ -52,7 +53,7 @@ def main() -> None:
             alone.append(engine_pass(engine, rows).seconds)
             queued.append(queue_pass(client, rows))
             say(f"pass {turn + 1}: engine {alone[-1]:.1f} s, queue {queued[-1]:.1f} s")
-        pickups, first_tokens = pick_ups(client, log)
+        pickups, first_tokens, straight = pick_ups(client, log, engine)
 
     asked = sum(row.max_tokens for row in rows)
     report = {
@@ -64,6 +65,8 @@ def main() -> None:
         "queue_passes_s": [round(s, 2) for s in queued],
         "pickup_ms": quantiles(pickups),
         "first_token_ms": quantiles(first_tokens),
+        "engine_first_token_ms": quantiles(straight),
+        "queue_adds_ms": round(statistics.median(first_tokens) - statistics.median(straight), 2),
         "workload": "w1" + (" quick: 32 requests" if args.quick else ""),
         "output_tokens": asked,
         "seed": args.seed,
@@ -131,18 +134,34 @@ def queue_pass(client: Client, rows: Sequence[Any]) -> float:
     return seconds
 
 
-def pick_ups(client: Client, log: Path) -> tuple[list[float], list[float]]:
-    """Milliseconds from submit until an idle worker's engine has the job, and until a follower reads."""
+def pick_ups(
+    client: Client, log: Path, engine: EngineProcess
+) -> tuple[list[float], list[float], list[float]]:
+    """Milliseconds from submit until an idle worker's engine has the job, and until a follower reads; and
+    until the engine straight has the same token, in turns."""
     seen = len(log.read_text())
     first_tokens: list[float] = []
+    straight: list[float] = []
     for n in range(PICKUPS):
+        prompt = [504 + n, 28, 260]
         started = time.monotonic()
-        job = client.submit(prompt_ids=[504 + n, 28, 260], max_tokens=1, temperature=0.0, stream=True)
+        job = client.submit(prompt_ids=prompt, max_tokens=1, temperature=0.0, stream=True)
         next(iter(job.stream()))
         first_tokens.append(1000 * (time.monotonic() - started))
         job.result(timeout_s=60)
+        started = time.monotonic()
+        engine.add([Request(id=f"first-{n}", prompt_ids=prompt, max_tokens=1, temperature=0.0)])
+        while not any(output.token_ids for output in answered(engine)):
+            pass
+        straight.append(1000 * (time.monotonic() - started))
     found = re.findall(r"job\.submitted .*pickup_s=([0-9.]+)", log.read_text()[seen:])
-    return [1000 * float(seconds) for seconds in found], first_tokens
+    return [1000 * float(seconds) for seconds in found], first_tokens, straight
+
+
+def answered(engine: EngineProcess) -> list[Output]:
+    report = engine.recv(READY_S)
+    assert isinstance(report, Step), report
+    return report.outputs
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
