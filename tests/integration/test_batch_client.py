@@ -134,11 +134,15 @@ def test_rows_from_a_program_become_a_batch_and_equal_ones_are_computed_once(
     assert sum(each.completion_tokens for each in times) == ended.usage.completion_tokens
     assert all(each.first_token_at <= each.finished_at for each in times)
     answered = list(handle.lines())
-    wait_until(lambda: worker.metric("requests_finished_total") >= 5, 60, "they are counted")
-    assert worker.metric("requests_finished_total") == 5
+
+    def succeeded() -> float:
+        return worker.metric("requests_finished_total", 'state="succeeded"')
+
+    wait_until(lambda: succeeded() >= 5, 60, "they are counted")
+    assert succeeded() == 5
     fed = worker.metric("engine_tokens_total")
     used = batches.submit(islice(rows(), 5), **shape).wait(WAIT_S).usage
-    wait_until(lambda: worker.metric("requests_finished_total") == 10, 60, "and five alone")
+    wait_until(lambda: succeeded() == 10, 60, "and five alone")
     assert worker.metric("engine_tokens_total") == 2 * fed > 0, "a hundred rows cost what five do"
     assert (ended.usage.prompt_tokens, used.completion_tokens) == (used.prompt_tokens, 10)
     assert {row.custom_id for row in answered} == {str(n) for n in range(100)}

@@ -50,12 +50,14 @@ class Worker:
     def said(self, event: str, count: int = 1) -> bool:
         return self.log.read_text().count(event) >= count
 
-    def metric(self, name: str) -> float:
-        """One sample of its page; 0 if there is none."""
+    def metric(self, name: str, label: str = "") -> float:
+        """The first sample of its page that has ``label``; 0 if there is none."""
         found = re.search(r"health=127\.0\.0\.1:(\d+)", self.log.read_text())
         assert found
         with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/metrics", timeout=10) as page:
-            value = re.search(rf"^gristmill_{name}\{{[^}}]*\}} (\S+)", page.read().decode(), re.MULTILINE)
+            value = re.search(
+                rf"^gristmill_{name}\{{[^}}]*{label}[^}}]*\}} (\S+)", page.read().decode(), re.MULTILINE
+            )
         return float(value[1]) if value else 0.0
 
     def kill(self) -> None:
