@@ -87,7 +87,7 @@ class Arrays:
     starts: Int32
     """Position of each sequence's first fed token; keys before it are in the cache already."""
     tables: Int32
-    """[S, widest]: block ids; a row's rest is zero and never read."""
+    """[S, widest]: block ids; a row's rest is zero, and its keys are never read."""
 
 
 @dataclass(frozen=True, slots=True)

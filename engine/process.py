@@ -88,6 +88,7 @@ class EngineProcess:
     def start(self) -> None:
         """Start the process and return at once; ``wait_ready`` waits for the model to be loaded."""
         assert self._process is None, "an EngineProcess is started once"
+        assert not self._stopping, "it has been stopped"
         module, followers = QUICK if will_do(self._settings) else WHOLE, self._followers
         spawned = take_early(module) or spawn(
             module, followers.arguments, followers.descriptors, followers.environment

@@ -38,8 +38,9 @@ class EngineSettings(BaseModel):
     dtype: DType = "auto"
     """auto: bfloat16 where the hardware multiplies it, otherwise float16 (CUDA) or float32 (CPU)."""
     quantize: Quantize | None = None
-    """Linears in fewer bits, the output layer excepted: nf4 and fp4 (4 bits), eetq (int8), fp8, or int8,
-    which on CPUs has inputs in int8, too, and is the fastest there. TGI's names are known, too."""
+    """Linears in fewer bits (for the output layer see ``quantize_head``): nf4 and fp4 (4 bits), eetq (int8),
+    fp8, or int8, which on CPUs has inputs in int8, too, and is the fastest there. TGI's names are known, too.
+    """
     quantize_head: bool = True
     """CPU with a matrix unit, quantize int8: the output layer's weights, too, a fifth of what a small model
     reads; its inputs are not rounded."""

@@ -6,6 +6,7 @@ settings. Light: whoever calls ``begin_early`` first has not paid for anything e
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
 
 REPORT_BUFFER_BYTES = 8192
 """Reports that may lie unread; the kernel takes twice this, its own overhead included. That is some ten steps
@@ -36,7 +39,7 @@ class Spawned:
     environment: dict[str, str]
 
     def end(self) -> None:
-        """It has no settings and will not get any: it ends by itself, quietly."""
+        """It has no settings and will not get any."""
         self.sock.close()
         assert self.process.stdin
         with suppress(OSError):
@@ -86,8 +89,16 @@ def take_early(module: str) -> Spawned | None:
     if not _early:
         return None
     found = _early.pop()
-    alike = found.environment == {**SPIN_BRIEFLY, **os.environ}
-    if module == QUICK and alike and found.process.poll() is None:
+    now = {**SPIN_BRIEFLY, **os.environ}
+    changed = sorted(name for name, _ in found.environment.items() ^ now.items())
+    if module == QUICK and not changed and found.process.poll() is None:
         return found
+    log.info("engine.begun_in_vain", extra={"module": module, "environment": changed})
     found.end()
     return None
+
+
+def drop_early() -> None:
+    """Nobody will want what was begun, if anything was."""
+    while _early:
+        _early.pop().end()

@@ -10,7 +10,7 @@ import click
 from ..backends import logs
 from ..engine.quick_torch import will_do
 from ..engine.settings import KVDType, Quantize
-from ..engine.spawn import begin_early
+from ..engine.spawn import begin_early, drop_early
 from .settings import load_worker_settings
 
 EXAMPLES = """\b
@@ -136,9 +136,12 @@ def run(debug: bool, **flags: Any) -> None:
         logs.install(settings.log_format, settings.log_level)
         if will_do(settings):
             begin_early()  # beside what follows
-        from .app import WorkerApp  # slow: only once the settings are right
+        try:
+            from .app import WorkerApp  # slow: only once the settings are right
 
-        code = WorkerApp(settings).run()
+            code = WorkerApp(settings).run()
+        finally:
+            drop_early()
     sys.exit(code)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from .settings import WorkerSettings
 
 DECISIVE = (
-    *("quantize", "kv_cache_dtype", "max_total_tokens", "default_max_tokens"),
-    *("watermark_gamma", "watermark_delta"),
+    *("quantize", "quantize_head", "deterministic", "kv_cache_dtype"),
+    *("max_total_tokens", "default_max_tokens", "watermark_gamma", "watermark_delta"),
 )
 """Settings under which the same request may be answered otherwise. Kernels, batching and speculation are
-none: what they change is rounding, and which tokens nearly tie."""
+none: what they change is rounding, and which tokens nearly tie. Deterministic mode also unpacks weights."""
 SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 WHOLE_BYTES = 4 << 20
 PAGES, PAGE_BYTES = 256, 4096

@@ -18,8 +18,7 @@ from ..batch import Batch, Int32
 QUERY_ROWS = 48
 """Query rows (tokens x heads of a group) of a work item: they share each key and value read."""
 SPLIT_TOKENS = 512
-"""A decode row with more keys than this is cut into pieces of this size, computed in parallel and merged.
-The cut depends on the row's own length only, so that it is the same in any batch."""
+"""A decode row with more keys than this is cut into pieces of this size, computed in parallel and merged."""
 NEVER = 2**31 - 1
 SHARERS, SHARED_TOKENS = 4, 128
 """So many rows and common keys, or more: below, merging costs what sharing saves."""
@@ -107,21 +106,29 @@ def shared_prefixes(batch: Batch, block_size: int) -> list[tuple[list[int], int]
     No sequence is in two groups; whoever is in none has no group to its advantage, or a better one is taken.
     """
     able = np.flatnonzero((batch.counts <= SHARING_COUNT) & (batch.starts >= SHARED_TOKENS))
+    if len(able) < SHARERS:
+        return []
+    # Who shares enough shares this block; most steps end here, whose rows share none.
+    at = batch.tables[able, max(0, SHARED_TOKENS // block_size - 1)]
+    _, which, sizes = np.unique(at, return_inverse=True, return_counts=True)
     groups: list[tuple[list[int], int]] = []
-    while len(able) >= SHARERS:
-        alike = able[batch.tables[able, 0] == batch.tables[able[0], 0]]
-        taken = alike[:1]
-        if len(alike) >= SHARERS:
-            equal = np.logical_and.accumulate(batch.tables[alike] == batch.tables[alike[0]], axis=1).sum(1)
-            common = np.minimum(equal, batch.starts[alike] // block_size) * block_size
-            longest = np.sort(common)[::-1]
-            saved = np.arange(len(alike)) * longest
-            best = int(saved.argmax())
-            if best + 1 >= SHARERS and longest[best] >= SHARED_TOKENS:
-                taken = alike[common >= longest[best]]
-                groups.append((taken.tolist(), int(longest[best])))
-        able = np.setdiff1d(able, taken, assume_unique=True)
+    for each in np.flatnonzero(sizes >= SHARERS):
+        alike = able[which == each]
+        while len(alike) >= SHARERS and (found := _best_group(batch, alike, block_size)):
+            groups.append(found)
+            alike = np.setdiff1d(alike, found[0], assume_unique=True)
     return groups
+
+
+def _best_group(batch: Batch, alike: NDArray[np.int64], block_size: int) -> tuple[list[int], int] | None:
+    """Those that share most with the first: so many times so long that most is saved. None: too little."""
+    equal = np.logical_and.accumulate(batch.tables[alike] == batch.tables[alike[0]], axis=1).sum(1)
+    common = np.minimum(equal, batch.starts[alike] // block_size) * block_size
+    longest = np.sort(common)[::-1]
+    best = int((np.arange(len(alike)) * longest).argmax())
+    if best + 1 < SHARERS or longest[best] < SHARED_TOKENS:
+        return None
+    return alike[common >= longest[best]].tolist(), int(longest[best])
 
 
 def _add_group(

@@ -25,11 +25,13 @@ inline void span_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
                           const Scoring& how) {
   const int count = seen(s, r0, n, start, end, SPAN), groups = (count + LANES - 1) / LANES;
   if (count == 0) return;
+  const int oldest = *std::min_element(s.first.begin() + r0, s.first.begin() + r0 + n);
+  const int from = std::max(0, oldest - start) / TILE * TILE_GROUPS;           // tiles before a window weigh nothing
   vf dots[16 * SPAN_GROUPS];
   alignas(64) bf16 p[16 * SPAN], tail[LANES * 256];
   alignas(64) float fade[LANES];
   const bf16* q = s.q.data() + size_t(r0) * dim16;
-  for (int g = 0; g < groups; g += TILE_GROUPS) {
+  for (int g = from; g < groups; g += TILE_GROUPS) {
     const Tile<bf16>&now = tiles[g / TILE_GROUPS], &next = tiles[g / TILE_GROUPS + 1];
     __asm__ volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::);
     for (int d = 0; d < dim16; d += 32) {
@@ -53,9 +55,9 @@ inline void span_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
     TILE_STORE(2, dots + g + 2, SPAN_GROUPS * 64);
     TILE_STORE(3, dots + g + 3, SPAN_GROUPS * 64);
   }
-  if (how.bent()) bend<SPAN_GROUPS>(s, r0, n, start, groups, how, dots);
-  soften<SPAN_GROUPS>(s, r0, n, start, end, groups, how.factor(), dots, p, fade);
-  if (how.packed) weigh<SPAN_GROUPS>(s, n, groups, p);
+  if (how.bent()) bend<SPAN_GROUPS>(s, r0, n, start, from, groups, how, dots);
+  soften<SPAN_GROUPS>(s, r0, n, start, end, from, groups, how.factor(), dots, p, fade);
+  if (how.packed) weigh<SPAN_GROUPS>(s, n, from, groups, p);
   float* acc = s.acc.data() + size_t(r0) * dim16;
   fade_rows(acc, n, dim16, fade);
   const bf16* last = tiles[(groups - 1) / TILE_GROUPS].values[(groups - 1) % TILE_GROUPS];
@@ -74,7 +76,7 @@ inline void span_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
       TILE_LOAD(2, acc + d + 32, dim16 * 4);
       TILE_LOAD(3, acc + d + 48, dim16 * 4);
     }
-    for (int g = 0; g < groups; g++) {
+    for (int g = from; g < groups; g++) {
       const bf16* v = (g + 1 < groups ? tiles[g / TILE_GROUPS].values[g % TILE_GROUPS] : last) + d * 2;
       TILE_LOAD(6, p + g * LANES, SPAN * 2);
       TILE_LOAD(7, v, dim16 * 4);

@@ -1,6 +1,6 @@
 // Gristmill's CPU matrix products for linear layers: x [rows, in] times a weight [out, in], in bf16 on Intel's matrix
 // unit, in int8 there or with AVX-512's dot products. Plain C functions over raw pointers, like kernels.cpp.
-// A weight in int8 may also meet x in bf16: its panels are then widened, each once, before they meet the rows.
+// A weight in int8 may also meet x in bf16: its panels are then widened before they meet the rows.
 //
 // Weights are packed once into tiles of 16 outputs by 64 bytes of inputs, with each 4 bytes of inputs side by side, as
 // the matrix unit and vpdpbusd both want them; two tiles make a step of a panel of 32 outputs. Rows of x are copied

@@ -28,6 +28,7 @@ PANEL = 32
 TILE, TILE_BYTES = 16, 1024
 AMX, VNNI = 1, 2
 PLAIN, HALVES, GATED = 0, 1, 2
+PACKED_AT_ONCE = 64 * PANEL
 TOLERANCE = 2**-7
 """Of the largest result: a rounding to bf16."""
 _p, _i, _q, _f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -81,10 +82,13 @@ class Product(ABC):
     ) -> None:
         """``weight``: what is packed. ``arrays``: numbers for each output beside the bias."""
         self._products, (self._outputs, self._inputs) = products, weight.shape
-        self._weight = products.pack(weight)
+        self._weight = self._packed(weight)
         self._arrays = [_filled(each) for each in arrays]
         self._bias = None if bias is None else _filled(bias.float())
         self._form = PLAIN
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        return self._products.pack(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, out], in the dtype of ``x``."""
@@ -150,8 +154,15 @@ class Narrow(Product):
     tile_bytes = TILE_BYTES // 2
 
     def __init__(self, products: Products, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-        super().__init__(products, codes.to(torch.bfloat16), bias, (scales.float(),))
-        self._weight = self._weight.view(torch.bfloat16).to(torch.int8).view(torch.uint8)
+        super().__init__(products, codes, bias, (scales.float(),))
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        """Some outputs at a time: they are packed as bfloat16 is."""
+        parts: list[Tensor] = []
+        for first in range(0, len(weight), PACKED_AT_ONCE):
+            part = self._products.pack(weight[first : first + PACKED_AT_ONCE].to(torch.bfloat16))
+            parts.append(part.view(torch.bfloat16).to(torch.int8).view(torch.uint8))
+        return torch.cat(parts)
 
     def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
         assert x.dtype == torch.bfloat16, x.dtype

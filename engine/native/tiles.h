@@ -37,14 +37,14 @@ struct Scoring {
   float factor() const { return bent() ? 1.f : scale * LOG2E; }                // what is left to soften()
 };
 
-// Scores that are more than scaled: by their keys, then capped, then biased by how far back a key is. In one place for all sizes, out of
-// the way of the others; products are rounded (vectors.h) so that a row's bits do not depend on n.
+// Scores that are more than scaled: by their keys, then capped, then biased by how far back a key is. In one place for
+// all sizes, out of the way of the others; products are rounded (vectors.h) so that a row's bits do not depend on n.
 template <int G, class T>
-__attribute__((noinline)) void bend(const Rows<T>& s, int r0, int n, int start, int groups, const Scoring& how,
-                                    vf* dots) {
+__attribute__((noinline)) void bend(const Rows<T>& s, int r0, int n, int start, int from, int groups,
+                                    const Scoring& how, vf* dots) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int r = 0; r < n; r++)
-    for (int g = 0; g < groups; g++) {
+    for (int g = from; g < groups; g++) {
       vf score = dots[r * G + g] * how.scale;
       if (how.packed) score *= load(s.key_scales + g * LANES);
       if (how.cap > 0) score = tanhv(score / how.cap) * how.cap;
@@ -58,10 +58,10 @@ __attribute__((noinline)) void bend(const Rows<T>& s, int r0, int n, int start, 
     }
 }
 
-// Weights p [n][TILE] take in the scales of the values. What is hidden weighs 0, whatever its scale may be.
-template <int G, class T> __attribute__((noinline)) void weigh(const Rows<T>& s, int n, int groups, T* p) {
+// Weights p [n][16 G] take in the scales of the values. What is hidden weighs 0, whatever its scale may be.
+template <int G, class T> __attribute__((noinline)) void weigh(const Rows<T>& s, int n, int from, int groups, T* p) {
   for (int r = 0; r < n; r++)
-    for (int g = 0; g < groups; g++) {
+    for (int g = from; g < groups; g++) {
       T* at = p + (r * G + g) * LANES;
       const vf weight = load(at), scaled = weight * load(s.value_scales + g * LANES);
       store(at, weight > 0.f ? scaled : vf{});
@@ -76,17 +76,17 @@ template <class T> inline int seen(const Rows<T>& s, int r0, int n, int start, i
   return high <= start || low >= start + keys ? 0 : std::min(keys, high - start);
 }
 
-// Scores to weights, for n rows: dots [n][G] -> p [n][16 G]; fade[r] is what the sums so far are worth now. Dots are
+// Scores to weights, for n rows and groups [from, groups): dots [n][G] -> p [n][16 G]; fade[r] is what the sums so far are worth now. Dots are
 // overwritten.
 template <int G, class T>
-inline void soften(Rows<T>& s, int r0, int n, int start, int end, int groups, float scale, vf* dots, T* p,
+inline void soften(Rows<T>& s, int r0, int n, int start, int end, int from, int groups, float scale, vf* dots, T* p,
                    float* fade) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   alignas(64) float tops[LANES] = {}, peak[LANES] = {};
   for (int r = 0; r < n; r++) {
     const int limit = std::min(s.limit[r0 + r], end) - start, first = s.first[r0 + r] - start;
     vf *row = dots + r * G, top = splat(-1e30f);
-    for (int g = 0; g < groups; g++) {
+    for (int g = from; g < groups; g++) {
       vf score = row[g] * scale;
       if (first > 0 || limit < groups * LANES) {
         const vi at = lane + g * LANES;
@@ -107,7 +107,7 @@ inline void soften(Rows<T>& s, int r0, int n, int start, int end, int groups, fl
     const vf* row = dots + r * G;
     vf total = load(s.l.data() + size_t(r0 + r) * LANES) * fade[r];
     rounded(total);
-    for (int g = 0; g < groups; g++) {
+    for (int g = from; g < groups; g++) {
       const vf e = exp2v(row[g] - peak[r]);
       total += e;
       store(p + (r * G + g) * LANES, e);
@@ -138,11 +138,11 @@ inline void tile_step(Rows<T>& s, int r0, int start, int end, const Tile<T>& til
     scores<R, TILE_GROUPS>(q, dim16, tile.keys, next.keys, dim16, dots[0]);
   else
     for (int g = 0; g < groups; g++) scores<R, 1>(q, dim16, tile.keys + g, next.keys + g, dim16, dots[0] + g);
-  if (how.bent()) bend<TILE_GROUPS>(s, r0, R, start, groups, how, dots[0]);
+  if (how.bent()) bend<TILE_GROUPS>(s, r0, R, start, 0, groups, how, dots[0]);
   alignas(64) T p[R * TILE];
   alignas(64) float fade[LANES];
-  soften<TILE_GROUPS>(s, r0, R, start, end, groups, how.factor(), dots[0], p, fade);
-  if (how.packed) weigh<TILE_GROUPS>(s, R, groups, p);
+  soften<TILE_GROUPS>(s, r0, R, start, end, 0, groups, how.factor(), dots[0], p, fade);
+  if (how.packed) weigh<TILE_GROUPS>(s, R, 0, groups, p);
   float* acc = s.acc.data() + size_t(r0) * dim16;
   fade_rows(acc, R, dim16, fade);
   int d = 0;

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 
 from gristmill.engine.spawn import begin_early
+from gristmill.worker.settings import load_worker_settings
 
-begin_early()  # as a worker does, before it imports the rest
+load_worker_settings(model=sys.argv[1])
+begin_early()  # where a worker does: its settings are right, and the rest is not imported
 
 from gristmill.engine.messages import Failed, Request
 from gristmill.engine.process import EngineProcess

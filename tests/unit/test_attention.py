@@ -11,7 +11,13 @@ import pytest
 import torch
 from gristmill.engine.attention.backend import Attention
 from gristmill.engine.attention.native_backend import NativeAttention
-from gristmill.engine.attention.native_work import SHARED_TOKENS, SPLIT_TOKENS, Work, plan_work
+from gristmill.engine.attention.native_work import (
+    SHARED_TOKENS,
+    SHARING_COUNT,
+    SPLIT_TOKENS,
+    Work,
+    plan_work,
+)
 from gristmill.engine.attention.torch_backend import TorchAttention
 from gristmill.engine.batch import pack
 from gristmill.engine.kv_cache import KVCache
@@ -257,16 +263,18 @@ SHARED = 3 * SHARED_TOKENS // 2
     [
         (spec_of(9, 3, 64), torch.bfloat16, None),
         (spec_of(6, 2, 32, 150, **BENT["both"]), torch.float32, None),
+        (spec_of(6, 2, 32, 150, **BENT["both"]), torch.bfloat16, None),
         (spec_of(4, 4, 20, ropes=(None,)), torch.float32, INT8),
+        (spec_of(4, 4, 64, ropes=(None,)), torch.bfloat16, INT8),
     ],
-    ids=["bf16", "bent in a window", "int8"],
+    ids=["bf16", "bent in a window", "bent in a window, bf16", "int8", "int8, bf16"],
 )
 @pytest.mark.parametrize("kind", ["cpu", "cpu-apart"])
 def test_rows_that_begin_alike_read_together_what_they_would_alone(
     kind: str, spec: ModelSpec, dtype: torch.dtype, numbers: Numbers | None
 ) -> None:
     torch.manual_seed(0)
-    width, rows, own = spec.q_size + 2 * spec.kv_size, 7, 40
+    width, rows, own = spec.q_size + 2 * spec.kv_size, 7, 300
     prefix, tails = torch.randn(SHARED, width).to(dtype), torch.randn(rows, own, width).to(dtype)
     common, each = list(range(SHARED // 16)), -(-own // 16)
     fed = [
@@ -279,12 +287,14 @@ def test_rows_that_begin_alike_read_together_what_they_would_alone(
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
     at = SHARED
     while at < SHARED + own:
-        counts = [min(1 + (i * at) % 5, SHARED + own - at) for i in range(rows)]
+        long = at % 3 == 0  # a stretch, whose rows are many; then guesses, of which one is right
+        counts = [min(67 if long else 1 + (i * at) % 5, SHARED + own - at) for i in range(rows)]
         at += (least := min(counts))
         for seq in fed:
             seq.computed = at - least
         batch = pack([Piece(seq, n) for seq, n in zip(fed, counts, strict=True)], 16, CPU)
-        assert (kind == "cpu") == bool(_together(plan_work(batch, 16, 4, share=kind == "cpu")))
+        together = kind == "cpu" and max(counts) <= SHARING_COUNT
+        assert bool(_together(plan_work(batch, 16, 4, share=kind == "cpu"))) == together
         done = at - least - SHARED
         made.begin(batch)
         new = [tails[i, done : done + n] for i, n in enumerate(counts)]
@@ -384,6 +394,29 @@ def test_a_row_computes_the_same_bits_alone_and_in_a_batch() -> None:
         return torch.cat(outs)
 
     assert torch.equal(run(together=True, threads=2), run(together=False, threads=1))
+
+
+@pytest.mark.parametrize("numbers", [None, INT8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("window", [None, 300])
+def test_uniform_rows_are_the_same_bits_however_a_prompt_is_cut(
+    window: int | None, numbers: Numbers | None
+) -> None:
+    spec, length = spec_of(6, 2, 64, window), 700
+    torch.manual_seed(0)
+    rows = torch.randn(length, spec.q_size + 2 * spec.kv_size).bfloat16()
+
+    def run(cuts: list[int]) -> Tensor:
+        made = backend("cpu-uniform", spec, torch.bfloat16, 16, 44, numbers)
+        fed, outs = Fed([0] * length, list(range(44))), list[Tensor]()
+        for count in [*cuts, length - sum(cuts)]:
+            made.begin(pack([Piece(fed, count)], 16, CPU))
+            outs.append(made.attend(0, rows[fed.computed : fed.computed + count].clone(), None, None))
+            fed.computed += count
+        return torch.cat(outs)
+
+    whole = run([])
+    for cuts in ([256], [1, 1, 300, 17], [511, 1, 1, 1, 90, 5]):
+        assert torch.equal(run(cuts), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

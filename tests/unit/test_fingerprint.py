@@ -25,9 +25,10 @@ def test_a_fingerprint_follows_the_files_and_how_they_are_run_and_nothing_else(t
     (copy / "README.md").write_bytes(b"two")
     (copy / "gristmill-model.json").write_bytes(b"{}")
     assert first == of() == of(copy) == of(max_num_seqs=3, attention="torch", speculate=0)
-    others = [of(dtype="bfloat16"), of(quantize="int8"), of(kv_cache_dtype="int8"), of(default_max_tokens=8)]
+    others = [of(dtype="bfloat16"), of(quantize="int8"), of(quantize="int8", quantize_head=False)]
+    others += [of(quantize="int8", deterministic=True), of(kv_cache_dtype="int8"), of(default_max_tokens=8)]
     (copy / "config.json").write_bytes(b"{ }")
     others.append(of(copy))
     trained = bytes(byte ^ 1 for byte in weights)
     (model / "a.safetensors").write_bytes(trained)
-    assert len({first, *others, of()}) == 7
+    assert len({first, *others, of()}) == 9
