@@ -26,8 +26,9 @@ local function whole(number)
 end
 
 -- The URL with its names in lower case, no default port and a path; and the host alone. `normal_url` in
--- schemas/webhook.py does the same.
+-- schemas/webhook.py does the same. A record without its URL (false) is one that has none, and can still be ended.
 local function normal_url(url)
+  url = url or ''
   local scheme, authority, rest = string.match(url, '^(%a+)://([^/?#]*)(.*)$')
   if not scheme then
     return url, ''
