@@ -163,22 +163,30 @@ def _table(head: Sequence[str], rows: Any, lines: _TextLines) -> Iterator[tuple[
             continue
         if cells is None:
             return
-        if cells:
+        if len(cells) != len(head) and lines.number > number:  # a stray quote has met another one
+            last = lines.give_up_row()
+            yield number, InvalidRequest(f"{_cells(head, cells)}; {_stray('ends in', last)}")
+        elif cells:
             yield number, _row(head, cells)
 
 
 def _not_csv(exc: csv.Error, number: int, last: int) -> str:
     if number == last:
         return f"not CSV: {exc}"
-    return (
-        f"not CSV: a quote that is opened in this line would end in line {last} or later ({exc}); "
-        "close it, or double it if it is text"
-    )
+    return f"not CSV ({exc}): {_stray('would end in or after', last)}"
+
+
+def _stray(ends: str, last: int) -> str:
+    return f"a quote that is opened in this line {ends} line {last}; close it, or double it if it is text"
+
+
+def _cells(head: Sequence[str], cells: Sequence[str]) -> str:
+    return f"the row has {len(cells)} cells and the head has {len(head)}"
 
 
 def _row(head: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | BadInput:
     if len(cells) != len(head):
-        return InvalidRequest(f"the row has {len(cells)} cells and the head has {len(head)}")
+        return InvalidRequest(_cells(head, cells))
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:

@@ -167,10 +167,21 @@ def test_a_stray_quote_costs_its_own_line_and_is_named_by_it(stack: ExitStack, e
     assert [row.line for row in read.rows] == [2, 4, 6, *([8] if end else [])]
     (refusal,) = read.checked.errors
     assert (refusal.line, refusal.problem.code) == (3, "invalid_json_line")
-    assert "a quote that is opened in this line would end in line 6" in refusal.error.message
+    assert "a quote that is opened in this line would end in or after line 6" in refusal.error.message
     never = Read(stack, b'prompt\n"stray\nok\n' + b"x" * 700_000 + b"\nok\n", Form.CSV)
     assert [line for line, _ in never.problems] == [2, 4]
     assert [row.line for row in never.rows] == [3, 5]
+
+
+def test_a_stray_quote_that_another_one_closes_costs_no_line_between_them(stack: ExitStack) -> None:
+    """What they quoted was a cell: one error for the row, and the lines inside were counted nowhere."""
+    data = b'prompt,custom_id\nok,1\n"stray,2\nok,3\nok,4\nok,5\nend"\nok,6\n'
+    read = Read(stack, data, Form.CSV)
+    assert [row.line for row in read.rows] == [2, 4, 5, 6, 8]
+    assert [line for line, _ in read.problems] == [3, 7]
+    assert "1 cells and the head has 2; a quote that is opened in this line ends in line 7" in (
+        read.checked.errors[0].error.message
+    )
 
 
 @pytest.mark.parametrize(
