@@ -536,6 +536,10 @@ def ended(batch_id: str) -> Call[LineSet]:
 # ---- one row
 
 
+def row_ended(batch_id: str, line: int) -> Call[bool]:
+    return Call(("GETBIT", keys.batch_rows(batch_id), line), bool)
+
+
 @dataclass(frozen=True, slots=True)
 class RowStanding:
     """What is known of a row without its result."""

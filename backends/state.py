@@ -151,6 +151,11 @@ class State:
         """The states of many jobs in one call, in order; a few thousand at a time. None: unknown."""
         return self._run(calls.states(job_ids)) if job_ids else []
 
+    def row_ended(self, job_id: str) -> bool:
+        """Whether this is a batch's row whose line has joined the batch. Cheap."""
+        row = row_of(job_id)
+        return row is not None and self._run(batch_calls.row_ended(*row))
+
     def read_log(self, job_id: str, after: EntryId | None = None, count: int = LOG_PAGE) -> list[Entry]:
         """Up to ``count`` entries after ``after`` (None: from the first)."""
         return self._run(calls.read_log(job_id, after, count))
@@ -355,6 +360,11 @@ class AsyncState:
                     return batch_calls.ended_as(where.status, held, line)
             start += len(page)
         return where.status
+
+    async def row_ended(self, job_id: str) -> bool:
+        """See State.row_ended."""
+        row = row_of(job_id)
+        return row is not None and await self._run(batch_calls.row_ended(*row))
 
     async def read_log(self, job_id: str, after: EntryId | None = None, count: int = LOG_PAGE) -> list[Entry]:
         """See State.read_log."""

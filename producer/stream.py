@@ -66,6 +66,11 @@ class _Status:
 
 
 @dataclass(frozen=True, slots=True)
+class _Joined:
+    """Has this row's line joined its batch? Answer: bool."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Fetch:
     """Answer: the result's JSON, or None."""
 
@@ -77,7 +82,7 @@ class _Sleep:
     seconds: float
 
 
-_Ask: TypeAlias = _Subscribe | _ReadLog | _Next | _Status | _Fetch | _Sleep
+_Ask: TypeAlias = _Subscribe | _ReadLog | _Next | _Status | _Joined | _Fetch | _Sleep
 _Steps: TypeAlias = Generator[_Ask | Item, Any, None]
 
 
@@ -93,7 +98,7 @@ def _protocol(
         try:
             yield _Subscribe()
             yield from _catch_up(replica)
-            if replica.end is None and not replica.running:
+            if replica.end is None and (not replica.running or (yield _Joined())):
                 yield from _look_up(job_id, replica, silence=replica.after is None)
             away_since, pause_s = None, RECONNECT_MIN_S
             while replica.end is None:
@@ -121,20 +126,26 @@ def _catch_up(replica: Replica) -> _Steps:
 def _live(
     job_id: str, replica: Replica, deadline: float, idle_s: float, clock: Callable[[], float]
 ) -> _Steps:
-    """One message, or the lack of one."""
+    """One message, or the lack of one. A row's log goes with its end: its follower has to ask for that even
+    while text must come, which may have been missed.
+    """
+    over = False
     message: Entry | Resubscribed | BatchStirred | None = yield _Next(
         max(0.0, min(idle_s, deadline - clock()))
     )
     pieces = replica.live(*message) if isinstance(message, tuple) else None
     if pieces is not None:
         yield from pieces
-    else:  # a gap, a new attempt, a new connection, news of its batch, or a long silence
+    elif isinstance(message, BatchStirred):
+        over = yield _Joined()
+    else:  # a gap, a new attempt, a new connection, or a long silence
         yield from _catch_up(replica)
+        again = isinstance(message, Resubscribed)
+        over = message is None or (again and (not replica.running or (yield _Joined())))
     if replica.end is None and clock() >= deadline:
         raise WaitTimeout(f"job {job_id} has not ended yet; it goes on, follow it from {replica.after or 0}")
-    silence = message is None
-    if replica.end is None and (silence or not (isinstance(message, tuple) or replica.running)):
-        yield from _look_up(job_id, replica, silence=silence)
+    if replica.end is None and over:
+        yield from _look_up(job_id, replica, silence=message is None)
 
 
 def _look_up(job_id: str, replica: Replica, *, silence: bool) -> _Steps:
@@ -212,6 +223,8 @@ def follow(
                         answer = state.status(job_id)
                         if silence:
                             on_silence()
+                    case _Joined():
+                        answer = state.row_ended(job_id)
                     case _Fetch():
                         answer = (fetch or state.result)(job_id)
                     case _Sleep(seconds):
@@ -258,6 +271,8 @@ async def follow_async(
                         answer = await state.status(job_id)
                         if silence and on_silence is not None:
                             await on_silence()
+                    case _Joined():
+                        answer = await state.row_ended(job_id)
                     case _Fetch():
                         answer = await (fetch or state.result)(job_id)
                     case _Sleep(seconds):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.backends import batch_calls
 from gristmill.backends.row_results import row_result
 from gristmill.backends.state import State, Write, open_async_state
 from gristmill.backends.store import FileStore
@@ -605,3 +606,55 @@ def test_a_rows_end_reaches_its_followers_with_its_batchs_event(
         hand.accept(claim, hand.put(claim, [1, 2]))
         assert [reader.finished() for reader in readers] == ["x 1", "x 2"]
     assert resets(readers[0].items) == 0
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_rows_follower_that_missed_its_last_piece_ends_with_its_batchs_event(
+    state: State, valkey: Valkey, settings: Settings, tmp_path: Path, cut: bool
+) -> None:
+    """Its connection was cut in the middle of the row, whose log went before it was back: it waited for the
+    last piece until the whole batch was over, whose events kept it from noticing a silence.
+    """
+    store = FileStore(tmp_path)
+    hand = Hand(state, store)
+    batch = open_batch(state, store, [[1, 2, 3]])
+    hand.validate(1)
+    state.batches.begin(batch)
+    claim = hand.claim(1)
+    state.batches.begin_rows(claim.info.id, claim.attempt, "w1", [1])
+    job = make_job(id=row_id(batch.id, 1))
+    half = Delta(offset=0, ids=(1,), text="x")
+    assert state.publish([Write(job.id, claim.attempt, 1, half.to_json(), claim.info.id)]) == set()
+
+    def fetch(job_id: str) -> str | None:
+        result = row_result(state.batches, store, job_id)
+        return None if result is None else result.to_json()
+
+    async def fetch_async(job_id: str) -> str | None:
+        return fetch(job_id)
+
+    async def read() -> None:
+        client = await open_async_state(settings)
+        items = follow_async(client, job.id, fetch=fetch_async, idle_s=3600)
+        async with asyncio.timeout(20), client, aclosing(items):
+            async for item in items:
+                awaited.append(item)
+
+    awaited = list[Item]()
+    reader = listening(state, valkey, job, fetch=fetch, idle_s=3600)
+    with ThreadPoolExecutor(1) as threads:
+        over = threads.submit(lambda: asyncio.run(read()))
+        wait_until(lambda: reader.text == text_of(awaited) == "x", 20, "both have the first piece")
+        made = hand.put(claim, [1])
+        if cut:  # in one step: nobody is back before the row has ended
+            call = batch_calls.accept(batch.id, claim.info.id, claim.attempt, [made])
+            assert call.script is not None
+            step = valkey.client().pipeline(transaction=True)
+            step.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            step.eval(call.script.text, 0, *call.args, *([""] if call.script.timed else ()))
+            step.execute()
+        else:
+            hand.accept(claim, made)
+        assert reader.finished() == "x 1"
+        over.result(20)
+    assert text_of(awaited) == "x 1"
