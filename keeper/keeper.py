@@ -36,7 +36,7 @@ from .courier import Courier
 from .endings import Ending, Endings
 from .finisher import Finisher
 from .pruner import Pruner
-from .settings import KeeperSettings, load_keeper_settings
+from .settings import KeeperSettings, shared_settings
 
 log = logging.getLogger(__name__)
 
@@ -353,10 +353,9 @@ def open_keeper(settings: KeeperSettings, keeper_id: str) -> Generator[Keeper]:
 
 def keep(settings: Settings, keeper_id: str, stop: threading.Event) -> None:
     """Be a keeper until ``stop`` is set, for who does something else besides. Raises nothing."""
-    shared = {name: getattr(settings, name) for name in Settings.model_fields}
     while not stop.is_set():
         try:
-            with open_keeper(load_keeper_settings(**shared), keeper_id) as keeper:
+            with open_keeper(shared_settings(settings), keeper_id) as keeper:
                 keeper.run(stop)
         except Exception as exc:  # noqa: BLE001 - whatever keeps it from starting, its host goes on
             reason = exc.message if isinstance(exc, GristmillError) else type(exc).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -56,9 +56,12 @@ class KeeperSettings(Settings):
     @field_validator("webhook_allow", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        return (
-            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-        )
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(ip_network(part.strip()) for part in value.split(",") if part.strip())
+        except ValueError as exc:
+            raise ValueError(f"{exc}; write networks, 10.0.0.0/8,127.0.0.1/32") from exc
 
     @model_validator(mode="after")
     def _usable_secrets(self) -> Self:
@@ -97,6 +100,11 @@ def _start(url: str) -> str:
 def _begins(url: str, start: str) -> bool:
     """Not in the middle of a name: ``https://a.example`` is no beginning of ``https://a.example.org``."""
     return url.startswith(start) and url[len(start) :][:1] in ("", "/", "?")
+
+
+def shared_settings(settings: Settings) -> KeeperSettings:
+    """Of a keeper in a process that has ``settings`` for itself. Raises Misconfigured naming the setting."""
+    return load_keeper_settings(**{name: getattr(settings, name) for name in Settings.model_fields})
 
 
 def load_keeper_settings(**overrides: object) -> KeeperSettings:

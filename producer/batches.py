@@ -44,6 +44,7 @@ class Wishes:
     prompt_column: str | None = None
     template: str | None = None
     id_column: str | None = None
+    field_columns: tuple[str, ...] = ()
     chat: bool = False
     system: str | None = None
     fresh: bool = False
@@ -245,7 +246,14 @@ def read(
         settings=settings,
         models=None if names is None else frozenset(str(name) for name in names),
         defaults=dict(asked.defaults or {}),
-        shape=Shape(asked.prompt_column, asked.template, asked.id_column, asked.chat, asked.system),
+        shape=Shape(
+            asked.prompt_column,
+            asked.template,
+            asked.id_column,
+            asked.chat,
+            asked.system,
+            tuple(asked.field_columns),
+        ),
         dedupe=asked.dedupe,
         max_errors=asked.options.max_errors,
         max_rows=settings.batch_max_rows,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
 import click
 
-from ..schemas.batch import BatchStatus, LineProblem
+from ..schemas.batch import Batch, BatchStatus, LineProblem
 from ..schemas.errors import BadInput, GristmillError, ModelNotFound
 from ..schemas.model_names import served_name
+from ..schemas.webhook import DeliveryState
 from . import batches, core, local_model
 from .batch import output as outputs
 from .batch.answers import Answers
@@ -32,6 +34,10 @@ from .progress import show_progress
 from .sampling_flags import GroupedCommand
 from .settings import ProducerSettings, load_producer_settings
 from .summary import Summary
+
+WEBHOOK_WAIT_S = 5.0
+"""For a run's last event to be delivered, before its worker ends."""
+NEWEST_EVENTS = 100
 
 HELP = """Run every request of a file; write the answers in OpenAI's batch format.
 
@@ -199,6 +205,8 @@ def _execute(link: Link, crew: Crew, said: Summary) -> int:
         if batch.created_at is not None:
             download(Answers(link, batch), said.output, said.errors, link.settings)
             job.keep_answers()
+        if job.over and batch.options.webhook is not None:
+            _tell_of_webhook(link, batch)
     said.end(time.monotonic() - started, crew.logs)
     if failure is not None:
         said.how_to_go_on("once this is mended, ")
@@ -207,6 +215,29 @@ def _execute(link: Link, crew: Crew, said: Summary) -> int:
         said.how_to_go_on()
         return interrupts.exit_code or 75
     return 0
+
+
+def _tell_of_webhook(link: Link, batch: Batch) -> None:
+    """What became of the event that says how the batch ended: who sends it may be our own worker."""
+    deadline, last = time.monotonic() + WEBHOOK_WAIT_S, f"batch.{batch.status.value}"
+    while True:
+        newest = islice(link.outbox.list(), NEWEST_EVENTS)
+        event = next((each for each in newest if (each.type, each.data.get("id")) == (last, batch.id)), None)
+        if event is not None and event.state is DeliveryState.DELIVERED:
+            say(f"webhook: {last} delivered")
+            return
+        failed = event is not None and (event.tries or event.state is not DeliveryState.PENDING)
+        if failed or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    if event is None:
+        warn("no event was sent to the webhook: it is one of before, or the batch had ended earlier")
+    else:
+        why = event.log[-1].reason if event.log else event.why or "nobody tried it yet"
+        warn(
+            f"{last} has not reached the webhook ({event.state.value}: {why}); workers and keepers go on "
+            f"trying while they run; `gristmill webhooks show {event.id}` says how that goes"
+        )
 
 
 def default_errors(output: str) -> str | None:

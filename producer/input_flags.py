@@ -31,6 +31,11 @@ OPTIONS = (
     click.option("--prompt-column", metavar="NAME", help="The column, or the field, that is the prompt."),
     click.option("--template", metavar="TEXT|@FILE", help="The prompt, with {column} for a column's value."),
     click.option("--id-column", metavar="NAME", help="The column that is the custom_id."),
+    click.option(
+        "--field-columns",
+        metavar="NAMES",
+        help="With these two: columns that are fields of a request, like max_tokens,seed. Others are not.",
+    ),
     click.option("--chat", is_flag=True, help="Prompts of columns are users' messages."),
     click.option("--system", metavar="TEXT", help="A system message before them; implies --chat."),
     click.option("--dedupe", is_flag=True, help="Rows that ask for the same are computed once."),
@@ -107,6 +112,9 @@ def asked_for(options: Mapping[str, Any], **more: Any) -> Wishes:
         prompt_column=options["prompt_column"],
         template=_template(options["template"]),
         id_column=options["id_column"],
+        field_columns=tuple(
+            name.strip() for name in (options["field_columns"] or "").split(",") if name.strip()
+        ),
         chat=options["chat"],
         system=options["system"],
     )

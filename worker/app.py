@@ -31,6 +31,7 @@ from ..backends.store import ResultStore, open_store
 from ..engine.messages import EngineInfo
 from ..engine.tokenizer import Tokenizer
 from ..keeper.keeper import ID_PREFIX, keep
+from ..keeper.settings import shared_settings
 from ..schemas import queues
 from ..schemas.errors import GristmillError
 from . import spool
@@ -64,6 +65,7 @@ class WorkerApp:
     def run(self) -> int:
         """Serve until told to stop. Returns the exit code. Raises GristmillError if it cannot start."""
         started = time.monotonic()
+        shared_settings(self.settings)  # its keeper's: what is wrong there is said now, and not in a log line
         model_dir = self._model_dir()
         spool.remove_dead(self.settings.home)
         state, store = open_state(self.settings), open_store(self.settings.results, self.settings)

@@ -33,6 +33,7 @@ class Crew:
         warn: Callable[[str], None],
     ) -> None:
         self._link, self._settings, self._name, self._warn = link, settings, name, warn
+        self._knobs = list(knobs)
         self._workers: Workers | None = None
         if model is not None:
             self._workers = make_workers(
@@ -55,6 +56,11 @@ class Crew:
         deadline = time.monotonic() + self._settings.worker_start_s
         while not stopping():
             if self._somebody():
+                if not self._started and self._knobs:
+                    self._warn(
+                        f"workers that are there already serve {self._name}: what was said of the engine "
+                        f"({' '.join(self._knobs)}) and --workers have no effect"
+                    )
                 return True
             if self._workers is None:
                 self._warn(core.nobody_alive(self._name, self._settings))

@@ -30,7 +30,7 @@ _FIELDS = frozenset(
         *SamplingParams.model_fields,
     ]
 )
-"""Columns that are fields of a request by their name; others serve templates."""
+"""Columns that may be fields of a request by their name; others serve templates."""
 _TEXTS = frozenset(["custom_id", "model", "prompt", "adapter_id"])
 
 
@@ -228,7 +228,9 @@ class Shape:
     """How a table's row, or an object of any form, becomes a request.
 
     ``prompt_column`` holds the prompt; ``template`` makes it, with ``{column}`` for a column's value.
-    ``chat`` sends it as a user's message, after ``system``. With none of them columns are a request's fields.
+    ``chat`` sends it as a user's message, after ``system``. Where neither of the first two is given, columns
+    are a request's fields by their names; else only those of ``field_columns``, and ``custom_id``: in a table
+    that was made for something else ``n`` or ``user`` may mean anything.
     """
 
     prompt_column: str | None = None
@@ -236,8 +238,14 @@ class Shape:
     id_column: str | None = None
     chat: bool = False
     system: str | None = None
+    field_columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if unknown := [name for name in self.field_columns if name not in _FIELDS]:
+            raise InvalidRequest(
+                f"'{shown(unknown[0])}' is no field of a request; those are {', '.join(sorted(_FIELDS))}",
+                param="field_columns",
+            )
         if self.template is not None:
             if self.prompt_column is not None:
                 raise InvalidRequest("give a prompt column or a template, not both", param="template")
@@ -275,7 +283,13 @@ class Shape:
 
     def reads(self, column: str) -> bool:
         """Whether anything is made of it."""
-        return column in _FIELDS or column in self._needed
+        return column in self._fields or column in self._needed
+
+    @property
+    def _fields(self) -> frozenset[str]:
+        if self.prompt_column is None and self.template is None:
+            return _FIELDS
+        return frozenset(["custom_id", *self.field_columns])
 
     def check_head(self, head: Sequence[str]) -> None:
         """Raise InvalidRequest for a table whose rows would all lack the same."""
@@ -297,7 +311,8 @@ class Shape:
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The request. Raises InvalidRequest: a column is missing or empty."""
-        fields = {name: value for name, value in row.items() if name in _FIELDS}
+        taken = self._fields
+        fields = {name: value for name, value in row.items() if name in taken}
         if self.id_column is not None:
             fields["custom_id"] = str(self._cell(row, self.id_column))
         prompt = self._prompt(row)

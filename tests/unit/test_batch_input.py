@@ -135,7 +135,13 @@ def test_what_an_input_says_decides_its_digest_and_its_form_does_not(stack: Exit
 
 def test_a_column_or_a_template_becomes_the_prompt(stack: ExitStack) -> None:
     table = b'id,text,lang,max_tokens\n7,"two\nlines",de,5\n\n8,{x},fr,\n9,,fr,\n'
-    shape = Shape(template="Into {lang}: {text} {{!}}", id_column="id", chat=True, system="Be short.")
+    shape = Shape(
+        template="Into {lang}: {text} {{!}}",
+        id_column="id",
+        chat=True,
+        system="Be short.",
+        field_columns=("max_tokens",),
+    )
     read = Read(stack, table, Form.CSV, shape=shape)
     first, second = (json.loads(row.body) for row in read.rows)
     assert [message["content"] for message in first["messages"]] == ["Be short.", "Into de: two\nlines {!}"]
@@ -143,6 +149,17 @@ def test_a_column_or_a_template_becomes_the_prompt(stack: ExitStack) -> None:
     assert first["sampling"]["max_tokens"] == 5
     assert [(row.line, row.custom_id) for row in read.rows] == [(2, "7"), (5, "8")]
     assert read.problems == [(6, "invalid_request")]
+
+
+def test_columns_of_a_table_made_for_something_else_are_no_fields_unless_named(stack: ExitStack) -> None:
+    table = b"custom_id,question,n,model,user\na,Why?,6,gpt-9,ann\n"
+    shapes = (Shape(prompt_column="question"), Shape(prompt_column="question", field_columns=("n",)))
+    plain, named = (Read(stack, table, Form.CSV, shape=shape).rows[0] for shape in shapes)
+    assert (plain.custom_id, json.loads(plain.body)["prompt"]) == ("a", "Why?")
+    assert "n" not in json.loads(plain.body).get("sampling", {})
+    assert json.loads(named.body)["sampling"]["n"] == 6
+    with pytest.raises(InvalidRequest, match="'colour' is no field of a request; those are "):
+        Shape(prompt_column="question", field_columns=("colour",))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 
 import pytest
 from gristmill.keeper.courier import SCHEDULE_S
@@ -25,6 +26,8 @@ from gristmill.schemas.webhook import (
     signed_headers,
     verify,
 )
+from gristmill.worker.app import WorkerApp
+from gristmill.worker.settings import WorkerSettings
 from openai import OpenAI
 from standardwebhooks import Webhook
 
@@ -231,6 +234,17 @@ def test_an_unmodified_openai_client_and_standardwebhooks_verify_what_we_sign() 
     unwrapped = OpenAI(api_key="-", webhook_secret=secret).webhooks.unwrap(body, headers)
     assert (unwrapped.type, unwrapped.id, unwrapped.data.id) == ("batch.completed", "evt_1", "batch_1")
     assert Webhook(secret).verify(body, headers)["timestamp"] == "2023-11-14T22:13:20Z"
+
+
+def test_a_network_that_is_none_is_named_and_keeps_a_worker_from_starting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GRISTMILL_WEBHOOK_ALLOW", "10.0.0.0/8,banana")
+    with pytest.raises(Misconfigured, match=r"WEBHOOK_ALLOW.*'banana' does not appear.*write networks"):
+        load_keeper_settings()
+    settings = WorkerSettings(model="m", home=tmp_path)
+    with pytest.raises(Misconfigured, match="banana"):
+        WorkerApp(settings).run()
 
 
 def test_while_a_secret_is_replaced_both_verify_and_no_third() -> None:
