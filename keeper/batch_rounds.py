@@ -90,7 +90,7 @@ class BatchRounds:
         """Batches that were made final, in all."""
 
     def round(self) -> BatchRound:
-        """Look at what is due. Raises BrokerUnavailable, Misconfigured."""
+        """Look at what is due. Raises BrokerUnavailable, StoreUnavailable, Misconfigured."""
         done = BatchRound()
         self._finishing = {name: thread for name, thread in self._finishing.items() if thread.is_alive()}
         now, found = self._batches.due(LOOK_AT)
@@ -156,6 +156,7 @@ class BatchRounds:
             more = self._send_some(batch, done)
             done.full |= more
             return more
+        self._finisher.join_clients(due.id)  # who opened it may have died before it did: nobody else will
         status = self._batches.begin(batch)
         log.info("batch.validated", extra={"batch_id": due.id, "status": status, "problems": batch.problems})
         done.started += 1

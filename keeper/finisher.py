@@ -62,6 +62,15 @@ class Finisher:
                 return None
             return self._complete(batch_id, becomes)
 
+    def join_clients(self, batch_id: str, token: str = "") -> bool:
+        """Rows that its client refused or answered, if it died before it said so: they are in no segment.
+
+        ``token``: see ``Batches.add``. False: it is not ours to say. Raises as ``finish`` does.
+        """
+        body = self._store.get(keys.batch_file(batch_id, "batch.json"))
+        objects = () if body is None else OpenedBatch.from_json(body).objects
+        return all(join(self._batches, self._store, batch_id, each, OURS, token) for each in objects)
+
     @contextmanager
     def _held(self, batch_id: str) -> Generator[BatchStatus | None]:
         """Hold the batch until the block ends. The status that it has, or EXPIRED if it is to be that."""
@@ -89,7 +98,7 @@ class Finisher:
         """Error lines for all rows that have not ended. False: somebody else holds the batch by now."""
         ended, stamp = self._batches.ended(batch.id), time.time_ns() // 1_000_000
         names = (keys.rows_object(f"{batch.id}.{OURS}", stamp, n, "errors") for n in count(1))
-        if not self._join_clients(batch.id):
+        if not self.join_clients(batch.id, self._token):
             return False
         for name in sorted({info.input for info in self._batches.segments(batch.id)}):
             rows = _unfinished(self._store, name, ended, state)
@@ -102,14 +111,6 @@ class Finisher:
             ) as exc:  # nobody knows what its rows were called; the others get their lines
                 log.error("batch.rows_lost", extra={"batch_id": batch.id, "reason": exc.message})
         return True
-
-    def _join_clients(self, batch_id: str) -> bool:
-        """Rows that its client refused or answered, if it died before it said so: they are in no segment.
-        False: somebody else holds the batch by now.
-        """
-        body = self._store.get(keys.batch_file(batch_id, "batch.json"))
-        objects = () if body is None else OpenedBatch.from_json(body).objects
-        return all(join(self._batches, self._store, batch_id, each, OURS, self._token) for each in objects)
 
     def _add(self, batch: Batch, state: JobState, rows: dict[int, OutputLine], names: Iterator[str]) -> bool:
         """Let these join, but for those that have joined before. False: somebody else holds the batch."""
