@@ -27,6 +27,8 @@ PRUNE_BYTES = 1 << 20
 SEEK_PAGE = 200
 SEEK_LIMIT = 20_000
 """Messages of one tenant that a search looks through: some hundred milliseconds, in short calls."""
+HELD_PAGE = 100
+"""Claims that one call looks at, or some more: see SWEEP_LIMIT."""
 DEAD_LIMIT = 10_000
 """Dead letters a queue keeps; older ones go."""
 DEAD_TTL_S = 30 * 86_400
@@ -207,10 +209,20 @@ class MessageQueue:
             left -= {each.decode() for each in found}
             start += looked
             if not looked:
-                return left - {each.decode() for each in run_script(self.client, HELD, queue)}
+                return self._unclaimed(queue, left)
             if start >= SEEK_LIMIT:
                 break
         return set()
+
+    def _unclaimed(self, queue: str, ids: set[str]) -> set[str]:
+        """Those that are not claimed: a page at a time, since it has to look at every claim of all queues."""
+        left, cursor = set(ids), b"0"
+        while left:
+            cursor, *found = run_script(self.client, HELD, queue, cursor, HELD_PAGE)
+            left -= {each.decode() for each in found}
+            if cursor == b"0":
+                break
+        return left
 
     def pause(self, queue: str, *, paused: bool) -> None:
         """Stop all claims from a queue, or let them go on."""

@@ -37,6 +37,8 @@ PATIENCE_S = 120.0
 MISSED_EVERY_S = 120.0
 """How often to look for segments whose messages are lost. Those that lack one twice in a row get another:
 what is on its way is somewhere else by then."""
+SEARCH_AGAIN_S = 1.0
+"""When a batch whose look fell into a round that had one already comes up again, the first one first."""
 AGAIN_S = 5.0
 BROKEN_AGAIN_S = 300.0
 AT_ONCE = 2
@@ -52,6 +54,8 @@ class BatchRound:
     """Segments that got a message."""
     started: int = 0
     """Batches whose validation is over."""
+    searched: bool = False
+    """It has looked for lost messages: one search a round, each of which may go through a whole backlog."""
     full: bool = False
     """There is more to do."""
 
@@ -136,7 +140,7 @@ class BatchRounds:
             if due.expires_at <= now:
                 done.full |= self._batches.expire(due.id)
                 return now
-            return now if self._move(due, done) else min(due.expires_at, self._miss(due, now))
+            return now if self._move(due, done) else min(due.expires_at, self._miss(due, now, done))
         broken_s = self._broken.get(due.id, 0.0) - time.monotonic()
         if broken_s > 0:
             return now + broken_s
@@ -179,15 +183,18 @@ class BatchRounds:
         done.sent += len(some)
         return len(waiting) > len(some)
 
-    def _miss(self, due: DueBatch, now: float) -> float:
+    def _miss(self, due: DueBatch, now: float, done: BatchRound) -> float:
         """Ask for other messages in place of those that got lost: a queue was purged, a dead letter trimmed.
         Returns when to look again.
         """
         before = self._missed.get(due.id, _Missed())
         if due.paused or now < before.at + MISSED_EVERY_S:
             return due.expires_at if due.paused else before.at + MISSED_EVERY_S
+        if done.searched:
+            return now + SEARCH_AGAIN_S
         silent = self._batches.silent(due.id)
         batch = self._batches.get(due.id) if silent else None
+        done.searched = batch is not None
         try:
             gone = set[str]() if batch is None else self._lacking(batch, silent)
         except (Transient, Misconfigured) as exc:  # only what has to be sent makes everything wait

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,44 @@ def test_segments_whose_messages_got_lost_get_others_and_no_others_do(fleet: Fle
     assert looks == [0, 2, 0, 0, 0]
     waiting = str([fleet.queue.claim([QUEUE]) for _ in range(3)])
     assert [n for n in range(1, 7) if f'"id": "{BATCH}.s{n}"' in waiting] == [2, 4, 6]
+
+
+def test_one_round_looks_for_the_lost_messages_of_one_batch(fleet: Fleet) -> None:
+    """A hundred batches of one tenant went through its whole backlog a hundred times, and no round ended."""
+    names = ["batch_1", "batch_2", "batch_3"]
+    for name in names:
+        running(fleet, [1], id=name)
+    looked: list[str] = []
+
+    def lacking(batch: Batch, segments: Collection[str]) -> set[str]:
+        looked.append(batch.id)
+        return set(segments)
+
+    keeper = batch_rounds.BatchRounds(
+        fleet.state.batches,
+        Finisher(fleet.state.batches, fleet.store, "k1", HOLD_S),
+        lambda *_: None,
+        lacking,
+        keeper_id="k1",
+        hold_s=HOLD_S,
+    )
+    after: list[int] = []
+    for _ in range(5):
+        fleet.clock.advance(batch_rounds.SEARCH_AGAIN_S + 0.1)
+        keeper.round()
+        after.append(len(looked))
+    assert (after, looked) == ([1, 2, 3, 3, 3], names)
+
+
+def test_claims_are_looked_through_page_by_page(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_queue, "HELD_PAGE", 3)
+    payload = '{"headers": {"id": "batch_1.s%d"}}' + " " * 100  # no small hash, which comes in one page
+    for number in range(20):
+        queue = QUEUE if number % 2 else f"{QUEUE}.other"
+        fleet.queue.put(queue, "default", f"b{number}", payload % number)
+        fleet.queue.claim([queue])
+    ids = [f"batch_1.s{number}" for number in range(22)]
+    assert fleet.queue.lacking(QUEUE, "default", ids) == {*ids[::2], ids[21]}
 
 
 def test_a_queue_too_long_to_look_through_is_taken_to_hold_the_message(
