@@ -529,6 +529,10 @@ def objects(batch_id: str, start: int, count: int) -> Call[list[ResultObject]]:
     return Call(("LRANGE", keys.batch_objects(batch_id), start, start + count - 1), parse)
 
 
+def object_count(batch_id: str) -> Call[int]:
+    return Call(("LLEN", keys.batch_objects(batch_id)), int)
+
+
 def ended(batch_id: str) -> Call[LineSet]:
     return Call(("GET", keys.batch_rows(batch_id)), lambda reply: LineSet(reply or b""))
 

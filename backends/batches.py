@@ -293,9 +293,12 @@ class Batches:
         """
         return self._run(batch_calls.trouble(batch_id, what))
 
-    def objects(self, batch_id: str) -> Iterator[ResultObject]:
-        """Accepted ones, in order, those that join meanwhile included."""
-        start = 0
+    def object_count(self, batch_id: str) -> int:
+        """How many objects of it were accepted."""
+        return self._run(batch_calls.object_count(batch_id))
+
+    def objects(self, batch_id: str, start: int = 0) -> Iterator[ResultObject]:
+        """Accepted ones, in order, but for the first ``start``; those that join meanwhile included."""
         while page := self._run(batch_calls.objects(batch_id, start, PAGE)):
             yield from page
             start += len(page)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 
-from ...schemas.batch import Batch, BatchStatus, ResultObject
+from ...schemas.batch import Batch, BatchStatus
 from ...schemas.errors import InvalidRequest, JobNotFound, ResultsDamaged, Transient
 from ..link import Link
 from ..settings import ProducerSettings
@@ -57,7 +56,7 @@ class Run:
         """Nothing is left to do but to fetch the answers."""
         self.resumed = self.batch.request_counts.completed + self.batch.request_counts.failed
         """Rows that had ended before this run …"""
-        self._objects_before = None if self.over else sum(1 for _ in self._objects())
+        self._objects_before = None if self.over else link.state.batches.object_count(batch.id)
         """… and how many objects they are in; None: there is nothing to do."""
         self._mended_at = self.batch.trouble_at
         """What an earlier run could not finish for may be mended by now; a keeper has to try."""
@@ -106,12 +105,9 @@ class Run:
         if self._objects_before is None:
             return None
         try:
-            return measured(islice(self._objects(), self._objects_before, None))
+            return measured(self._link.state.batches.objects(self.batch.id, self._objects_before))
         except Transient:
             return None
-
-    def _objects(self) -> Iterator[ResultObject]:
-        return self._link.state.batches.objects(self.batch.id)
 
     def _submit(self) -> Uploaded:
         batches, known = self._link.state.batches, self._submission.known

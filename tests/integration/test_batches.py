@@ -134,7 +134,10 @@ def test_a_batch_goes_from_open_to_completed_and_tells_each_step(state: State) -
         10,
     )
     assert (final.validated, final.planned_tokens) == (5, 14)
-    assert [each.name for each in state.batches.objects(BATCH)] == [rows_of(1).name, bad.name, last.name]
+    accepted = [rows_of(1).name, bad.name, last.name]
+    assert [each.name for each in state.batches.objects(BATCH)] == accepted
+    assert state.batches.object_count(BATCH) == 3
+    assert [each.name for each in state.batches.objects(BATCH, 1)] == accepted[1:], "those of a later run"
 
     told_events = [event for _, event in state.batches.read_events(BATCH)]
     statuses = [event.status.value for event in told_events if isinstance(event, StatusChanged)]
