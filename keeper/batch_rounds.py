@@ -237,7 +237,7 @@ class BatchRounds:
         except GristmillError as exc:
             self._broken[batch_id] = time.monotonic() + BROKEN_AGAIN_S
             log.error("batch.damaged", extra={"batch_id": batch_id, "code": exc.code, "reason": exc.message})
-            with suppress(Transient):  # it is said again after the next try
+            with suppress(Transient, Misconfigured):  # it is said again after the next try
                 self._batches.trouble(batch_id, ErrorInfo.of(exc))
         except Exception:
             self._broken[batch_id] = time.monotonic() + BROKEN_AGAIN_S

@@ -106,9 +106,7 @@ class Finisher:
                 while some := dict(islice(rows, ROWS_AT_ONCE)):
                     if not self._add(batch, state, some, names):
                         return False
-            except (
-                ResultsDamaged
-            ) as exc:  # nobody knows what its rows were called; the others get their lines
+            except ResultsDamaged as exc:  # nobody knows what its rows were called; the others get lines
                 log.error("batch.rows_lost", extra={"batch_id": batch.id, "reason": exc.message})
         return True
 

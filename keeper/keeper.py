@@ -218,10 +218,7 @@ class Keeper:
         def drain(model: str) -> bool:
             try:
                 return sqs.drain(model)
-            except (
-                Transient,
-                Misconfigured,
-            ) as exc:  # one queue's trouble; another look in a minute
+            except (Transient, Misconfigured) as exc:  # one queue's trouble; another look in a minute
                 text = {"model": model, "code": exc.code, "reason": exc.message}
                 log.warning("dead_queue.not_drained", extra=text)
                 return False

@@ -25,7 +25,7 @@ from gristmill.schemas.batch import (
     child_segment,
 )
 from gristmill.schemas.batch_manifest import BatchManifest
-from gristmill.schemas.errors import ResultsDamaged
+from gristmill.schemas.errors import Misconfigured, ResultsDamaged
 from gristmill.schemas.queues import queue_names
 from gristmill.schemas.settings import Settings
 
@@ -442,6 +442,24 @@ def test_objects_that_are_gone_leave_the_batch_unfinished_and_are_told_of(
     rounds(fleet, 1)
     ended = record(fleet)
     assert (ended.status, ended.trouble, ended.trouble_at) == (BatchStatus.COMPLETED, None, None)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_damage_that_the_server_will_not_note_is_no_crash(
+    fleet: Fleet, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ACL that lacks a command: the thread died of it, with a trace and no word of the batch."""
+    running(fleet, [1])
+    hand.run(1)
+    (made,) = fleet.state.batches.objects(BATCH)
+    fleet.store.remove(made.name)
+
+    def refused(*_: object) -> bool:
+        raise Misconfigured("no permission")
+
+    monkeypatch.setattr(fleet.state.batches, "trouble", refused)
+    rounds(fleet, 1)
+    assert record(fleet).status is BatchStatus.FINALIZING
 
 
 def test_a_batch_whose_rows_were_taken_away_ends_with_what_there_is(fleet: Fleet, hand: Hand) -> None:
