@@ -8,6 +8,7 @@ from itertools import count
 
 from ..schemas import keys
 from ..schemas.batch import ResultObject, pack_lines, unpack_lines
+from ..schemas.result import Usage
 from .batches import Batches, Refused
 from .line_merge import line_number
 from .object_lines import object_lines
@@ -35,6 +36,8 @@ def join(
 
 def _only(store: ResultStore, batch_id: str, made: ResultObject, rest: list[int], owner: str) -> ResultObject:
     """Another object, of ``rest`` alone. The first one stays: somebody else may be about to add it."""
+    told = made.usage != Usage() or made.times or made.cancelled or made.expired
+    assert not told, f"{made.name} has what cannot be cut: usage, times, or rows that were stopped"
     kept = set(rest)
     body = b"".join(line + b"\n" for line in object_lines(store, made.name) if line_number(line) in kept)
     stamp = time.time_ns() // 1_000_000

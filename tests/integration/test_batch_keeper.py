@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from gristmill.backends import message_queue
 from gristmill.backends.assemble import lines
+from gristmill.backends.joining import join
 from gristmill.backends.line_merge import Piece
 from gristmill.keeper import batch_rounds, finisher
 from gristmill.keeper.finisher import Finisher
@@ -460,6 +461,15 @@ def test_damage_that_the_server_will_not_note_is_no_crash(
     monkeypatch.setattr(fleet.state.batches, "trouble", refused)
     rounds(fleet, 1)
     assert record(fleet).status is BatchStatus.FINALIZING
+
+
+def test_an_object_that_tells_of_its_rows_together_is_not_cut(fleet: Fleet, hand: Hand) -> None:
+    """Nobody can say which of its tokens were those of the rows that are left."""
+    open_batch(fleet.state, fleet.store, [[1, 2]])
+    claim = hand.claim(1)
+    fleet.state.batches.add(BATCH, [hand.put(claim, [1])])
+    with pytest.raises(AssertionError, match="usage"):
+        join(fleet.state.batches, fleet.store, BATCH, hand.put(claim, [1, 2]), "client")
 
 
 def test_a_batch_whose_rows_were_taken_away_ends_with_what_there_is(fleet: Fleet, hand: Hand) -> None:
