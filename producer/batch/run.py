@@ -27,6 +27,8 @@ from .submission import OwnRows, Submission, Uploaded
 
 PATIENCE_S = 60.0
 """How long a broker may be away in the middle of a run."""
+UNKNOWN_IDS = 2
+"""So many in a row are the end of an input's runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +159,27 @@ class Run:
 
 
 def latest(link: Link, intake: Intake, batch: Batch, *, fresh: bool) -> Batch:
-    """Runs over one input make batches whose ids follow from one another. The last of them; or one behind it,
-    if that is asked for or a worker has refused the last one.
+    """Runs over one input make batches whose ids follow from one another. The one that was made last; or one
+    behind them all, if that is asked for or a worker has refused the last one.
+
+    Not each id is known: one that failed is forgotten with its record, and old ones are taken away, the first
+    before those behind it; its id may have been used again since.
     """
-    known = standing(link, batch.id)
-    while known is not None:
-        behind = batch.model_copy(update={"id": intake.batch_id("run_", "after", batch.id)})
-        after = standing(link, behind.id)
-        if after is None and not fresh and known.status is not BatchStatus.FAILED:
-            break
-        batch, known = behind, after
-    return batch
+    last: Batch | None = None
+    name = free = batch.id
+    unknown = 0
+    while unknown < UNKNOWN_IDS:
+        known = standing(link, name)
+        name = intake.batch_id("run_", "after", name)
+        if known is None:
+            unknown += 1
+            continue
+        unknown, free = 0, name
+        if last is None or (known.created_at or 0.0) >= (last.created_at or 0.0):
+            last = known
+    if last is None or fresh or last.status is BatchStatus.FAILED:
+        return batch.model_copy(update={"id": free})
+    return batch.model_copy(update={"id": last.id})
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from gristmill.producer.batch.cache import Cache
 from gristmill.producer.batch.crew import Crew
 from gristmill.producer.batch.cutting import Part
 from gristmill.producer.batch.forecast import Forecast
+from gristmill.producer.batch.run import latest
 from gristmill.producer.batch.submission import OwnRows, Submission
 from gristmill.producer.batches import BatchHandle, Wishes, describe, read
 from gristmill.producer.link import Link
@@ -201,6 +202,34 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on_so(
     monkeypatch.setattr(Crew, "watch", lambda *_: Hand(state, store, fresh).finish())
     code, out, err = run("run", source, "-o", output, "--json")
     assert (code, json.loads(out)["batch"], len(output.read_text().splitlines())) == (0, fresh, 3), err
+
+
+def test_the_run_that_was_begun_last_goes_on_whatever_was_taken_away_before_it(
+    state: State, settings: Settings, tmp_path: Path
+) -> None:
+    """The first one's id was unknown, since it was old or had failed: everything ran again, and to continue
+    that fetched the old answers of the one behind it."""
+    (tmp_path / "results").mkdir()
+    ours = producer_settings(settings.model_copy(update={"results_url": f"file://{tmp_path}/results"}))
+    link, asked = Link(ours), Wishes(model="tiny")
+    with read([{"prompt": "one"}], asked, ours) as intake:
+        batch = describe(intake, asked, "tiny", ours, "run_", "")
+
+        def begun(*, fresh: bool = False) -> str:
+            chosen = latest(link, intake, batch, fresh=fresh)
+            Submission(link, intake, chosen).run()
+            return chosen.id
+
+        first, second = begun(), begun(fresh=True)
+        assert first == batch.id != second == begun()
+        state.batches.delete(first)
+        assert begun() == second
+        Submission(link, intake, batch).run()
+        assert begun() == first, "it was made after the one behind it"
+        third = begun(fresh=True)
+        assert third not in (first, second)
+        assert begun() == third
+    link.close()
 
 
 def test_a_row_that_was_answered_before_is_taken_from_the_cache(
