@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from ..schemas.errors import Transient
 from . import batches
 from .batch.forecast import PROMPT_WEIGHT, Forecast
 from .batch.intake import Intake
+from .batch.submission import CLIENT
 from .commands_run import read_or_say
 from .console import common, connection, put, put_json
 from .input_flags import asked_for, input_flags
@@ -53,7 +55,8 @@ def plan(
     try:
         with read_or_say(source, asked, settings, None, as_json) as intake:
             recent = _recent(link) if settings.broker_url or link.embedded_endpoint() else []
-            said = _estimate(intake, recent, tokens_per_s)
+            same = _same(link, recent, intake.checked.digest)
+            said = _estimate(intake, recent, same, tokens_per_s)
     finally:
         link.close()
     if price_per_hour is not None and said["seconds"] is not None:
@@ -72,13 +75,29 @@ def _recent(link: Link) -> list[Batch]:
         return []
 
 
-def _estimate(intake: Intake, recent: list[Batch], tokens_per_s: float | None) -> dict[str, Any]:
+def _same(link: Link, recent: list[Batch], digest: str) -> Batch | None:
+    """The last batch of these rows. One that took answers from a cache is none: rows that ended without a
+    token say nothing of what the others take.
+    """
+    with suppress(Transient):
+        return next(
+            (each for each in recent if each.input_digest == digest and not _cached(link, each)), None
+        )
+    return None
+
+
+def _cached(link: Link, batch: Batch) -> bool:
+    objects = link.state.batches.objects(batch.id)
+    return any(each.segment == CLIENT and each.kind == "output" for each in objects)
+
+
+def _estimate(
+    intake: Intake, recent: list[Batch], same: Batch | None, tokens_per_s: float | None
+) -> dict[str, Any]:
     checked = intake.checked
     prompts, outputs, basis = checked.prompt_tokens, checked.output_tokens, "estimate"
-    same = next((each for each in recent if each.input_digest == checked.digest), None)
-    if (
-        same is not None
-    ):  # its long rows ran first: what they took says nothing without what they were to take
+    if same is not None:
+        # Its long rows ran first: what they took says nothing without what they were to take.
         forecast = Forecast([each.part for each in intake.cuts(lambda _refused: None)])
         if forecast.live(same):
             prompts, outputs = forecast.tokens(same)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gristmill.backends.joining import join
 from gristmill.backends.state import State, WorkerInfo
 from gristmill.backends.store import FileStore
 from gristmill.producer import AsyncClient
@@ -17,7 +18,7 @@ from gristmill.producer.batch.crew import Crew
 from gristmill.producer.batch.cutting import Part
 from gristmill.producer.batch.forecast import Forecast
 from gristmill.producer.batch.run import latest
-from gristmill.producer.batch.submission import OwnRows, Submission
+from gristmill.producer.batch.submission import CLIENT, OwnRows, Submission
 from gristmill.producer.batches import BatchHandle, Wishes, describe, read
 from gristmill.producer.link import Link
 from gristmill.producer.settings import producer_settings
@@ -28,7 +29,7 @@ from gristmill.schemas.events import EntryId
 from gristmill.schemas.result import ErrorInfo, Usage
 from gristmill.schemas.settings import Settings
 
-from ..support.batch_hand import Hand
+from ..support.batch_hand import Hand, answer
 from ..support.command_line import Run
 
 DAMAGED = ErrorInfo(code="results_damaged", message="it is gone")
@@ -129,7 +130,16 @@ def test_a_plan_rests_on_what_was_measured_once_a_twentieth_of_the_rows_have_run
     hand.run(1, only=[1])
     assert planned() == ("estimate", 4000)
     hand.run(1, only=[2, 3])
-    assert planned() == (f"measured on 3 rows of {batch_id}", 80), "two tokens each, and not a hundred"
+    said = (f"measured on 3 rows of {batch_id}", 80)
+    assert planned() == said, "two tokens each, and not a hundred"
+
+    later = run("batch", "submit", *args, "--fresh", stdin=data)[1].strip()
+    own = OwnRows(store, later)
+    for line in range(1, 31):
+        own.answer(line, OutputLine.from_json(answer(later, line)))
+    (made,) = own.close()
+    assert join(state.batches, store, later, made, CLIENT)
+    assert planned() == said, "rows from a cache have ended, too, without a token"
 
 
 def test_a_batch_tells_its_webhook_as_often_as_the_flag_says(run: Run, state: State, tmp_path: Path) -> None:
