@@ -133,7 +133,7 @@ def left_out() -> list[str]:
     return [module.__name__ for module in _asked if isinstance(module, _Later)]
 
 
-class Wanted(Protocol):
+class Asked(Protocol):
     """What is asked of an engine, by its own settings or its worker's."""
 
     @property
@@ -144,7 +144,7 @@ class Wanted(Protocol):
     def tensor_parallel_size(self) -> int: ...
 
 
-def will_do(settings: Wanted) -> bool:
+def will_do(settings: Asked) -> bool:
     """Whether an engine on a CPU and on no other rank is asked for. With a driver there, torch may end up on
     the card, and has more to be careful of."""
     on_cpu = settings.device == "cpu" or not any(Path(driver).exists() for driver in GPU_DRIVERS)
