@@ -31,8 +31,7 @@ template <class T> void silu_mul_rows(T* out, const T* x, int64_t rows, int n, i
   for (int64_t r = 0; r < rows; r++) {
     const T *gate = x + r * 2 * n, *up = gate + n;
     for_lanes<T>(n, [&](int i, int k) {
-      vf g = get(gate + i, k);
-      put(out + r * n + i, g / (1.f + exp2v(g * -LOG2E)) * get(up + i, k), k);
+      put(out + r * n + i, silu(get(gate + i, k)) * get(up + i, k), k);
     });
   }
 }

@@ -108,14 +108,14 @@ inline void amx_block(const uint8_t* a0, const uint8_t* a1, const uint8_t* b, in
   __asm__ volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::);
   for (int s = 0; s < steps; s++, a0 += TILE_SIZE, b += 2 * TILE_SIZE) {
     if (fetch) fetch_tile(b + AHEAD * 2 * TILE_SIZE), fetch_tile(b + (AHEAD * 2 + 1) * TILE_SIZE);
-    fetch_tile(a0 + TILE_SIZE);
+    fetch_tile(a0 + 2 * TILE_SIZE);
     TILE_LOAD(4, a0, TILE_BYTES);
     TILE_LOAD(6, b, TILE_BYTES);
     TILE_LOAD(7, b + TILE_SIZE, TILE_BYTES);
     if constexpr (INT8) { TILE_DOT8(0, 4, 6); TILE_DOT8(1, 4, 7); }
     else { TILE_DOT(0, 4, 6); TILE_DOT(1, 4, 7); }
     if (!a1) continue;
-    fetch_tile(a1 + TILE_SIZE);
+    fetch_tile(a1 + 2 * TILE_SIZE);
     TILE_LOAD(5, a1, TILE_BYTES);
     a1 += TILE_SIZE;
     if constexpr (INT8) { TILE_DOT8(2, 5, 6); TILE_DOT8(3, 5, 7); }
@@ -172,50 +172,48 @@ inline void vnni_block(const uint8_t* a, const uint8_t* b, int steps, int rows, 
 // Arrays of outputs are as long as the panels are together. A panel's tiles are neighbours (PLAIN), or one is of the
 // first half of the outputs and one of the second: written as such (HALVES), or as silu(first) * second (GATED), of
 // what would have been written, in the very operations of silu_mul_rows.
-template <class T> struct Finish {
+template <bool INT8, class T> struct Finish {
   T* out;
   int outputs, form;
   const float *bias, *row_scales, *scales;                                     // null: none
   const int32_t* ones;                                                         // int8: each output's weights added up
-  // The lines that will be written, on their way while the sums are made.
-  void expect(int64_t row, int rows, int first) const {
-    const int width = form == GATED ? outputs / 2 : outputs, at = form == PLAIN ? first : first / 2;
-    for (int r = 0; r < rows; r++) __builtin_prefetch(out + (row + r) * width + at, 1);
-  }
-  vf worth(const void* sums, int from, int at, int64_t row) const {
-    vf y;
-    if (ones)
-      y = __builtin_convertvector(load_as<vi>((const int32_t*)sums + from) - 128 * load_as<vi>(ones + at), vf) *
-          load(scales + at) * row_scales[row];
-    else
-      y = scales ? load((const float*)sums + from) * load(scales + at) : load((const float*)sums + from);
-    if (bias) {
+
+  // Of one tile's outputs: looked up once for all rows.
+  struct Worth {
+    vf scale, bias;
+    vi too_much;
+    Worth(const Finish& f, int at)
+        : scale(f.scales ? load(f.scales + at) : splat(1.f)), bias(f.bias ? load(f.bias + at) : splat(-0.f)),
+          too_much(INT8 ? 128 * load_as<vi>(f.ones + at) : vi{}) {}
+    vf operator()(const void* sums, float row_scale) const {
+      vf y;
+      if constexpr (INT8)
+        y = __builtin_convertvector(load_as<vi>((const int32_t*)sums) - too_much, vf) * scale * row_scale;
+      else y = load((const float*)sums) * scale;
       rounded(y);
-      y += load(bias + at);
+      return y + bias;
     }
-    return y;
-  }
-  static vf as_written(vf v) {
-    T t[LANES];
-    store(t, v);
-    return load(t);
+  };
+  template <int FORM> void write(const void* sums, int64_t row, int rows, int first) const {
+    const Worth of_left(*this, first), of_right(*this, first + LANES);
+    const float *sum = (const float*)sums, *row_scale = row_scales + row;
+    const int half = outputs / 2, width = FORM == GATED ? half : outputs, count = outputs - first;
+    T* to = out + row * width + (FORM == PLAIN ? first : first / 2);
+    for (int r = 0; r < rows; r++, sum += PANEL, to += width) {
+      const float scale = INT8 ? row_scale[r] : 1.f;
+      const vf left = of_left(sum, scale), right = of_right(sum + LANES, scale);
+      if constexpr (FORM == GATED) store(to, silu(as_stored<T>(left)) * as_stored<T>(right));
+      else if constexpr (FORM == HALVES) store(to, left), store(to + half, right);
+      else {
+        put(to, left, std::min(LANES, count));
+        if (count > LANES) put(to + LANES, right, std::min(LANES, count - LANES));
+      }
+    }
   }
   void operator()(const void* sums, int64_t row, int rows, int first) const {
-    const int half = outputs / 2;
-    for (int r = 0; r < rows; r++) {
-      const int from = r * PANEL;
-      if (form == GATED) {
-        const vf g = as_written(worth(sums, from, first, row + r));
-        const vf up = as_written(worth(sums, from + LANES, first + LANES, row + r));
-        store(out + (row + r) * half + first / 2, g / (1.f + exp2v(g * -LOG2E)) * up);
-        continue;
-      }
-      for (int at = first; at < std::min(first + PANEL, outputs); at += LANES) {
-        const int to = form == PLAIN ? at : first / 2 + (at == first ? 0 : half);
-        put(out + (row + r) * outputs + to, worth(sums, from + at - first, at, row + r),
-            form == PLAIN ? std::min(LANES, outputs - at) : LANES);
-      }
-    }
+    if (form == GATED) write<GATED>(sums, row, rows, first);
+    else if (form == HALVES) write<HALVES>(sums, row, rows, first);
+    else write<PLAIN>(sums, row, rows, first);
   }
 };
 
@@ -235,7 +233,7 @@ struct Area {                                                                  /
 };
 
 template <bool INT8, class T>
-void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> finish, Norm<T> norm, int way,
+void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<INT8, T> finish, Norm<T> norm, int way,
              int threads) {
   static thread_local Area area;
   const int64_t panels = tiles(w.outputs, PANEL);
@@ -245,7 +243,7 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> fi
   float* const row_scales = (float*)(tiled + room);
   for (int64_t from = 0; from < rows; from += chunk) {
     const int64_t count = std::min(chunk, rows - from);
-    Finish<T> done = finish;
+    Finish<INT8, T> done = finish;
     done.out += from * (w.outputs >> (finish.form == GATED));
     done.row_scales = row_scales;
 #pragma omp parallel num_threads(threads)
@@ -276,7 +274,6 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<T> fi
         for (int64_t r = 0; r < count; r += PANEL) {
           const uint8_t *a = tile_row(tiled, r, w.steps), *b = w.narrow ? widened : w.panel(p);
           const int n = int(std::min<int64_t>(PANEL, count - r));
-          done.expect(r, n, int(p) * PANEL);
 #if defined(GM_AMX)
           if (way == AMX)
             amx_block<INT8>(a, n > TILE_ROWS ? a + w.steps * TILE_SIZE : nullptr, b, w.steps, r == 0 && !w.narrow,
@@ -325,7 +322,7 @@ void gm_product_bf16(void* out, const void* x, const void* packed, const float* 
                      int outputs, int inputs, int form, const void* norm, void* residual, float eps, int threads) {
   const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs * 2, TILE_BYTES)), scales != nullptr};
   product<false>((const bf16*)x, rows, inputs, w,
-                 Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, nullptr},
+                 Finish<false, bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, nullptr},
                  Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, AMX, threads);
 }
 
@@ -335,11 +332,11 @@ void gm_product_int8(int wide, void* out, const void* x, const void* packed, con
   const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES)), false};
   if (wide)
     product<true>((const float*)x, rows, inputs, w,
-                  Finish<float>{(float*)out, outputs, form, bias, nullptr, scales, ones},
+                  Finish<true, float>{(float*)out, outputs, form, bias, nullptr, scales, ones},
                   Norm<float>{(const float*)norm, (float*)residual, eps}, way, threads);
   else
     product<true>((const bf16*)x, rows, inputs, w,
-                  Finish<bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, ones},
+                  Finish<true, bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, ones},
                   Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, way, threads);
 }
 

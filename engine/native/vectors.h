@@ -38,17 +38,23 @@ template <class T> inline T narrow(float x) {
 }
 
 inline vf load(const float* p) { return load_as<vf>(p); }
-inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
-inline void store(float* p, vf v) { store_as(p, v); }
-inline void store(bf16* p, vf v) {
+inline vf widen(vh v) { return (vf)(__builtin_convertvector(v, vu) << 16); }
+inline vf load(const bf16* p) { return widen(load_as<vh>(p)); }
+inline vh as_bf16(vf v) {
 #if defined(__AVX512BF16__)
-  __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(p, &h, sizeof h);
+  return (vh)_mm512_cvtneps_pbh((__m512)v);
 #else
   vu u = (vu)v, r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   r = (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : r;
-  store_as(p, __builtin_convertvector(r, vh));
+  return __builtin_convertvector(r, vh);
 #endif
+}
+inline void store(float* p, vf v) { store_as(p, v); }
+inline void store(bf16* p, vf v) { store_as(p, as_bf16(v)); }
+// What a load will find where it was stored.
+template <class T> inline vf as_stored(vf v) {
+  if constexpr (std::is_same_v<T, bf16>) return widen(as_bf16(v));
+  else return v;
 }
 // The last, short vector of a row: missing lanes read as zero and are not written.
 template <class T> inline vf load_part(const T* p, int n) {
@@ -95,28 +101,41 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
-// 2^x, relative error about 1e-7; what is below 2^-126 may come out as zero.
+// 2^x, relative error about 1e-7; what is below 2^-126 may come out as zero. A polynomial for what is left of x without
+// its integer, fitted so that its largest relative error is smallest (2e-9), and 1 at 0.
 inline vf exp2v(vf x) {
 #if defined(__AVX512F__)
-  const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
 #else
   const vf low = splat(-126.f), high = splat(126.f), magic = splat(12582912.f);  // + 1.5 * 2^23 rounds to integer
   const vi tiny = x < low;
   x = tiny ? low : x > high ? high : x;
-  const vf n = (x + magic) - magic;
+  const vf n = (x + magic) - magic, f = x - n;
 #endif
-  const vf f = (x - n) * 0.69314718056f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.f;
+  vf p = splat(1.53533616e-4f);
+  p = p * f + 1.33988745e-3f;
+  p = p * f + 9.61843736e-3f;
+  p = p * f + 5.55033247e-2f;
+  p = p * f + 2.40226479e-1f;
+  p = p * f + 6.93147203e-1f;
+  p = p * f + 1.f;
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
   return tiny ? vf{} : (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+#endif
+}
+
+constexpr float LOG2E = 1.44269504089f;
+
+// x / (1 + e^-x), relative error about 2e-7.
+inline vf silu(vf x) {
+#if defined(__AVX512F__)
+  const vf below = 1.f + exp2v((vf)_mm512_min_ps((__m512)(x * -LOG2E), (__m512)splat(120.f)));
+  const vf guess = (vf)_mm512_rcp14_ps((__m512)below);                         // one of Newton's steps instead of a division
+  return x * (guess * (2.f - below * guess));
+#else
+  return x / (1.f + exp2v(x * -LOG2E));
 #endif
 }
 
@@ -134,8 +153,12 @@ inline vf tanhv(vf x) {
 
 // A product that is added to something later is rounded here. Otherwise the compiler may fuse the two, and does so or
 // not as it pleases in each copy of a function: a row's last bits would depend on how many rows it is computed with.
-inline void rounded(vf& v) { __asm__ volatile("" : "+m"(v)); }
-
-constexpr float LOG2E = 1.44269504089f;
+inline void rounded(vf& v) {
+#if defined(__AVX512F__)
+  __asm__ volatile("" : "+v"(v));
+#else
+  __asm__ volatile("" : "+m"(v));
+#endif
+}
 
 }  // namespace
