@@ -19,7 +19,8 @@ inline void fetch(const bf16* p, int lines) {
   for (int i = 0; i < lines; i++) __builtin_prefetch(p + i * 32);
 }
 
-// `tiles` are those of the span that begins at `start`, and the first of the next. The first rows to meet them fetch.
+// `tiles` are those of the span that begins at `start`, and the first of the next. The first rows to meet them fetch, all
+// along and one tile ahead: lines that can be on their way at once are few.
 template <bool FIRST>
 inline void span_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, const Tile<bf16>* tiles, int dim16,
                           const Scoring& how) {
@@ -32,23 +33,24 @@ inline void span_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
   alignas(64) float fade[LANES];
   const bf16* q = s.q.data() + size_t(r0) * dim16;
   for (int g = from; g < groups; g += TILE_GROUPS) {
-    const Tile<bf16>&now = tiles[g / TILE_GROUPS], &next = tiles[g / TILE_GROUPS + 1];
+    const Tile<bf16>* const now = tiles + g / TILE_GROUPS;
+    const bf16* const* const soon = g + TILE_GROUPS < groups ? now[1].keys : tiles[from / TILE_GROUPS].values;
     __asm__ volatile("tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3" ::);
     for (int d = 0; d < dim16; d += 32) {
       const int at = d * LANES;                                                // 16 pairs of dims, 64 bytes each
       TILE_LOAD(4, q + d, dim16 * 2);
-      TILE_LOAD(5, now.keys[0] + at, 64);
+      TILE_LOAD(5, now->keys[0] + at, 64);
       TILE_DOT(0, 4, 5);
-      if constexpr (FIRST) fetch(next.keys[0] + at, 16), fetch(now.values[0] + at, 16);
-      TILE_LOAD(5, now.keys[1] + at, 64);
+      if constexpr (FIRST) fetch(soon[0] + at, 16);
+      TILE_LOAD(5, now->keys[1] + at, 64);
       TILE_DOT(1, 4, 5);
-      if constexpr (FIRST) fetch(next.keys[1] + at, 16), fetch(now.values[1] + at, 16);
-      TILE_LOAD(5, now.keys[2] + at, 64);
+      if constexpr (FIRST) fetch(soon[1] + at, 16);
+      TILE_LOAD(5, now->keys[2] + at, 64);
       TILE_DOT(2, 4, 5);
-      if constexpr (FIRST) fetch(next.keys[2] + at, 16), fetch(now.values[2] + at, 16);
-      TILE_LOAD(5, now.keys[3] + at, 64);
+      if constexpr (FIRST) fetch(soon[2] + at, 16);
+      TILE_LOAD(5, now->keys[3] + at, 64);
       TILE_DOT(3, 4, 5);
-      if constexpr (FIRST) fetch(next.keys[3] + at, 16), fetch(now.values[3] + at, 16);
+      if constexpr (FIRST) fetch(soon[3] + at, 16);
     }
     TILE_STORE(0, dots + g, SPAN_GROUPS * 64);
     TILE_STORE(1, dots + g + 1, SPAN_GROUPS * 64);
@@ -78,16 +80,23 @@ inline void span_step_amx(Rows<bf16>& s, int r0, int n, int start, int end, cons
     }
     for (int g = from; g < groups; g++) {
       const bf16* v = (g + 1 < groups ? tiles[g / TILE_GROUPS].values[g % TILE_GROUPS] : last) + d * 2;
+      const int then = g + TILE_GROUPS;
+      const bf16* const* const next = then < groups ? tiles[then / TILE_GROUPS].values : tiles[SPAN_TILES].keys;
+      const bf16* soon = next[g % TILE_GROUPS] + d * LANES;
       TILE_LOAD(6, p + g * LANES, SPAN * 2);
       TILE_LOAD(7, v, dim16 * 4);
       TILE_DOT(0, 6, 7);
+      if constexpr (FIRST) fetch(soon, 8);
       TILE_LOAD(7, v + 32, dim16 * 4);
       TILE_DOT(1, 6, 7);
+      if constexpr (FIRST) fetch(soon + 256, 8);
       if (whole) {
         TILE_LOAD(7, v + 64, dim16 * 4);
         TILE_DOT(2, 6, 7);
+        if constexpr (FIRST) fetch(soon + 512, 8);
         TILE_LOAD(7, v + 96, dim16 * 4);
         TILE_DOT(3, 6, 7);
+        if constexpr (FIRST) fetch(soon + 768, 8);
       }
     }
     TILE_STORE(0, acc + d, dim16 * 4);

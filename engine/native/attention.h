@@ -167,6 +167,7 @@ template <class T> void run_merge(const Call<T>& c, const Merge& g, int h) {
 template <class T>
 void attend_all(const NewRows<T>& rows_in, const Call<T>& c, const Work& work, int threads) {
   const int n = work.n_items * c.s.kv_heads;
+  const int chunk = work.n_items >= 8 * threads ? c.s.kv_heads : 1;            // heads of an item: in the same pages
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -175,7 +176,7 @@ void attend_all(const NewRows<T>& rows_in, const Call<T>& c, const Work& work, i
 #if defined(GM_AMX)
     AmxGuard guard(use_amx(c));
 #endif
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
     for (int i = 0; i < n; i++) run_item(c, work.items[i / c.s.kv_heads], work.queries, i % c.s.kv_heads, rows);
 #pragma omp for schedule(static)
     for (int i = 0; i < work.n_merges * c.s.heads; i++) run_merge(c, work.merges[i / c.s.heads], i % c.s.heads);
