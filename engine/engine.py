@@ -31,7 +31,7 @@ from .sampler import Sampler
 from .scheduler import Scheduler, StepPlan, Work
 from .sequence import Ahead, Later, Row, Sequence
 from .settings import EngineSettings
-from .speculation import MOST_SEQS, Speculation
+from .speculation import MOST_SEQS_AHEAD, Speculation
 from .swap import StepCosts, SwapSpace, swap_pays
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Engine:
         self.fast_forward = True
         """Tokens that a grammar forces are not sampled; False is the slow way to the same."""
         self._guide = Guide(settings.model, runner.spec.vocab_size, runner.eos_token_ids)
-        self._speculation = Speculation(settings.speculate) if settings.speculate else None
+        most_seqs = MOST_SEQS_AHEAD if self._overlap else None
+        self._speculation = Speculation(settings.speculate, most_seqs) if settings.speculate else None
         self._recorder = Recorder(self._end)
         self._seqs: dict[str, Sequence] = {}
         self._number = 0
@@ -261,7 +262,7 @@ class Engine:
         """
         if flight.ahead is None:
             return False
-        if self._speculation is None or len(self._scheduler.running) > MOST_SEQS:
+        if self._speculation is None or not self._speculation.looks_at(len(self._scheduler.running)):
             return True
         return not self._scheduler.only_decodes
 

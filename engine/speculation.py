@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from .drafts import FinishedTexts, OwnText
 from .sequence import Sequence
 
-MOST_SEQS = 32
-"""With more sequences than this looking for guesses costs more than they save."""
+MOST_SEQS_AHEAD = 32
+"""Where the next step is launched before the last one's tokens are known, guessing for more sequences than
+this costs more than it saves: guesses have to wait for those tokens."""
 FIRST_TRUST = 0.5
 """Chance that a guess is right, as long as nothing is known of a sequence."""
 LEARN = 0.2
@@ -71,9 +72,9 @@ class _Record:
 class Speculation:
     """Proposes guesses for pure decode steps, and learns which were right and what they cost."""
 
-    def __init__(self, most: int) -> None:
-        """``most`` guesses for one sequence in one step."""
-        self._most = most
+    def __init__(self, most: int, most_seqs: int | None = None) -> None:
+        """``most`` guesses for one sequence in one step, of ``most_seqs`` at most (None: of any number)."""
+        self._most, self._most_seqs = most, most_seqs
         self._counts = sorted({most, *(count for count in (1, 2, 4, 8, 16) if count < most)})
         self.times = StepTimes()
         self.drafted = self.accepted = 0
@@ -84,7 +85,7 @@ class Speculation:
     def draft(self, seqs: Rows[Sequence], budget: int) -> dict[Sequence, list[int]]:
         """Guesses worth checking beside the next token of each of ``seqs``: at most ``budget`` in all."""
         base = self.times.expect(len(seqs))
-        if base is None or len(seqs) > MOST_SEQS:
+        if base is None or not self.looks_at(len(seqs)):
             return {}
         guesses = {seq: found for seq in seqs if _may(seq) and (found := self._propose(seq))}
         best, best_rate = 0, len(seqs) / base
@@ -98,6 +99,10 @@ class Speculation:
             if (rate := (len(seqs) + gained) / seconds) > best_rate:
                 best, best_rate = count, rate
         return {seq: found[:best] for seq, found in guesses.items()} if best else {}
+
+    def looks_at(self, seqs: int) -> bool:
+        """Whether a step of so many sequences may have guesses."""
+        return self._most_seqs is None or seqs <= self._most_seqs
 
     def learn(self, seq: Sequence, drafted: int, accepted: int) -> None:
         """``accepted`` of ``drafted`` guesses were right; the one after them, if any, was wrong."""
