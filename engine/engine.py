@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..schemas.errors import BadInput, InvalidRequest
 from ..schemas.home import default_home
-from .batch import Coming
 from .block_pool import BlockPool
 from .cadence import Cadence
 from .checks import check_request
-from .device_sampler import UNSETTLED, DeviceSampler, Ids
+from .device_sampler import UNSETTLED, DeviceSampler
+from .flight import Flight, draws_alone, rows_of
 from .guided.guide import Guide
 from .logprobs import PromptScorer, Scores
 from .memory import OUT_OF_MEMORY, is_out_of_memory
@@ -29,13 +26,10 @@ from .recorder import Recorder
 from .runner import Runner, WeightsOf
 from .sampler import Sampler
 from .scheduler import Scheduler, StepPlan, Work
-from .sequence import Ahead, Later, Row, Sequence
+from .sequence import Sequence
 from .settings import EngineSettings
 from .speculation import MOST_SEQS_AHEAD, Speculation
 from .swap import StepCosts, SwapSpace, swap_pays
-
-if TYPE_CHECKING:
-    from .guided.masks import Masks
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +72,7 @@ class Engine:
         self._device_sampler = DeviceSampler(runner.spec.vocab_size, runner.device)
         overlap = runner.device.type == "cuda" if settings.overlap is None else settings.overlap
         self._overlap = overlap and runner.ranks.size == 1  # tokens that are coming are on this rank alone
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self.fast_forward = True
         """Tokens that a grammar forces are not sampled; False is the slow way to the same."""
         self._guide = Guide(settings.model, runner.spec.vocab_size, runner.eos_token_ids)
@@ -234,7 +228,7 @@ class Engine:
         self._grow()
         return self._record(flight, tokens)
 
-    def _launch(self) -> _Flight | Output:
+    def _launch(self) -> Flight | Output:
         """A step, smaller and smaller until memory suffices. A failed try has computed nothing."""
         size = self._scheduler.step_tokens, self._scheduler.max_running
         while True:
@@ -255,7 +249,7 @@ class Engine:
         self._advance(flight)
         return flight
 
-    def _may_go_ahead(self, flight: _Flight) -> bool:
+    def _may_go_ahead(self, flight: Flight) -> bool:
         """Whether the next step can be launched before the host knows what ``flight`` draws.
 
         Guesses begin with the last token: where some might be made, it is waited for.
@@ -266,7 +260,7 @@ class Engine:
             return True
         return not self._scheduler.only_decodes
 
-    def _launch_behind(self, flight: _Flight) -> _Flight | None:
+    def _launch_behind(self, flight: Flight) -> Flight | None:
         """The step after ``flight``. None: no memory, or nothing to do before its tokens are known."""
         plan = self._plan(guess=False)
         if not plan.work:
@@ -284,26 +278,26 @@ class Engine:
         self._advance(following)
         return following
 
-    def _advance(self, flight: _Flight) -> None:
+    def _advance(self, flight: Flight) -> None:
         """It has been launched: what it feeds is computed, and what it draws is coming."""
         self._scheduler.advance(flight.plan)
         for work in flight.works:
             work.seq.coming += 1
 
-    def _draw(self, plan: StepPlan, before: _Flight | None = None) -> _Flight:
+    def _draw(self, plan: StepPlan, before: Flight | None = None) -> Flight:
         """Run the model and the sampler behind what ``before`` draws; nothing is recorded yet."""
         began = time.monotonic()
         decodes = self._speculation is not None and self._scheduler.only_decodes
         works = [work for work in plan.work if work.samples]
-        rows = _rows(works)
+        rows = rows_of(works)
         masks = self._guide.start([work.seq for work in works])
         try:
             scorer = PromptScorer.of(plan.work)
             coming = before.coming if before else None
             logits = self._runner.forward(plan, self._desk.loaded, scorer, coming)
-            if self._overlap and scorer is None and all(map(_draws_alone, works)):
+            if self._overlap and scorer is None and all(map(draws_alone, works)):
                 drawn = self._device_sampler.draw(logits, rows)
-                return _Flight(plan, works, drawn, logits, None, None, None, began, decodes)
+                return Flight(plan, works, drawn, logits, None, None, None, began, decodes)
             scores = Scores.take(logits, rows)  # the model's own: before masks
             if masks:
                 masks.apply(logits)
@@ -312,9 +306,9 @@ class Engine:
             if masks:
                 masks.drop()
             raise
-        return _Flight(plan, works, tokens, logits, masks, scores, scorer, began, decodes)
+        return Flight(plan, works, tokens, logits, masks, scores, scorer, began, decodes)
 
-    def _record(self, flight: _Flight, tokens: list[int | None]) -> list[Output]:
+    def _record(self, flight: Flight, tokens: list[int | None]) -> list[Output]:
         """Give everybody who is still here what was drawn. Who has ended since the launch gets nothing more:
         that was noticed a step late."""
         here = {work.seq.id for work in flight.plan.work if self._seqs.get(work.seq.id) is work.seq}
@@ -345,7 +339,7 @@ class Engine:
             outputs = flight.scorer.tell(outputs)
         return [output for output in outputs if output.id in here]
 
-    def _settle(self, flight: _Flight, tokens: list[int | None]) -> None:
+    def _settle(self, flight: Flight, tokens: list[int | None]) -> None:
         """Draw what the device could not decide, and take back what it computed upon its guess.
 
         From now on the host draws for these sequences: the next token may be as open.
@@ -468,54 +462,6 @@ class Engine:
     def _end_ids(self, request: Request) -> frozenset[int]:
         model = () if request.ignore_eos else self._runner.eos_token_ids
         return frozenset((*request.stop_token_ids, *model))
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A step that has been launched, and what it draws."""
-
-    plan: StepPlan
-    works: list[Work]
-    """Those that sample."""
-    drawn: list[int | None] | Ids
-    """One token for each of ``works``, then one for each of their guesses."""
-    logits: Tensor
-    masks: Masks | None
-    scores: Scores | None
-    scorer: PromptScorer | None
-    began: float
-    decodes: bool
-    """Everybody had one token to go, and nobody waited."""
-    void: set[Sequence] = field(default_factory=set[Sequence])
-    """They were fed a token that turned out to be another: what was drawn for them says nothing."""
-
-    @property
-    def ahead(self) -> Ids | None:
-        """The tokens, if the host has not waited for them."""
-        return self.drawn if isinstance(self.drawn, Ids) else None
-
-    @property
-    def coming(self) -> Coming | None:
-        """The same, for those who are fed them."""
-        if not isinstance(self.drawn, Ids):
-            return None
-        return Coming(self.drawn.ids, [None if w.seq in self.void else w.seq for w in self.works])
-
-    def tokens(self) -> list[int | None]:
-        """Waits for the step, and for none behind it."""
-        return self.drawn.wait() if isinstance(self.drawn, Ids) else self.drawn
-
-
-def _rows(sampling: list[Work]) -> list[Row]:
-    """Whose next token each row of the logits says: each sequence, then those with guesses behind."""
-    first: list[Row] = [Later(work.seq) if work.seq.coming else work.seq for work in sampling]
-    return first + [Ahead(w.seq, w.guesses[:n]) for w in sampling for n in range(1, len(w.guesses) + 1)]
-
-
-def _draws_alone(work: Work) -> bool:
-    """The device needs nobody's help with this row."""
-    seq = work.seq
-    return seq.plain and not work.guesses and seq.output_len + seq.coming >= seq.request.min_tokens
 
 
 def _native(settings: EngineSettings, runner: Runner) -> NativeSampling | None:
