@@ -90,8 +90,9 @@ def loads(data: str | bytes) -> Any:
     except UnicodeEncodeError as exc:
         raise InvalidJson("not Unicode: an escape \\ud800 to \\udfff without its other half") from exc
     except json.JSONDecodeError as exc:
+        what = exc.msg.removesuffix(" at")  # "Unterminated string starting at"
         where = f" at column {exc.colno:,}" if exc.doc else ""
-        raise InvalidJson(f"not JSON: {exc.msg}{where}") from exc
+        raise InvalidJson(f"not JSON: {what}{where}") from exc
     except RecursionError as exc:
         raise InvalidJson("not accepted: JSON nested too deep") from exc
     except ValueError as exc:  # Python reads no integer that long: its digits would take quadratic time

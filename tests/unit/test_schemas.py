@@ -193,6 +193,7 @@ def test_a_failure_is_explained_and_a_success_is_not(state: str) -> None:
         (b"\xff{}", "not UTF-8: byte 0xff at position 0"),
         (b'{"a": \xc3}', "not UTF-8"),
         (b"{", "not JSON"),
+        (b'{"a": "b', "not JSON: Unterminated string starting at column 7"),
         (b"", "not JSON"),
         (b"nope", "not JSON"),
         (b'{"a": NaN}', "NaN is not a JSON number"),
