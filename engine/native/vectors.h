@@ -128,7 +128,7 @@ inline vf exp2v(vf x) {
 
 constexpr float LOG2E = 1.44269504089f;
 
-// x / (1 + e^-x), relative error about 2e-7.
+// x / (1 + e^-x), relative error about 2e-7; below -83, where less than 1e-34 is left, more.
 inline vf silu(vf x) {
 #if defined(__AVX512F__)
   const vf below = 1.f + exp2v((vf)_mm512_min_ps((__m512)(x * -LOG2E), (__m512)splat(120.f)));

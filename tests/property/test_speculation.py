@@ -125,6 +125,23 @@ def test_an_interrupted_row_goes_on_as_if_nothing_had_been(plain: Engine, guessi
         assert in_all(rest["a"])[0] == tokens[cut:]
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_any_number_of_rows_is_guessed_for_unless_steps_are_launched_ahead(tiny: Path, overlap: bool) -> None:
+    room = {"max_num_seqs": 40, "max_batch_prefill_tokens": 512, "max_batch_total_tokens": 4096}
+    requests = [
+        Request(id=str(n), prompt_ids=[n, *LOOP * 4], max_tokens=12, temperature=0.0, ignore_eos=True)
+        for n in range(40)
+    ]
+    engine = make_engine(tiny, **room, overlap=overlap)
+    assert engine._speculation is not None
+    said, _ = run(engine, requests)
+    assert (engine._speculation.drafted == 0) is overlap  # 40 are more than what is waited for then
+    exact, _ = run(make_engine(tiny, **room, speculate=0), requests)
+    assert {key: in_all(outputs) for key, outputs in said.items()} == {
+        key: in_all(outputs) for key, outputs in exact.items()
+    }
+
+
 def test_little_memory_limits_guesses_and_nothing_else(plain: Engine, tiny: Path) -> None:
     """The second time, when finished texts make guesses right."""
     tight = make_engine(tiny, max_batch_total_tokens=96)
