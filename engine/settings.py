@@ -42,8 +42,8 @@ class EngineSettings(BaseModel):
     fp8, or int8, which on CPUs has inputs in int8, too, and is the fastest there. TGI's names are known, too.
     """
     quantize_head: bool = True
-    """CPU with a matrix unit, quantize int8: the output layer's weights, too, a fifth of what a small model
-    reads; its inputs are not rounded."""
+    """quantize int8 on a CPU that multiplies bfloat16: the output layer's weights, too, a fifth of what a
+    small model reads; its inputs are not rounded."""
     attention: Literal["auto", "cpu", "torch", "triton", "flash"] = "auto"
     """auto: on a CPU the native kernel, if there is a C++ compiler or one built earlier; on CUDA our Triton
     kernels, or flash-attn where it is installed and faster; otherwise torch."""
@@ -75,8 +75,8 @@ class EngineSettings(BaseModel):
     """Launch a step before the tokens of the one before are known to the host, which then works beside the
     device. None: on CUDA. It changes no token."""
     native_products: bool = True
-    """CPU only: multiply with our own kernels where the CPU has a matrix unit (bfloat16, int8) or int8 dot
-    products. Off: with oneDNN's."""
+    """CPU only: multiply with our own kernels where the CPU has a matrix unit or AVX-512 dot products
+    (bfloat16, int8). Off: with oneDNN's."""
     shared_attention: bool = True
     """CPU only: sequences that begin with the same KV blocks read these together when they decode. Off: each
     by itself, as in deterministic mode."""

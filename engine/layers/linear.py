@@ -1,5 +1,5 @@
-"""Linear layers: our matrix products where the CPU has the unit, oneDNN with a weight packed once where that
-works, plain ``F.linear`` elsewhere."""
+"""Linear layers: our matrix products where the CPU has the instructions, oneDNN with a weight packed once
+where that works, plain ``F.linear`` elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS_HINT = 16
 def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """A layer over ``weight`` [out, in]. A CPU copies it into a layout of its own: drop your reference."""
     ours = products.in_use()
-    if ours is not None and ours.bf16 and weight.dtype == torch.bfloat16:
+    if ours is not None and ours.bf16_ways and weight.dtype == torch.bfloat16:
         return products.Dense(ours, weight, bias)
     if weight.device.type == "cpu" and packing_works(weight.dtype):
         return _Packed(weight, bias)

@@ -1,27 +1,28 @@
-// Gristmill's CPU matrix products for linear layers: x [rows, in] times a weight [out, in], in bf16 on Intel's matrix
-// unit, in int8 there or with AVX-512's dot products. Plain C functions over raw pointers, like kernels.cpp.
+// Gristmill's CPU matrix products for linear layers: x [rows, in] times a weight [out, in], in bf16 or int8, on Intel's
+// matrix unit or with AVX-512's dot products. Plain C functions over raw pointers, like kernels.cpp.
 // A weight in int8 may also meet x in bf16: its panels are then widened before they meet the rows.
 //
 // Weights are packed once into tiles of 16 outputs by 64 bytes of inputs, with each 4 bytes of inputs side by side, as
-// the matrix unit and vpdpbusd both want them; two tiles make a step of a panel of 32 outputs. Rows of x are copied
-// (bf16) or rounded to int8 (each row by its own largest number) into tiles of 16 rows by 64 bytes. A panel is read
+// all these instructions want them; two tiles make a step of a panel of 32 outputs. Rows of x are copied (bf16) or
+// rounded to int8 (each row by its own largest number) into tiles of some rows by 64 bytes. A panel is read
 // from memory once and meets all rows while it is in the cache. What a row gets does not depend on its neighbours:
 // its sums run over the inputs in one order, whatever the number of rows.
+#include <omp.h>
+
 #include <vector>
 
 #include "amx_unit.h"
+#include "dots.h"
 #include "layers.h"
-#if defined(__AVX512F__) && defined(__AVX512VNNI__)
-#define GM_VNNI 1
-#endif
 
 namespace {
 
 constexpr int TILE_ROWS = 16, TILE_BYTES = 64, TILE_SIZE = TILE_ROWS * TILE_BYTES;
 constexpr int PANEL = 32;                                                      // outputs: two tiles side by side
 constexpr int CHUNK_BYTES = 1 << 20;                                           // of x: stays in the second cache
+constexpr int DOT_ROWS = 8;                                                   // 16 sums of 32 registers
 constexpr int AHEAD = 4;                                                       // steps of a panel fetched in advance
-enum Way { AMX = 1, VNNI = 2 };
+enum Way { AMX = 1, DOTS = 2 };
 enum Form { PLAIN, HALVES, GATED };                                            // of what comes out: see Finish
 
 inline int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -65,34 +66,44 @@ void pack(uint8_t* to, const uint8_t* weight, int outputs, int row_bytes, int th
       }
 }
 
-// Row r of x in tiles: [row tiles][steps][16][64].
-inline uint8_t* tile_row(uint8_t* x, int64_t r, int steps) {
-  return x + (r / TILE_ROWS * steps * TILE_ROWS + r % TILE_ROWS) * TILE_BYTES;
+inline void fetch_panel(const uint8_t* panel, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(panel + line, 0, 2);
 }
-inline void copy_row(uint8_t* to, const bf16* row, int n, int steps) {
-  for (int s = 0; s < steps; s++, to += TILE_SIZE) {
-    const int count = std::min(32, n - s * 32);
-    std::memcpy(to, row + s * 32, count * 2);
-    std::memset(to + count * 2, 0, TILE_BYTES - count * 2);
+
+// Rows of x in tiles of so many: [row tiles][steps][tile_rows][64].
+struct Tiled {
+  uint8_t* data;
+  int tile_rows, steps;
+  int step_bytes() const { return tile_rows * TILE_BYTES; }
+  uint8_t* row(int64_t r) const {
+    return data + (r / tile_rows * tile_rows * steps + r % tile_rows) * TILE_BYTES;
+  }
+};
+inline void copy_row(const Tiled& tiled, int64_t r, const bf16* row, int n) {
+  uint8_t* to = tiled.row(r);
+  for (int s = 0; s < n / 32; s++, to += tiled.step_bytes()) store_as(to, load_as<vu>(row + s * 32));
+  if (n % 32) {
+    std::memset(to, 0, TILE_BYTES);
+    std::memcpy(to, row + n / 32 * 32, n % 32 * 2);
   }
 }
 // Around 128 and without a sign, as vpdpbusd wants its first factor. Returns what one step is worth.
-template <class T> inline float round_row(uint8_t* to, const T* row, int n, int steps) {
+template <class T> inline float round_row(const Tiled& tiled, int64_t r, const T* row, int n) {
   typedef uint8_t vb __attribute__((vector_size(16)));
   vf top = {};
   for_lanes<T>(n, [&](int i, int k) { vf v = get(row + i, k); top = vmax(top, vmax(v, -v)); });
-  const float scale = std::max(largest(top), 1.17549435e-38f) / 127;
+  const float most = std::max(largest(top), 1.17549435e-38f), codes_each = 127 / most;
   const vf magic = splat(12582912.f);                                          // + 1.5 * 2^23 rounds to an integer
-  for (int s = 0; s < steps; s++)
+  uint8_t* to = tiled.row(r);
+  for (int s = 0; s < tiled.steps; s++, to += tiled.step_bytes())
     for (int part = 0; part < TILE_BYTES; part += LANES) {
       const int at = s * TILE_BYTES + part, count = std::min(LANES, n - at);
       vf v = {};
-      if (count > 0) v = get(row + at, count) / scale;
+      if (count > 0) v = get(row + at, count) * codes_each;
       rounded(v);
-      v = (v + magic) - magic;
-      store_as(to + size_t(s) * TILE_SIZE + part, __builtin_convertvector(__builtin_convertvector(v, vi) + 128, vb));
+      store_as(to + part, __builtin_convertvector((vi)(v + magic) + 128, vb));
     }
-  return scale;
+  return most / 127;
 }
 
 #if defined(GM_AMX)
@@ -135,37 +146,48 @@ void amx_whole_tiles() {
 }
 #endif
 
-#if defined(GM_VNNI)
-// R rows from row `first` of a tile on.
-template <int R> inline void vnni_rows(const uint8_t* a, const uint8_t* b, int steps, bool fetch, int32_t* sums) {
-  __m512i c[R][2];
-  for (int r = 0; r < R; r++) c[r][0] = c[r][1] = _mm512_setzero_si512();
-  for (int s = 0; s < steps; s++, a += TILE_SIZE, b += 2 * TILE_SIZE)
-    for (int k = 0; k < 16; k++) {
-      if (fetch) {
-        __builtin_prefetch(b + AHEAD * 2 * TILE_SIZE + k * TILE_BYTES);
-        __builtin_prefetch(b + AHEAD * 2 * TILE_SIZE + TILE_SIZE + k * TILE_BYTES);
-      }
-      const uint8_t* four_each = b + k * TILE_BYTES;
-      const __m512i b0 = _mm512_loadu_si512(four_each), b1 = _mm512_loadu_si512(four_each + TILE_SIZE);
+// The dot products of AVX-512: of 4 bytes of a row with those of 16 outputs, two numbers in bf16, four in int8.
+template <bool INT8> constexpr bool dots_here() {
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+  if (INT8) return true;
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+  if (!INT8) return true;
+#endif
+  return false;
+}
+inline vi dot_four(vi c, vu w, uint32_t x) {                                   // x without a sign, w with one
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)c, _mm512_set1_epi32(int(x)), (__m512i)w);
+#else
+  return c;
+#endif
+}
+// sums [R][32] = R rows, of a tile, times a panel, while `fetched` lines a step of the next one are on their way.
+template <bool INT8, int R>
+void dot_rows(const uint8_t* a, int step_bytes, const uint8_t* b, int steps, const uint8_t* next, int fetched, uint8_t* sums) {
+  using V = std::conditional_t<INT8, vi, vf>;
+  V c[R][2] = {};
+  for (int s = 0; s < steps; s++, a += step_bytes, b += 2 * TILE_SIZE) {
+    for (int i = 0; i < fetched; i++, next += 64) __builtin_prefetch(next, 0, 2);
+    for (int k = 0; k < TILE_BYTES; k += 4) {
+      const uint8_t* some = b + k / 4 * TILE_BYTES;
+      const vu left = load_as<vu>(some), right = load_as<vu>(some + TILE_SIZE);
       for (int r = 0; r < R; r++) {
-        int32_t four;
-        std::memcpy(&four, a + r * TILE_BYTES + k * 4, 4);
-        const __m512i x = _mm512_set1_epi32(four);
-        c[r][0] = _mm512_dpbusd_epi32(c[r][0], x, b0);
-        c[r][1] = _mm512_dpbusd_epi32(c[r][1], x, b1);
+        const uint32_t x = load_as<uint32_t>(a + r * TILE_BYTES + k);
+        if constexpr (INT8) c[r][0] = dot_four(c[r][0], left, x), c[r][1] = dot_four(c[r][1], right, x);
+        else c[r][0] = dot_pair(c[r][0], left, x), c[r][1] = dot_pair(c[r][1], right, x);
       }
     }
+  }
   for (int r = 0; r < R; r++)
-    for (int h = 0; h < 2; h++) _mm512_storeu_si512(sums + r * PANEL + h * 16, c[r][h]);
+    for (int h = 0; h < 2; h++) store_as(sums + (r * 2 + h) * TILE_BYTES, c[r][h]);
 }
-inline void vnni_block(const uint8_t* a, const uint8_t* b, int steps, int rows, bool fetch, int32_t* sums) {
-  int r = 0;
-  for (; r + 8 <= rows; r += 8, fetch = false) vnni_rows<8>(a + r * TILE_BYTES, b, steps, fetch, sums + r * PANEL);
-  for (; r + 2 <= rows; r += 2, fetch = false) vnni_rows<2>(a + r * TILE_BYTES, b, steps, fetch, sums + r * PANEL);
-  if (r < rows) vnni_rows<1>(a + r * TILE_BYTES, b, steps, fetch, sums + r * PANEL);
+template <bool INT8, int R = DOT_ROWS>
+void dot_block(int rows, const uint8_t* a, int step_bytes, const uint8_t* b, int steps, const uint8_t* next, int fetched, uint8_t* sums) {
+  if (rows == R) return dot_rows<INT8, R>(a, step_bytes, b, steps, next, fetched, sums);
+  if constexpr (R > 1) dot_block<INT8, R - 1>(rows, a, step_bytes, b, steps, next, fetched, sums);
 }
-#endif
 
 // What becomes of sums: in int8 they are worth a row's scale times an output's, less what 128 too much in x added; where
 // the weight alone is in int8, an output's scale.
@@ -232,64 +254,99 @@ struct Area {                                                                  /
   }
 };
 
+// Rows of x that are multiplied together.
+template <bool INT8, class T> struct Chunk {
+  const T* x;
+  int64_t count;
+  int inputs, way;
+  const Packed& w;
+  const Finish<INT8, T>& finish;
+  const Norm<T>& norm;
+  int64_t block;                                                               // rows that meet a panel at a time
+  Tiled tiled;
+  float* row_scales;
+
+  void take(int64_t r, T* normed) const {
+    const T* row = x + r * inputs;
+    if (norm.weight) {
+      T* residual = norm.residual ? norm.residual + r * inputs : nullptr;
+      rms_norm_row(normed, row, residual, norm.weight, inputs, norm.eps);
+      row = normed;
+    }
+    if constexpr (INT8) row_scales[r] = round_row(tiled, r, row, inputs);
+    else copy_row(tiled, r, row, inputs);
+  }
+  // Panel p, while the next one is on its way to the second cache.
+  void meet(int64_t p, uint8_t* widened) const {
+    alignas(64) uint8_t sums[PANEL * PANEL * 4];
+    if (w.narrow) widen_panel((bf16*)widened, w.panel(p), w.panel_bytes() / 2);
+    const uint8_t *b = w.narrow ? widened : w.panel(p), *next = w.panel(p + 1);
+    const int fetched = w.narrow ? 0 : int(tiles(2 * TILE_SIZE / 64, tiles(count, block)));
+    for (int64_t r = 0; r < count; r += block) {
+      const int n = int(std::min(block, count - r));
+#if defined(GM_AMX)
+      if (way == AMX)
+        amx_block<INT8>(tiled.row(r), n > TILE_ROWS ? tiled.row(r + TILE_ROWS) : nullptr, b, w.steps,
+                        r == 0 && !w.narrow, sums);
+#endif
+      if constexpr (dots_here<INT8>())
+        if (way == DOTS)
+          dot_block<INT8>(n, tiled.row(r), tiled.step_bytes(), b, w.steps, next, fetched, sums);
+      next += int64_t(fetched) * w.steps * 64;
+      finish(sums, r, n, int(p) * PANEL);
+    }
+  }
+};
+
+// A thread's panels: neighbours, which follow one another in memory. Who is done takes what others have not begun.
+struct alignas(64) Share {
+  int64_t next, end;
+  int64_t take() {
+    int64_t p;
+#pragma omp atomic capture
+    p = next++;
+    return p < end ? p : -1;
+  }
+};
+
 template <bool INT8, class T>
-void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<INT8, T> finish, Norm<T> norm, int way,
-             int threads) {
+void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<INT8, T> finish, const Norm<T>& whole,
+             int way, int threads) {
   static thread_local Area area;
+  static thread_local std::vector<Share> held;
+  held.resize(threads);
+  Share* const shares = held.data();
   const int64_t panels = tiles(w.outputs, PANEL);
   const int64_t chunk = std::max<int64_t>(PANEL, CHUNK_BYTES / (w.steps * TILE_BYTES) / PANEL * PANEL);
-  const int64_t most = std::min(rows, chunk), room = tiles(most, TILE_ROWS) * w.steps * TILE_SIZE;
+  const int64_t most = std::min(rows, chunk), room = (most + PANEL) * w.steps * TILE_BYTES;
   uint8_t* const tiled = area.take(room + most * sizeof(float));
-  float* const row_scales = (float*)(tiled + room);
+  finish.row_scales = (float*)(tiled + room);
+  Norm<T> norm = whole;
   for (int64_t from = 0; from < rows; from += chunk) {
     const int64_t count = std::min(chunk, rows - from);
-    Finish<INT8, T> done = finish;
-    done.out += from * (w.outputs >> (finish.form == GATED));
-    done.row_scales = row_scales;
+    const int64_t block = way == AMX ? PANEL : tiles(count, tiles(count, DOT_ROWS));  // as even as can be
+    const Chunk<INT8, T> now{x + from * inputs, count, inputs, way, w, finish, norm, block,
+                             Tiled{tiled, way == AMX ? TILE_ROWS : int(block), w.steps}, (float*)(tiled + room)};
+    for (int t = 0; t < threads; t++) shares[t] = {panels * t / threads, panels * (t + 1) / threads};
 #pragma omp parallel num_threads(threads)
     {
+      const int me = omp_get_thread_num();
       static thread_local std::vector<T> normed;
+      static thread_local Area wide;
       if (norm.weight) normed.resize(inputs);
+      uint8_t* const widened = w.narrow ? wide.take(w.panel_bytes()) : nullptr;
+      if (way == DOTS && !w.narrow) fetch_panel(w.panel(shares[me].next), w.panel_bytes());
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < count; r++) {
-        const T* row = x + (from + r) * inputs;
-        if (norm.weight) {
-          T* residual = norm.residual ? norm.residual + (from + r) * inputs : nullptr;
-          rms_norm_row(normed.data(), row, residual, norm.weight, inputs, norm.eps);
-          row = normed.data();
-        }
-        if constexpr (INT8) row_scales[r] = round_row(tile_row(tiled, r, w.steps), row, inputs, w.steps);
-        else copy_row(tile_row(tiled, r, w.steps), row, inputs, w.steps);
-      }
+      for (int64_t r = 0; r < count; r++) now.take(r, normed.data());
 #if defined(GM_AMX)
       AmxGuard guard(way == AMX);
       if (way == AMX) amx_whole_tiles();
 #endif
-      static thread_local Area wide;
-      uint8_t* const widened = w.narrow ? wide.take(w.panel_bytes()) : nullptr;
-      alignas(64) int32_t sums[PANEL * PANEL];
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < panels; p++) {
-        if (w.narrow) widen_panel((bf16*)widened, w.panel(p), w.panel_bytes() / 2);
-        for (int64_t r = 0; r < count; r += PANEL) {
-          const uint8_t *a = tile_row(tiled, r, w.steps), *b = w.narrow ? widened : w.panel(p);
-          const int n = int(std::min<int64_t>(PANEL, count - r));
-#if defined(GM_AMX)
-          if (way == AMX)
-            amx_block<INT8>(a, n > TILE_ROWS ? a + w.steps * TILE_SIZE : nullptr, b, w.steps, r == 0 && !w.narrow,
-                            sums);
-#endif
-#if defined(GM_VNNI)
-          if constexpr (INT8)
-            if (way == VNNI)
-              for (int h = 0; h < n; h += TILE_ROWS)
-                vnni_block(a + (h ? w.steps * TILE_SIZE : 0), b, w.steps, std::min(TILE_ROWS, n - h), r + h == 0,
-                           sums + h * PANEL);
-#endif
-          done(sums, r, n, int(p) * PANEL);
-        }
-      }
+      for (int t = 0; t < threads; t++)
+        for (int64_t p; (p = shares[(me + t) % threads].take()) >= 0;) now.meet(p, widened);
     }
+    finish.out += count * (w.outputs >> (finish.form == GATED));
+    if (norm.residual) norm.residual += count * inputs;
   }
 }
 
@@ -303,9 +360,7 @@ int gm_product_ways(int int8) {
 #if defined(GM_AMX)
   if (amx_allowed()) ways |= AMX;
 #endif
-#if defined(GM_VNNI)
-  if (int8) ways |= VNNI;
-#endif
+  if (int8 ? dots_here<true>() : dots_here<false>()) ways |= DOTS;
   return ways;
 }
 
@@ -319,11 +374,12 @@ void gm_pack(void* to, const void* weight, int outputs, int row_bytes, int threa
 
 // With scales the weight is in int8, packed as bf16 is.
 void gm_product_bf16(void* out, const void* x, const void* packed, const float* scales, const float* bias, int64_t rows,
-                     int outputs, int inputs, int form, const void* norm, void* residual, float eps, int threads) {
+                     int outputs, int inputs, int form, const void* norm, void* residual, float eps, int way,
+                     int threads) {
   const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs * 2, TILE_BYTES)), scales != nullptr};
   product<false>((const bf16*)x, rows, inputs, w,
                  Finish<false, bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, nullptr},
-                 Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, AMX, threads);
+                 Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, way, threads);
 }
 
 void gm_product_int8(int wide, void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 PANEL = 32
 """Outputs that are worked on together, two tiles: arrays of outputs are filled up to a multiple."""
 TILE, TILE_BYTES = 16, 1024
-AMX, VNNI = 1, 2
+AMX, DOTS = 1, 2
+"""Ways to multiply: the matrix unit, the faster one, and dot products of vectors. Their sum: both."""
 PLAIN, HALVES, GATED = 0, 1, 2
 PACKED_AT_ONCE = 64 * PANEL
 TOLERANCE = 2**-7
@@ -36,7 +37,7 @@ _SIGNATURES = {
     "gm_product_ways": (_i, (_i,)),
     "gm_packed_bytes": (_q, (_i, _i)),
     "gm_pack": (None, (_p, _p, _i, _i, _i)),
-    "gm_product_bf16": (None, (*(_p,) * 5, _q, _i, _i, _i, _p, _p, _f, _i)),
+    "gm_product_bf16": (None, (*(_p,) * 5, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
     "gm_product_int8": (None, (_i, *(_p,) * 6, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
 }
 
@@ -50,13 +51,8 @@ class Products:
             function = getattr(self.library, name)
             function.argtypes, function.restype = arguments, result
         self.threads = threads
+        self.bf16_ways: int = self.library.gm_product_ways(0)
         self.int8_ways: int = self.library.gm_product_ways(1)
-        self.bf16 = bool(self.library.gm_product_ways(0) & AMX)
-
-    @property
-    def int8_way(self) -> int:
-        """The faster of those there are; 0: none."""
-        return AMX if self.int8_ways & AMX else self.int8_ways
 
     def pack(self, weight: Tensor) -> Tensor:
         """``weight`` [out, in], bfloat16 or int8, as the kernels read it: bytes."""
@@ -78,10 +74,18 @@ class Product(ABC):
     """Of the weight."""
 
     def __init__(
-        self, products: Products, weight: Tensor, bias: Tensor | None, arrays: tuple[Tensor, ...] = ()
+        self,
+        products: Products,
+        ways: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        arrays: tuple[Tensor, ...] = (),
     ) -> None:
-        """``weight``: what is packed. ``arrays``: numbers for each output beside the bias."""
-        self._products, (self._outputs, self._inputs) = products, weight.shape
+        """``ways``: of which the faster is taken. ``weight``: what is packed. ``arrays``: numbers for each
+        output beside the bias."""
+        assert ways
+        self._products, self._way = products, AMX if ways & AMX else ways
+        self._outputs, self._inputs = weight.shape
         self._weight = self._packed(weight)
         self._arrays = [_filled(each) for each in arrays]
         self._bias = None if bias is None else _filled(bias.float())
@@ -139,13 +143,18 @@ class Product(ABC):
 
 
 class Dense(Product):
-    """A weight in bfloat16, on the matrix unit."""
+    """A weight in bfloat16."""
+
+    def __init__(
+        self, products: Products, weight: Tensor, bias: Tensor | None, way: int | None = None
+    ) -> None:
+        super().__init__(products, way or products.bf16_ways, weight, bias)
 
     def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
         assert x.dtype == torch.bfloat16, x.dtype
         ours = self._products
         where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr())
-        ours.library.gm_product_bf16(*where, None, bias, *rest, ours.threads)
+        ours.library.gm_product_bf16(*where, None, bias, *rest, self._way, ours.threads)
 
 
 class Narrow(Product):
@@ -153,8 +162,10 @@ class Narrow(Product):
 
     tile_bytes = TILE_BYTES // 2
 
-    def __init__(self, products: Products, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-        super().__init__(products, codes, bias, (scales.float(),))
+    def __init__(
+        self, products: Products, codes: Tensor, scales: Tensor, bias: Tensor | None, way: int | None = None
+    ) -> None:
+        super().__init__(products, way or products.bf16_ways, codes, bias, (scales.float(),))
 
     def _packed(self, weight: Tensor) -> Tensor:
         """Some outputs at a time: they are packed as bfloat16 is."""
@@ -168,7 +179,7 @@ class Narrow(Product):
         assert x.dtype == torch.bfloat16, x.dtype
         ours = self._products
         where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr(), self._arrays[0].data_ptr())
-        ours.library.gm_product_bf16(*where, bias, *rest, ours.threads)
+        ours.library.gm_product_bf16(*where, bias, *rest, self._way, ours.threads)
 
 
 class Int8(Product):
@@ -178,10 +189,8 @@ class Int8(Product):
     def __init__(
         self, products: Products, codes: Tensor, scales: Tensor, bias: Tensor | None, way: int | None = None
     ) -> None:
-        """``way``: AMX or VNNI; None: the faster."""
-        super().__init__(products, codes, bias, (scales.float(), codes.sum(1, dtype=torch.int32)))
-        self._way = products.int8_way if way is None else way
-        assert self._way & products.int8_ways, (way, products.int8_ways)
+        arrays = (scales.float(), codes.sum(1, dtype=torch.int32))
+        super().__init__(products, way or products.int8_ways, codes, bias, arrays)
 
     def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
         assert x.dtype in (torch.float32, torch.bfloat16), x.dtype
@@ -214,7 +223,7 @@ def load_products(cache: Path, threads: int) -> Products | None:
     """The kernels, built if need be, and tried; or None with a logged reason: then oneDNN does the work."""
     try:
         products = Products(build(cache, "products"), threads)
-        if not (products.bf16 or products.int8_ways):
+        if not (products.bf16_ways or products.int8_ways):
             return None  # this CPU has no instructions for them
         _try_out(products)
     # OSError: dlopen refused it; AttributeError: not our library
@@ -235,10 +244,10 @@ def _try_out(products: Products) -> None:
         x = _numbers(rows, 96)
         exact = x.float() @ weight.float().T + bias.float()
         scales, codes = torch.full((40,), 1 / 8), (weight.float() * 8).to(torch.int8)
-        if products.bf16:
-            _compare(Dense(products, weight, bias)(x), exact)
-            _compare(Narrow(products, codes, scales, bias)(x), exact)
-        for way in (AMX, VNNI):
+        for way in (AMX, DOTS):
+            if products.bf16_ways & way:
+                _compare(Dense(products, weight, bias, way)(x), exact)
+                _compare(Narrow(products, codes, scales, bias, way)(x), exact)
             if products.int8_ways & way:
                 _compare(Int8(products, codes, scales, bias, way)(x.float()), exact, 0.03)
 

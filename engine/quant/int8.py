@@ -64,7 +64,7 @@ class Int8(ByteCodes):
         ours = products.in_use()
         if ours is not None and self.inputs and ours.int8_ways and dtype in (torch.float32, torch.bfloat16):
             return products.Int8(ours, self.codes, self.scales, bias)
-        if ours is not None and not self.inputs and ours.bf16 and dtype == torch.bfloat16:
+        if ours is not None and not self.inputs and ours.bf16_ways and dtype == torch.bfloat16:
             return products.Narrow(ours, self.codes, self.scales, bias)
         if self.device.type == "cpu" and self.inputs and w8a8_works():
             return W8A8(self, bias)
@@ -83,9 +83,9 @@ class W8A8:
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
-        scales = wide.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        most = wide.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         # Around 128 and without a sign: with signed inputs oneDNN falls back to a kernel 100 times slower.
-        codes = (wide / scales).round_().add_(128).to(torch.uint8)
+        codes = (wide * (torch.tensor(127.0) / most)).round_().add_(128).to(torch.uint8)
         y = _qlinear()(
             codes,
             1.0,
@@ -100,7 +100,7 @@ class W8A8:
             "none",
             [],
             "",
-        ).mul_(scales)
+        ).mul_(most / 127)
         return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
 
 

@@ -11,7 +11,7 @@ from gristmill.engine.layers.linear import linear
 from gristmill.engine.native import products
 from gristmill.engine.native.build import build
 from gristmill.engine.native.library import load
-from gristmill.engine.native.products import AMX, VNNI, Product, Products, in_use, load_products, used
+from gristmill.engine.native.products import AMX, DOTS, Product, Products, in_use, load_products, used
 from gristmill.engine.quant.int8 import W8A8, Int8
 from torch import Tensor
 
@@ -24,16 +24,17 @@ def ours(kernels: Path) -> Products:
     return Products(build(kernels, "products"), 2)
 
 
-@pytest.fixture
-def with_bf16(ours: Products) -> Products:
-    if not ours.bf16:
-        pytest.skip("this CPU has no matrix unit")
-    return ours
-
-
-@pytest.fixture(params=[AMX, VNNI], ids=["amx", "vnni"])
+@pytest.fixture(params=[AMX, DOTS], ids=["amx", "dots"])
 def way(ours: Products, request: pytest.FixtureRequest) -> int:
+    """Of int8."""
     if not ours.int8_ways & request.param:
+        pytest.skip("this CPU has no such instructions")
+    return request.param
+
+
+@pytest.fixture(params=[AMX, DOTS], ids=["amx", "dots"])
+def bf16_way(ours: Products, request: pytest.FixtureRequest) -> int:
+    if not ours.bf16_ways & request.param:
         pytest.skip("this CPU has no such instructions")
     return request.param
 
@@ -45,10 +46,12 @@ def case(rows: int, inputs: int, outputs: int, *, seed: int = 0) -> tuple[Tensor
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_product_in_bf16_is_the_exact_one_rounded(with_bf16: Products, shape: tuple[int, int, int]) -> None:
+def test_a_product_in_bf16_is_the_exact_one_rounded(
+    ours: Products, bf16_way: int, shape: tuple[int, int, int]
+) -> None:
     x, weight, bias = case(*shape)
     exact = x.double() @ weight.double().T + bias.double()
-    said = products.Dense(with_bf16, weight, bias)(x)
+    said = products.Dense(ours, weight, bias, bf16_way)(x)
     torch.testing.assert_close(said.double(), exact, rtol=2**-8, atol=1e-4)
 
 
@@ -59,9 +62,9 @@ def test_a_product_in_int8_is_exact_but_for_the_rounding_of_inputs(
     x, weight, bias = case(*shape)
     packed = Int8.nearest(weight, inputs=True)
     wide = x.float()
-    scales = wide.abs().amax(1, keepdim=True) / 127
-    sums = (wide / scales).round().double() @ packed.codes.double().T
-    exact = sums * scales.double() * packed.scales.double() + bias.double()
+    most = wide.abs().amax(1, keepdim=True)
+    sums = (wide * (torch.tensor(127.0) / most)).round().double() @ packed.codes.double().T
+    exact = sums * (most / 127).double() * packed.scales.double() + bias.double()
     layer = products.Int8(ours, packed.codes, packed.scales, bias, way)
     torch.testing.assert_close(layer(wide).double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-4)
@@ -69,12 +72,12 @@ def test_a_product_in_int8_is_exact_but_for_the_rounding_of_inputs(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_weights_alone_in_int8_are_what_they_are_unpacked(
-    with_bf16: Products, shape: tuple[int, int, int]
+    ours: Products, bf16_way: int, shape: tuple[int, int, int]
 ) -> None:
     x, weight, bias = case(*shape)
     packed = Int8.nearest(weight)
     exact = x.double() @ packed.codes.double().T * packed.scales.double() + bias.double()
-    said = products.Narrow(with_bf16, packed.codes, packed.scales, bias)(x)
+    said = products.Narrow(ours, packed.codes, packed.scales, bias, bf16_way)(x)
     torch.testing.assert_close(said.double(), exact, rtol=2**-8, atol=1e-4)
 
 
@@ -145,10 +148,12 @@ def test_no_rows_are_no_work(ours: Products, way: int) -> None:
     assert layer(torch.zeros(0, 64)).shape == (0, 40)
 
 
-def test_layers_use_them_only_where_they_are_told_to(with_bf16: Products) -> None:
+def test_layers_use_them_only_where_they_are_told_to(ours: Products) -> None:
+    if not (ours.bf16_ways and ours.int8_ways):
+        pytest.skip("this CPU has no instructions for them")
     _, weight, bias = case(1, 64, 40)
     packed = Int8.nearest(weight, inputs=True)
-    with used(with_bf16):
+    with used(ours):
         assert isinstance(linear(weight, bias), products.Dense)
         assert isinstance(packed.linear(torch.bfloat16, None), products.Int8)
         assert isinstance(invariant(linear, weight), products.Dense)
@@ -175,11 +180,11 @@ def test_kernels_that_compute_something_else_are_not_used(
 def all_layers(ours: Products, weight: Tensor, bias: Tensor | None) -> list[Product]:
     packed = Int8.nearest(weight)
     codes, scales = packed.codes, packed.scales
-    layers: list[Product] = [products.Int8(ours, codes, scales, bias, way) for way in ways(ours)]
-    if ours.bf16:
-        layers += [products.Dense(ours, weight, bias), products.Narrow(ours, codes, scales, bias)]
+    layers: list[Product] = []
+    for way in (AMX, DOTS):
+        if ours.int8_ways & way:
+            layers.append(products.Int8(ours, codes, scales, bias, way))
+        if ours.bf16_ways & way:
+            layers.append(products.Dense(ours, weight, bias, way))
+            layers.append(products.Narrow(ours, codes, scales, bias, way))
     return layers
-
-
-def ways(ours: Products) -> list[int]:
-    return [way for way in (AMX, VNNI) if ours.int8_ways & way]
