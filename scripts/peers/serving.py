@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 Row = tuple[Sequence[int], int]
@@ -56,9 +56,26 @@ def serve(load: Callable[[], Peer]) -> None:
 
 
 def memory() -> dict[str, float]:
-    """Peak GiB of this process, or of a child of its if that took more: engines are often processes."""
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return {"peak_gib": round(max(peaks) / 1024**2, 2)}
+    """Peak GiB of this process, or of one it has started if that took more: engines are often processes.
+
+    Not getrusage's: that begins with what the parent had when it forked, and knows no child that still runs.
+    """
+    return {"peak_gib": round(max(peak_kib(each) for each in family(os.getpid())) / 1024**2, 2)}
+
+
+def family(pid: int) -> Iterator[int]:
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            yield from family(int(child))
+
+
+def peak_kib(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it has ended meanwhile
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def threads() -> int:
