@@ -283,7 +283,7 @@ class Runner:
     def _head(self, settings: EngineSettings, make: Make) -> Make:
         """Weights alone in int8, so that logits are nearly as exact; where that is read faster."""
         ours = in_use()
-        fast = ours is not None and ours.bf16_ways and self.dtype == torch.bfloat16
+        fast = ours is not None and ours.int8_ways and self.dtype == torch.bfloat16
         if settings.quantize != "int8" or not settings.quantize_head or not fast or self.deterministic:
             return make
         return quantizing("eetq", None, make, unpack=False)

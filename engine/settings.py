@@ -42,8 +42,8 @@ class EngineSettings(BaseModel):
     fp8, or int8, which on CPUs has inputs in int8, too, and is the fastest there. TGI's names are known, too.
     """
     quantize_head: bool = True
-    """quantize int8 on a CPU that multiplies bfloat16: the output layer's weights, too, a fifth of what a
-    small model reads; its inputs are not rounded."""
+    """quantize int8 on a CPU that multiplies int8: the output layer's weights, too, a fifth of what a small
+    model reads; its inputs are in 16 bits."""
     attention: Literal["auto", "cpu", "torch", "triton", "flash"] = "auto"
     """auto: on a CPU the native kernel, if there is a C++ compiler or one built earlier; on CUDA our Triton
     kernels, or flash-attn where it is installed and faster; otherwise torch."""

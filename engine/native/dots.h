@@ -13,15 +13,7 @@ constexpr int ROWS = 1;
 constexpr int TILE_GROUPS = 4;                     // KV groups of 16 tokens looked at between two softmax updates
 constexpr int TILE = TILE_GROUPS * LANES;
 
-inline vf dot_pair(vf c, const bf16* k, uint32_t q) {                           // c[lane] += k[lane] . q, two dims
-#if defined(__AVX512BF16__)
-  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_loadu_si512(k), (__m512bh)_mm512_set1_epi32(int(q)));
-#else
-  vu w = load_as<vu>(k);
-  return c + (vf)(w << 16) * widen(bf16(q)) + (vf)(w & 0xffff0000u) * widen(bf16(q >> 16));
-#endif
-}
-inline vf dot_pair(vf c, vu w, uint32_t q) {
+inline vf dot_pair(vf c, vu w, uint32_t q) {                                    // c[lane] += w[lane] . q, two dims
 #if defined(__AVX512BF16__)
   return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512i)w, (__m512bh)_mm512_set1_epi32(int(q)));
 #else
@@ -36,11 +28,17 @@ template <int R, int N>
 inline void scores(const bf16* q, size_t q_stride, const bf16* const* keys, const bf16* const* next, int dim16,
                    vf* out) {
   vf s[R][N] = {};
-  for (int d = 0; d < dim16 / 2; d++) {
-    for (int g = 0; g < N; g++) __builtin_prefetch(next[g] + d * 32);
-    for (int r = 0; r < R; r++) {
-      const uint32_t w = pair_at(q + r * q_stride + 2 * d);
-      for (int g = 0; g < N; g++) s[r][g] = dot_pair(s[r][g], keys[g] + d * 32, w);
+  int d = 0;
+  for (int part = 0; part < N; part++) {
+    const bf16* soon = next[part];
+    for (int i = 0; i < dim16 / 2 / N; i++, d++, soon += N * 32) {
+      for (int g = 0; g < N; g++) __builtin_prefetch(soon + g * 32);
+      vu k[N];
+      for (int g = 0; g < N; g++) k[g] = load_as<vu>(keys[g] + d * 32);
+      for (int r = 0; r < R; r++) {
+        const uint32_t w = pair_at(q + r * q_stride + 2 * d);
+        for (int g = 0; g < N; g++) s[r][g] = dot_pair(s[r][g], k[g], w);
+      }
     }
   }
   for (int r = 0; r < R; r++)
@@ -50,10 +48,14 @@ template <int R, int N>
 inline void scores(const float* q, size_t q_stride, const float* const* keys, const float* const* next, int dim16,
                    vf* out) {
   vf s[R][N] = {};
-  for (int d = 0; d < dim16; d++) {
-    for (int g = 0; g < N; g++) __builtin_prefetch(next[g] + d * 16);
-    for (int r = 0; r < R; r++)
-      for (int g = 0; g < N; g++) s[r][g] += load(keys[g] + d * 16) * q[r * q_stride + d];
+  int d = 0;
+  for (int part = 0; part < N; part++) {
+    const float* soon = next[part];
+    for (int i = 0; i < dim16 / N; i++, d++, soon += N * 16) {
+      for (int g = 0; g < N; g++) __builtin_prefetch(soon + g * 16);
+      for (int r = 0; r < R; r++)
+        for (int g = 0; g < N; g++) s[r][g] += load(keys[g] + d * 16) * q[r * q_stride + d];
+    }
   }
   for (int r = 0; r < R; r++)
     for (int g = 0; g < N; g++) out[r * TILE_GROUPS + g] = s[r][g];

@@ -1,6 +1,7 @@
 // Gristmill's CPU matrix products for linear layers: x [rows, in] times a weight [out, in], in bf16 or int8, on Intel's
 // matrix unit or with AVX-512's dot products. Plain C functions over raw pointers, like kernels.cpp.
-// A weight in int8 may also meet x in bf16: its panels are then widened before they meet the rows.
+// In int8 a number of x is one part, which is what W8A8 means, or two, which is next to no rounding: each row of x is
+// then two, the nearest code and what is left in 254ths of it.
 //
 // Weights are packed once into tiles of 16 outputs by 64 bytes of inputs, with each 4 bytes of inputs side by side, as
 // all these instructions want them; two tiles make a step of a panel of 32 outputs. Rows of x are copied (bf16) or
@@ -22,6 +23,7 @@ constexpr int PANEL = 32;                                                      /
 constexpr int CHUNK_BYTES = 1 << 20;                                           // of x: stays in the second cache
 constexpr int DOT_ROWS = 8;                                                   // 16 sums of 32 registers
 constexpr int AHEAD = 4;                                                       // steps of a panel fetched in advance
+constexpr float FINER = 254;                                                   // steps of a second part in one of the first
 enum Way { AMX = 1, DOTS = 2 };
 enum Form { PLAIN, HALVES, GATED };                                            // of what comes out: see Finish
 
@@ -30,19 +32,9 @@ inline int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 struct Packed {
   const uint8_t* data;                                                         // [panels][steps][2][16][64]
   int outputs, steps;
-  bool narrow;                                                                 // bf16's tiles, each number in a byte
-  const uint8_t* panel(int64_t p) const { return data + p * panel_bytes() / (narrow ? 2 : 1); }
+  const uint8_t* panel(int64_t p) const { return data + p * panel_bytes(); }
   int64_t panel_bytes() const { return int64_t(steps) * 2 * TILE_SIZE; }
 };
-
-// A panel's bytes as bf16, exactly: it stays in the cache for as long as it is used.
-inline void widen_panel(bf16* to, const uint8_t* from, int64_t count) {
-  typedef int8_t vb __attribute__((vector_size(16)));
-  for (int64_t i = 0; i < count; i += LANES) {
-    if (i % 64 == 0) __builtin_prefetch(from + i + 1024);
-    store(to + i, __builtin_convertvector(__builtin_convertvector(load_as<vb>(from + i), vi), vf));
-  }
-}
 
 void pack(uint8_t* to, const uint8_t* weight, int outputs, int row_bytes, int threads) {
   const int64_t panels = tiles(outputs, PANEL), steps = tiles(row_bytes, TILE_BYTES);
@@ -87,21 +79,28 @@ inline void copy_row(const Tiled& tiled, int64_t r, const bf16* row, int n) {
     std::memcpy(to, row + n / 32 * 32, n % 32 * 2);
   }
 }
-// Around 128 and without a sign, as vpdpbusd wants its first factor. Returns what one step is worth.
-template <class T> inline float round_row(const Tiled& tiled, int64_t r, const T* row, int n) {
+// In so many parts, around 128 and without a sign, as vpdpbusd wants its first factor. Returns what one step of the first
+// part is worth.
+template <int PARTS, class T> inline float round_row(const Tiled& tiled, int64_t r, const T* row, int n) {
   typedef uint8_t vb __attribute__((vector_size(16)));
   vf top = {};
   for_lanes<T>(n, [&](int i, int k) { vf v = get(row + i, k); top = vmax(top, vmax(v, -v)); });
   const float most = std::max(largest(top), 1.17549435e-38f), codes_each = 127 / most;
   const vf magic = splat(12582912.f);                                          // + 1.5 * 2^23 rounds to an integer
-  uint8_t* to = tiled.row(r);
+  uint8_t* to = tiled.row(r * PARTS);                                          // a row's parts are neighbours in a tile
   for (int s = 0; s < tiled.steps; s++, to += tiled.step_bytes())
     for (int part = 0; part < TILE_BYTES; part += LANES) {
       const int at = s * TILE_BYTES + part, count = std::min(LANES, n - at);
       vf v = {};
       if (count > 0) v = get(row + at, count) * codes_each;
       rounded(v);
-      store_as(to + part, __builtin_convertvector((vi)(v + magic) + 128, vb));
+      const vf code = v + magic;
+      store_as(to + part, __builtin_convertvector((vi)code + 128, vb));
+      if constexpr (PARTS == 2) {
+        vf left = (v - (code - magic)) * FINER;
+        rounded(left);
+        store_as(to + TILE_BYTES + part, __builtin_convertvector((vi)(left + magic) + 128, vb));
+      }
     }
   return most / 127;
 }
@@ -189,12 +188,12 @@ void dot_block(int rows, const uint8_t* a, int step_bytes, const uint8_t* b, int
   if constexpr (R > 1) dot_block<INT8, R - 1>(rows, a, step_bytes, b, steps, next, fetched, sums);
 }
 
-// What becomes of sums: in int8 they are worth a row's scale times an output's, less what 128 too much in x added; where
-// the weight alone is in int8, an output's scale.
+// What becomes of sums: in int8 they are worth a row's scale times an output's, less what 128 too much in x added.
 // Arrays of outputs are as long as the panels are together. A panel's tiles are neighbours (PLAIN), or one is of the
 // first half of the outputs and one of the second: written as such (HALVES), or as silu(first) * second (GATED), of
 // what would have been written, in the very operations of silu_mul_rows.
-template <bool INT8, class T> struct Finish {
+// PARTS: of a number of x, 0 in bf16.
+template <int PARTS, class T> struct Finish {
   T* out;
   int outputs, form;
   const float *bias, *row_scales, *scales;                                     // null: none
@@ -205,13 +204,18 @@ template <bool INT8, class T> struct Finish {
     vf scale, bias;
     vi too_much;
     Worth(const Finish& f, int at)
-        : scale(f.scales ? load(f.scales + at) : splat(1.f)), bias(f.bias ? load(f.bias + at) : splat(-0.f)),
-          too_much(INT8 ? 128 * load_as<vi>(f.ones + at) : vi{}) {}
-    vf operator()(const void* sums, float row_scale) const {
-      vf y;
-      if constexpr (INT8)
-        y = __builtin_convertvector(load_as<vi>((const int32_t*)sums) - too_much, vf) * scale * row_scale;
-      else y = load((const float*)sums) * scale;
+        : scale(PARTS ? load(f.scales + at) : vf{}), bias(f.bias ? load(f.bias + at) : splat(-0.f)),
+          too_much(PARTS ? 128 * load_as<vi>(f.ones + at) : vi{}) {}
+    vf count(const float* sums) const { return __builtin_convertvector(load_as<vi>(sums) - too_much, vf); }
+    vf operator()(const float* sums, float row_scale) const {
+      if constexpr (!PARTS) return load(sums) + bias;
+      vf y = count(sums);
+      if constexpr (PARTS == 2) {
+        vf left = count(sums + PANEL) * (1 / FINER);
+        rounded(left);
+        y += left;
+      }
+      y = y * scale * row_scale;
       rounded(y);
       return y + bias;
     }
@@ -221,8 +225,8 @@ template <bool INT8, class T> struct Finish {
     const float *sum = (const float*)sums, *row_scale = row_scales + row;
     const int half = outputs / 2, width = FORM == GATED ? half : outputs, count = outputs - first;
     T* to = out + row * width + (FORM == PLAIN ? first : first / 2);
-    for (int r = 0; r < rows; r++, sum += PANEL, to += width) {
-      const float scale = INT8 ? row_scale[r] : 1.f;
+    for (int r = 0; r < rows; r++, sum += PANEL * std::max(PARTS, 1), to += width) {
+      const float scale = PARTS ? row_scale[r] : 1.f;
       const vf left = of_left(sum, scale), right = of_right(sum + LANES, scale);
       if constexpr (FORM == GATED) store(to, silu(as_stored<T>(left)) * as_stored<T>(right));
       else if constexpr (FORM == HALVES) store(to, left), store(to + half, right);
@@ -255,12 +259,13 @@ struct Area {                                                                  /
 };
 
 // Rows of x that are multiplied together.
-template <bool INT8, class T> struct Chunk {
+template <int PARTS, class T> struct Chunk {
+  static constexpr int EACH = PARTS == 2 ? 2 : 1;                              // rows of tiles that one of x makes
   const T* x;
   int64_t count;
   int inputs, way;
   const Packed& w;
-  const Finish<INT8, T>& finish;
+  const Finish<PARTS, T>& finish;
   const Norm<T>& norm;
   int64_t block;                                                               // rows that meet a panel at a time
   Tiled tiled;
@@ -273,27 +278,25 @@ template <bool INT8, class T> struct Chunk {
       rms_norm_row(normed, row, residual, norm.weight, inputs, norm.eps);
       row = normed;
     }
-    if constexpr (INT8) row_scales[r] = round_row(tiled, r, row, inputs);
+    if constexpr (PARTS) row_scales[r] = round_row<PARTS>(tiled, r, row, inputs);
     else copy_row(tiled, r, row, inputs);
   }
   // Panel p, while the next one is on its way to the second cache.
-  void meet(int64_t p, uint8_t* widened) const {
+  void meet(int64_t p) const {
     alignas(64) uint8_t sums[PANEL * PANEL * 4];
-    if (w.narrow) widen_panel((bf16*)widened, w.panel(p), w.panel_bytes() / 2);
-    const uint8_t *b = w.narrow ? widened : w.panel(p), *next = w.panel(p + 1);
-    const int fetched = w.narrow ? 0 : int(tiles(2 * TILE_SIZE / 64, tiles(count, block)));
+    const uint8_t *b = w.panel(p), *next = w.panel(p + 1);
+    const int fetched = int(tiles(2 * TILE_SIZE / 64, tiles(count, block)));
     for (int64_t r = 0; r < count; r += block) {
-      const int n = int(std::min(block, count - r));
+      const int n = int(std::min(block, count - r)) * EACH;
+      const uint8_t* a = tiled.row(r * EACH);
 #if defined(GM_AMX)
       if (way == AMX)
-        amx_block<INT8>(tiled.row(r), n > TILE_ROWS ? tiled.row(r + TILE_ROWS) : nullptr, b, w.steps,
-                        r == 0 && !w.narrow, sums);
+        amx_block<PARTS != 0>(a, n > TILE_ROWS ? tiled.row(r * EACH + TILE_ROWS) : nullptr, b, w.steps, r == 0, sums);
 #endif
-      if constexpr (dots_here<INT8>())
-        if (way == DOTS)
-          dot_block<INT8>(n, tiled.row(r), tiled.step_bytes(), b, w.steps, next, fetched, sums);
+      if constexpr (dots_here<PARTS != 0>())
+        if (way == DOTS) dot_block<PARTS != 0>(n, a, tiled.step_bytes(), b, w.steps, next, fetched, sums);
       next += int64_t(fetched) * w.steps * 64;
-      finish(sums, r, n, int(p) * PANEL);
+      finish(sums, r, n / EACH, int(p) * PANEL);
     }
   }
 };
@@ -309,8 +312,8 @@ struct alignas(64) Share {
   }
 };
 
-template <bool INT8, class T>
-void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<INT8, T> finish, const Norm<T>& whole,
+template <int PARTS, class T>
+void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<PARTS, T> finish, const Norm<T>& whole,
              int way, int threads) {
   static thread_local Area area;
   static thread_local std::vector<Share> held;
@@ -318,24 +321,24 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<INT8,
   Share* const shares = held.data();
   const int64_t panels = tiles(w.outputs, PANEL);
   const int64_t chunk = std::max<int64_t>(PANEL, CHUNK_BYTES / (w.steps * TILE_BYTES) / PANEL * PANEL);
-  const int64_t most = std::min(rows, chunk), room = (most + PANEL) * w.steps * TILE_BYTES;
+  constexpr int EACH = Chunk<PARTS, T>::EACH;
+  const int64_t most = std::min(rows, chunk), room = (most + PANEL) * EACH * w.steps * TILE_BYTES;
   uint8_t* const tiled = area.take(room + most * sizeof(float));
   finish.row_scales = (float*)(tiled + room);
   Norm<T> norm = whole;
   for (int64_t from = 0; from < rows; from += chunk) {
     const int64_t count = std::min(chunk, rows - from);
-    const int64_t block = way == AMX ? PANEL : tiles(count, tiles(count, DOT_ROWS));  // as even as can be
-    const Chunk<INT8, T> now{x + from * inputs, count, inputs, way, w, finish, norm, block,
-                             Tiled{tiled, way == AMX ? TILE_ROWS : int(block), w.steps}, (float*)(tiled + room)};
+    const int64_t block = way == AMX ? PANEL / EACH : tiles(count, tiles(count, DOT_ROWS / EACH));  // about as large
+    const Chunk<PARTS, T> now{x + from * inputs, count, inputs, way, w, finish, norm, block,
+                              Tiled{tiled, way == AMX ? TILE_ROWS : int(block) * EACH, w.steps},
+                              (float*)(tiled + room)};
     for (int t = 0; t < threads; t++) shares[t] = {panels * t / threads, panels * (t + 1) / threads};
 #pragma omp parallel num_threads(threads)
     {
       const int me = omp_get_thread_num();
       static thread_local std::vector<T> normed;
-      static thread_local Area wide;
       if (norm.weight) normed.resize(inputs);
-      uint8_t* const widened = w.narrow ? wide.take(w.panel_bytes()) : nullptr;
-      if (way == DOTS && !w.narrow) fetch_panel(w.panel(shares[me].next), w.panel_bytes());
+      if (way == DOTS) fetch_panel(w.panel(shares[me].next), w.panel_bytes());
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < count; r++) now.take(r, normed.data());
 #if defined(GM_AMX)
@@ -343,7 +346,7 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<INT8,
       if (way == AMX) amx_whole_tiles();
 #endif
       for (int t = 0; t < threads; t++)
-        for (int64_t p; (p = shares[(me + t) % threads].take()) >= 0;) now.meet(p, widened);
+        for (int64_t p; (p = shares[(me + t) % threads].take()) >= 0;) now.meet(p);
     }
     finish.out += count * (w.outputs >> (finish.form == GATED));
     if (norm.residual) norm.residual += count * inputs;
@@ -372,28 +375,34 @@ void gm_pack(void* to, const void* weight, int outputs, int row_bytes, int threa
   pack((uint8_t*)to, (const uint8_t*)weight, outputs, row_bytes, threads);
 }
 
-// With scales the weight is in int8, packed as bf16 is.
-void gm_product_bf16(void* out, const void* x, const void* packed, const float* scales, const float* bias, int64_t rows,
-                     int outputs, int inputs, int form, const void* norm, void* residual, float eps, int way,
-                     int threads) {
-  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs * 2, TILE_BYTES)), scales != nullptr};
-  product<false>((const bf16*)x, rows, inputs, w,
-                 Finish<false, bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, nullptr},
-                 Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, way, threads);
-}
-
-void gm_product_int8(int wide, void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,
-                     const float* bias, int64_t rows, int outputs, int inputs, int form, const void* norm,
-                     void* residual, float eps, int way, int threads) {
-  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES)), false};
-  if (wide)
-    product<true>((const float*)x, rows, inputs, w,
-                  Finish<true, float>{(float*)out, outputs, form, bias, nullptr, scales, ones},
-                  Norm<float>{(const float*)norm, (float*)residual, eps}, way, threads);
-  else
-    product<true>((const bf16*)x, rows, inputs, w,
-                  Finish<true, bf16>{(bf16*)out, outputs, form, bias, nullptr, scales, ones},
-                  Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, way, threads);
+void gm_product_bf16(void* out, const void* x, const void* packed, const float* bias, int64_t rows, int outputs,
+                     int inputs, int form, const void* norm, void* residual, float eps, int way, int threads) {
+  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs * 2, TILE_BYTES))};
+  product<0>((const bf16*)x, rows, inputs, w,
+             Finish<0, bf16>{(bf16*)out, outputs, form, bias, nullptr, nullptr, nullptr},
+             Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, way, threads);
 }
 
 }  // extern "C"
+
+namespace {
+
+template <int PARTS, class T>
+void product_int8(void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,
+                  const float* bias, int64_t rows, int outputs, int inputs, int form, const void* norm, void* residual,
+                  float eps, int way, int threads) {
+  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES))};
+  product<PARTS>((const T*)x, rows, inputs, w, Finish<PARTS, T>{(T*)out, outputs, form, bias, nullptr, scales, ones},
+                 Norm<T>{(const T*)norm, (T*)residual, eps}, way, threads);
+}
+
+}  // namespace
+
+// x in float32 (wide) or bf16, in one part or two.
+extern "C" void gm_product_int8(int wide, int parts, void* out, const void* x, const void* packed, const float* scales,
+                                const int32_t* ones, const float* bias, int64_t rows, int outputs, int inputs,
+                                int form, const void* norm, void* residual, float eps, int way, int threads) {
+  auto run = parts == 2 ? wide ? product_int8<2, float> : product_int8<2, bf16>
+                        : wide ? product_int8<1, float> : product_int8<1, bf16>;
+  run(out, x, packed, scales, ones, bias, rows, outputs, inputs, form, norm, residual, eps, way, threads);
+}

@@ -29,7 +29,6 @@ TILE, TILE_BYTES = 16, 1024
 AMX, DOTS = 1, 2
 """Ways to multiply: the matrix unit, the faster one, and dot products of vectors. Their sum: both."""
 PLAIN, HALVES, GATED = 0, 1, 2
-PACKED_AT_ONCE = 64 * PANEL
 TOLERANCE = 2**-7
 """Of the largest result: a rounding to bf16."""
 _p, _i, _q, _f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -37,8 +36,8 @@ _SIGNATURES = {
     "gm_product_ways": (_i, (_i,)),
     "gm_packed_bytes": (_q, (_i, _i)),
     "gm_pack": (None, (_p, _p, _i, _i, _i)),
-    "gm_product_bf16": (None, (*(_p,) * 5, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
-    "gm_product_int8": (None, (_i, *(_p,) * 6, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
+    "gm_product_bf16": (None, (*(_p,) * 4, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
+    "gm_product_int8": (None, (_i, _i, *(_p,) * 6, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
 }
 
 
@@ -70,9 +69,6 @@ NormOf = tuple[Tensor, float]
 class Product(ABC):
     """x [rows, in] times a weight [out, in], packed."""
 
-    tile_bytes = TILE_BYTES
-    """Of the weight."""
-
     def __init__(
         self,
         products: Products,
@@ -86,13 +82,10 @@ class Product(ABC):
         assert ways
         self._products, self._way = products, AMX if ways & AMX else ways
         self._outputs, self._inputs = weight.shape
-        self._weight = self._packed(weight)
+        self._weight = products.pack(weight)
         self._arrays = [_filled(each) for each in arrays]
         self._bias = None if bias is None else _filled(bias.float())
         self._form = PLAIN
-
-    def _packed(self, weight: Tensor) -> Tensor:
-        return self._products.pack(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, out], in the dtype of ``x``."""
@@ -116,7 +109,7 @@ class Product(ABC):
             return None
         found = copy(self)
         found._form = HALVES
-        tiles = self._weight.view(self._outputs // PANEL, -1, 2, self.tile_bytes).transpose(1, 2)
+        tiles = self._weight.view(self._outputs // PANEL, -1, 2, TILE_BYTES).transpose(1, 2)
         found._weight = _paired(tiles.flatten(0, 1)).transpose(1, 2).contiguous().flatten()
         found._arrays = [_paired(each.view(-1, TILE)).flatten() for each in self._arrays]
         found._bias = None if self._bias is None else _paired(self._bias.view(-1, TILE)).flatten()
@@ -154,51 +147,35 @@ class Dense(Product):
         assert x.dtype == torch.bfloat16, x.dtype
         ours = self._products
         where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr())
-        ours.library.gm_product_bf16(*where, None, bias, *rest, self._way, ours.threads)
-
-
-class Narrow(Product):
-    """int8 codes [out, in] and a scale for each output, widened to bfloat16 on the way: x is not rounded."""
-
-    tile_bytes = TILE_BYTES // 2
-
-    def __init__(
-        self, products: Products, codes: Tensor, scales: Tensor, bias: Tensor | None, way: int | None = None
-    ) -> None:
-        super().__init__(products, way or products.bf16_ways, codes, bias, (scales.float(),))
-
-    def _packed(self, weight: Tensor) -> Tensor:
-        """Some outputs at a time: they are packed as bfloat16 is."""
-        parts: list[Tensor] = []
-        for first in range(0, len(weight), PACKED_AT_ONCE):
-            part = self._products.pack(weight[first : first + PACKED_AT_ONCE].to(torch.bfloat16))
-            parts.append(part.view(torch.bfloat16).to(torch.int8).view(torch.uint8))
-        return torch.cat(parts)
-
-    def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
-        assert x.dtype == torch.bfloat16, x.dtype
-        ours = self._products
-        where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr(), self._arrays[0].data_ptr())
         ours.library.gm_product_bf16(*where, bias, *rest, self._way, ours.threads)
 
 
 class Int8(Product):
-    """int8 codes [out, in], a scale for each output; each row of x, bfloat16 or float32, is rounded to int8
-    by its largest number (W8A8)."""
+    """int8 codes [out, in], a scale for each output; x is bfloat16 or float32.
+
+    ``parts`` 1: each row of x is rounded to int8 by its largest number (W8A8). 2: to int8, and what is left
+    again: off by 2^-16 of the largest at most, for twice the work.
+    """
 
     def __init__(
-        self, products: Products, codes: Tensor, scales: Tensor, bias: Tensor | None, way: int | None = None
+        self,
+        products: Products,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        way: int | None = None,
+        parts: int = 1,
     ) -> None:
         arrays = (scales.float(), codes.sum(1, dtype=torch.int32))
         super().__init__(products, way or products.int8_ways, codes, bias, arrays)
+        self._parts = parts
 
     def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
         assert x.dtype in (torch.float32, torch.bfloat16), x.dtype
         ours, (scales, ones) = self._products, self._arrays
+        kind = (int(x.dtype == torch.float32), self._parts)
         where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr(), scales.data_ptr(), ones.data_ptr())
-        ours.library.gm_product_int8(
-            int(x.dtype == torch.float32), *where, bias, *rest, self._way, ours.threads
-        )
+        ours.library.gm_product_int8(*kind, *where, bias, *rest, self._way, ours.threads)
 
 
 _USED: ContextVar[Products | None] = ContextVar("products", default=None)
@@ -247,9 +224,9 @@ def _try_out(products: Products) -> None:
         for way in (AMX, DOTS):
             if products.bf16_ways & way:
                 _compare(Dense(products, weight, bias, way)(x), exact)
-                _compare(Narrow(products, codes, scales, bias, way)(x), exact)
             if products.int8_ways & way:
                 _compare(Int8(products, codes, scales, bias, way)(x.float()), exact, 0.03)
+                _compare(Int8(products, codes, scales, bias, way, parts=2)(x), exact)
 
 
 def _numbers(rows: int, columns: int) -> Tensor:

@@ -62,10 +62,9 @@ class Int8(ByteCodes):
 
     def linear(self, dtype: torch.dtype, bias: Tensor | None) -> Linear:
         ours = products.in_use()
-        if ours is not None and self.inputs and ours.int8_ways and dtype in (torch.float32, torch.bfloat16):
-            return products.Int8(ours, self.codes, self.scales, bias)
-        if ours is not None and not self.inputs and ours.bf16_ways and dtype == torch.bfloat16:
-            return products.Narrow(ours, self.codes, self.scales, bias)
+        known = (torch.bfloat16, torch.float32) if self.inputs else (torch.bfloat16,)
+        if ours is not None and ours.int8_ways and dtype in known:
+            return products.Int8(ours, self.codes, self.scales, bias, parts=1 if self.inputs else 2)
         if self.device.type == "cpu" and self.inputs and w8a8_works():
             return W8A8(self, bias)
         if self.device.type == "cpu" and weight_only_works(dtype):
