@@ -40,6 +40,7 @@ from bench_pairs import interval
 from engine_passes import circumstances
 from gristmill.backends.models import pull
 from peer_setups import PEERS, CannotRun, Launch, prepare
+from peers.serving import family
 from roofline import Limits, least_seconds, measure
 from tokenizers import Tokenizer
 from workload import Row, cold, single, w1, w2
@@ -117,12 +118,6 @@ class Peer:
         if not line:
             raise CannotRun(f"it ended with status {self.process.wait()}; its log: {self.launch.log}")
         return json.loads(line)
-
-
-def family(pid: int) -> list[int]:
-    """The process, then its descendants."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(one for child in children for one in family(int(child)))]
 
 
 def main() -> None:

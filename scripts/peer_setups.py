@@ -138,7 +138,7 @@ def _environment(
     name: str, *packages: str, env: dict[str, str] | None = None, options: tuple[str, ...] = ()
 ) -> Path:
     """The Python of a virtual environment that has these. Raises CannotRun."""
-    place, wanted = PLACE / name, "\n".join(packages)
+    place, wanted = PLACE / name, "\n".join((*options, *packages))
     stamp, python = place / "stamp", place / "bin" / "python"
     if not stamp.exists() or stamp.read_text() != wanted:
         shutil.rmtree(place, ignore_errors=True)

@@ -13,13 +13,6 @@ constexpr int ROWS = 1;
 constexpr int TILE_GROUPS = 4;                     // KV groups of 16 tokens looked at between two softmax updates
 constexpr int TILE = TILE_GROUPS * LANES;
 
-inline vf dot_pair(vf c, vu w, uint32_t q) {                                    // c[lane] += w[lane] . q, two dims
-#if defined(__AVX512BF16__)
-  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512i)w, (__m512bh)_mm512_set1_epi32(int(q)));
-#else
-  return c + (vf)(w << 16) * widen(bf16(q)) + (vf)(w & 0xffff0000u) * widen(bf16(q >> 16));
-#endif
-}
 template <class T> inline uint32_t pair_at(const T* p) { uint32_t w; std::memcpy(&w, p, 4); return w; }
 
 // Scores of R query rows against N groups of keys: out[r * TILE_GROUPS + g] = 16 dot products. `next` are the groups of

@@ -1,19 +1,18 @@
 // Gristmill's CPU matrix products for linear layers: x [rows, in] times a weight [out, in], in bf16 or int8, on Intel's
 // matrix unit or with AVX-512's dot products. Plain C functions over raw pointers, like kernels.cpp.
-// In int8 a number of x is one part, which is what W8A8 means, or two, which is next to no rounding: each row of x is
-// then two, the nearest code and what is left in 254ths of it.
+// In int8 a number of x is one part, which is what W8A8 means, or two, which is next to no rounding: a row of x is then
+// two rows, the nearest codes and, in 254ths of a code, what is left.
 //
 // Weights are packed once into tiles of 16 outputs by 64 bytes of inputs, with each 4 bytes of inputs side by side, as
 // all these instructions want them; two tiles make a step of a panel of 32 outputs. Rows of x are copied (bf16) or
-// rounded to int8 (each row by its own largest number) into tiles of some rows by 64 bytes. A panel is read
-// from memory once and meets all rows while it is in the cache. What a row gets does not depend on its neighbours:
+// rounded to int8 (each row by its own largest number) into tiles by 64 bytes. A panel is read from memory
+// once and meets all rows while it is in the cache. What a row gets does not depend on its neighbours:
 // its sums run over the inputs in one order, whatever the number of rows.
 #include <omp.h>
 
 #include <vector>
 
 #include "amx_unit.h"
-#include "dots.h"
 #include "layers.h"
 
 namespace {
@@ -21,10 +20,11 @@ namespace {
 constexpr int TILE_ROWS = 16, TILE_BYTES = 64, TILE_SIZE = TILE_ROWS * TILE_BYTES;
 constexpr int PANEL = 32;                                                      // outputs: two tiles side by side
 constexpr int CHUNK_BYTES = 1 << 20;                                           // of x: stays in the second cache
-constexpr int DOT_ROWS = 8;                                                   // 16 sums of 32 registers
-constexpr int AHEAD = 4;                                                       // steps of a panel fetched in advance
-constexpr float FINER = 254;                                                   // steps of a second part in one of the first
+constexpr int DOT_ROWS = 8;                                                    // 16 sums of 32 registers
+constexpr int AHEAD = 4;                                                       // steps fetched in advance with AMX
+constexpr float FINER = 254;                                                   // of a second part in one of the first
 enum Way { AMX = 1, DOTS = 2 };
+template <int PARTS> constexpr int EACH = PARTS ? PARTS : 1;                   // rows of tiles that one of x makes
 enum Form { PLAIN, HALVES, GATED };                                            // of what comes out: see Finish
 
 inline int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -79,13 +79,20 @@ inline void copy_row(const Tiled& tiled, int64_t r, const bf16* row, int n) {
     std::memcpy(to, row + n / 32 * 32, n % 32 * 2);
   }
 }
-// In so many parts, around 128 and without a sign, as vpdpbusd wants its first factor. Returns what one step of the first
-// part is worth.
+// In so many parts, around 128 and without a sign, as vpdpbusd wants its first factor. Returns what a code of the first
+// part is worth: NaN if the row holds one, and so is then all that comes of it.
 template <int PARTS, class T> inline float round_row(const Tiled& tiled, int64_t r, const T* row, int n) {
   typedef uint8_t vb __attribute__((vector_size(16)));
-  vf top = {};
-  for_lanes<T>(n, [&](int i, int k) { vf v = get(row + i, k); top = vmax(top, vmax(v, -v)); });
-  const float most = std::max(largest(top), 1.17549435e-38f), codes_each = 127 / most;
+  vi top = {};                                                                 // as integers: NaN is the largest
+  for_lanes<T>(n, [&](int i, int k) {
+    const vi size = (vi)get(row + i, k) & 0x7fffffff;
+    top = size > top ? size : top;
+  });
+  const int32_t bits = largest(top);
+  float most;
+  std::memcpy(&most, &bits, 4);
+  most = std::max(most, 1e-30f);
+  const float codes_each = 127 / most;
   const vf magic = splat(12582912.f);                                          // + 1.5 * 2^23 rounds to an integer
   uint8_t* to = tiled.row(r * PARTS);                                          // a row's parts are neighbours in a tile
   for (int s = 0; s < tiled.steps; s++, to += tiled.step_bytes())
@@ -155,16 +162,10 @@ template <bool INT8> constexpr bool dots_here() {
 #endif
   return false;
 }
-inline vi dot_four(vi c, vu w, uint32_t x) {                                   // x without a sign, w with one
-#if defined(__AVX512F__) && defined(__AVX512VNNI__)
-  return (vi)_mm512_dpbusd_epi32((__m512i)c, _mm512_set1_epi32(int(x)), (__m512i)w);
-#else
-  return c;
-#endif
-}
 // sums [R][32] = R rows, of a tile, times a panel, while `fetched` lines a step of the next one are on their way.
 template <bool INT8, int R>
-void dot_rows(const uint8_t* a, int step_bytes, const uint8_t* b, int steps, const uint8_t* next, int fetched, uint8_t* sums) {
+void dot_rows(const uint8_t* a, int step_bytes, const uint8_t* b, int steps, const uint8_t* next, int fetched,
+              uint8_t* sums) {
   using V = std::conditional_t<INT8, vi, vf>;
   V c[R][2] = {};
   for (int s = 0; s < steps; s++, a += step_bytes, b += 2 * TILE_SIZE) {
@@ -183,7 +184,8 @@ void dot_rows(const uint8_t* a, int step_bytes, const uint8_t* b, int steps, con
     for (int h = 0; h < 2; h++) store_as(sums + (r * 2 + h) * TILE_BYTES, c[r][h]);
 }
 template <bool INT8, int R = DOT_ROWS>
-void dot_block(int rows, const uint8_t* a, int step_bytes, const uint8_t* b, int steps, const uint8_t* next, int fetched, uint8_t* sums) {
+void dot_block(int rows, const uint8_t* a, int step_bytes, const uint8_t* b, int steps, const uint8_t* next,
+               int fetched, uint8_t* sums) {
   if (rows == R) return dot_rows<INT8, R>(a, step_bytes, b, steps, next, fetched, sums);
   if constexpr (R > 1) dot_block<INT8, R - 1>(rows, a, step_bytes, b, steps, next, fetched, sums);
 }
@@ -192,12 +194,13 @@ void dot_block(int rows, const uint8_t* a, int step_bytes, const uint8_t* b, int
 // Arrays of outputs are as long as the panels are together. A panel's tiles are neighbours (PLAIN), or one is of the
 // first half of the outputs and one of the second: written as such (HALVES), or as silu(first) * second (GATED), of
 // what would have been written, in the very operations of silu_mul_rows.
-// PARTS: of a number of x, 0 in bf16.
+// PARTS that a number of x is in; 0: bf16.
 template <int PARTS, class T> struct Finish {
   T* out;
   int outputs, form;
-  const float *bias, *row_scales, *scales;                                     // null: none
+  const float *bias, *scales;                                                  // null: none
   const int32_t* ones;                                                         // int8: each output's weights added up
+  float* row_scales;                                                           // int8: of the rows that are in tiles
 
   // Of one tile's outputs: looked up once for all rows.
   struct Worth {
@@ -206,12 +209,12 @@ template <int PARTS, class T> struct Finish {
     Worth(const Finish& f, int at)
         : scale(PARTS ? load(f.scales + at) : vf{}), bias(f.bias ? load(f.bias + at) : splat(-0.f)),
           too_much(PARTS ? 128 * load_as<vi>(f.ones + at) : vi{}) {}
-    vf count(const float* sums) const { return __builtin_convertvector(load_as<vi>(sums) - too_much, vf); }
+    vf exact(const float* sums) const { return __builtin_convertvector(load_as<vi>(sums) - too_much, vf); }
     vf operator()(const float* sums, float row_scale) const {
       if constexpr (!PARTS) return load(sums) + bias;
-      vf y = count(sums);
+      vf y = exact(sums);
       if constexpr (PARTS == 2) {
-        vf left = count(sums + PANEL) * (1 / FINER);
+        vf left = exact(sums + PANEL) * (1 / FINER);
         rounded(left);
         y += left;
       }
@@ -225,7 +228,7 @@ template <int PARTS, class T> struct Finish {
     const float *sum = (const float*)sums, *row_scale = row_scales + row;
     const int half = outputs / 2, width = FORM == GATED ? half : outputs, count = outputs - first;
     T* to = out + row * width + (FORM == PLAIN ? first : first / 2);
-    for (int r = 0; r < rows; r++, sum += PANEL * std::max(PARTS, 1), to += width) {
+    for (int r = 0; r < rows; r++, sum += PANEL * EACH<PARTS>, to += width) {
       const float scale = PARTS ? row_scale[r] : 1.f;
       const vf left = of_left(sum, scale), right = of_right(sum + LANES, scale);
       if constexpr (FORM == GATED) store(to, silu(as_stored<T>(left)) * as_stored<T>(right));
@@ -260,7 +263,7 @@ struct Area {                                                                  /
 
 // Rows of x that are multiplied together.
 template <int PARTS, class T> struct Chunk {
-  static constexpr int EACH = PARTS == 2 ? 2 : 1;                              // rows of tiles that one of x makes
+  static constexpr bool INT8 = PARTS != 0;
   const T* x;
   int64_t count;
   int inputs, way;
@@ -269,39 +272,40 @@ template <int PARTS, class T> struct Chunk {
   const Norm<T>& norm;
   int64_t block;                                                               // rows that meet a panel at a time
   Tiled tiled;
-  float* row_scales;
 
-  void take(int64_t r, T* normed) const {
+  void prepare(int64_t r, T* normed) const {
     const T* row = x + r * inputs;
     if (norm.weight) {
       T* residual = norm.residual ? norm.residual + r * inputs : nullptr;
       rms_norm_row(normed, row, residual, norm.weight, inputs, norm.eps);
       row = normed;
     }
-    if constexpr (PARTS) row_scales[r] = round_row<PARTS>(tiled, r, row, inputs);
+    if constexpr (INT8) finish.row_scales[r] = round_row<PARTS>(tiled, r, row, inputs);
     else copy_row(tiled, r, row, inputs);
   }
-  // Panel p, while the next one is on its way to the second cache.
+  // All rows and panel p, while, with dot products, the next one is on its way to the second cache.
   void meet(int64_t p) const {
     alignas(64) uint8_t sums[PANEL * PANEL * 4];
     const uint8_t *b = w.panel(p), *next = w.panel(p + 1);
-    const int fetched = int(tiles(2 * TILE_SIZE / 64, tiles(count, block)));
+    const int lines = int(tiles(2 * TILE_SIZE / 64, tiles(count, block)));     // of a step of the next one, each time
     for (int64_t r = 0; r < count; r += block) {
-      const int n = int(std::min(block, count - r)) * EACH;
-      const uint8_t* a = tiled.row(r * EACH);
+      const int n = int(std::min(block, count - r)) * EACH<PARTS>;
+      const uint8_t* a = tiled.row(r * EACH<PARTS>);
 #if defined(GM_AMX)
-      if (way == AMX)
-        amx_block<PARTS != 0>(a, n > TILE_ROWS ? tiled.row(r * EACH + TILE_ROWS) : nullptr, b, w.steps, r == 0, sums);
+      if (way == AMX) amx_block<INT8>(a, n > TILE_ROWS ? a + w.steps * TILE_SIZE : nullptr, b, w.steps, r == 0, sums);
 #endif
-      if constexpr (dots_here<PARTS != 0>())
-        if (way == DOTS) dot_block<PARTS != 0>(n, a, tiled.step_bytes(), b, w.steps, next, fetched, sums);
-      next += int64_t(fetched) * w.steps * 64;
-      finish(sums, r, n / EACH, int(p) * PANEL);
+      if constexpr (dots_here<INT8>())
+        if (way == DOTS) {
+          const int fetched = next < w.panel(p + 2) ? lines : 0;
+          dot_block<INT8>(n, a, tiled.step_bytes(), b, w.steps, next, fetched, sums);
+          next += int64_t(lines) * w.steps * 64;
+        }
+      finish(sums, r, n / EACH<PARTS>, int(p) * PANEL);
     }
   }
 };
 
-// A thread's panels: neighbours, which follow one another in memory. Who is done takes what others have not begun.
+// A thread's panels: neighbours in memory. Who is done goes on with what others have not begun.
 struct alignas(64) Share {
   int64_t next, end;
   int64_t take() {
@@ -313,25 +317,24 @@ struct alignas(64) Share {
 };
 
 template <int PARTS, class T>
-void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<PARTS, T> finish, const Norm<T>& whole,
-             int way, int threads) {
+void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<PARTS, T> finish, Norm<T> norm, int way,
+             int threads) {
   static thread_local Area area;
   static thread_local std::vector<Share> held;
   held.resize(threads);
   Share* const shares = held.data();
-  const int64_t panels = tiles(w.outputs, PANEL);
-  const int64_t chunk = std::max<int64_t>(PANEL, CHUNK_BYTES / (w.steps * TILE_BYTES) / PANEL * PANEL);
-  constexpr int EACH = Chunk<PARTS, T>::EACH;
-  const int64_t most = std::min(rows, chunk), room = (most + PANEL) * EACH * w.steps * TILE_BYTES;
+  const int64_t panels = tiles(w.outputs, PANEL), row_bytes = int64_t(EACH<PARTS>) * w.steps * TILE_BYTES;
+  const int64_t chunk = std::max<int64_t>(PANEL, CHUNK_BYTES / row_bytes / PANEL * PANEL);
+  const int64_t most = std::min(rows, chunk), room = (most + PANEL) * row_bytes;
   uint8_t* const tiled = area.take(room + most * sizeof(float));
   finish.row_scales = (float*)(tiled + room);
-  Norm<T> norm = whole;
   for (int64_t from = 0; from < rows; from += chunk) {
     const int64_t count = std::min(chunk, rows - from);
-    const int64_t block = way == AMX ? PANEL / EACH : tiles(count, tiles(count, DOT_ROWS / EACH));  // about as large
-    const Chunk<PARTS, T> now{x + from * inputs, count, inputs, way, w, finish, norm, block,
-                              Tiled{tiled, way == AMX ? TILE_ROWS : int(block) * EACH, w.steps},
-                              (float*)(tiled + room)};
+    const int64_t blocks = tiles(count, DOT_ROWS / EACH<PARTS>);
+    const int64_t block = way == AMX ? PANEL / EACH<PARTS> : tiles(count, blocks);  // of nearly equal size
+    const int tile_rows = way == AMX ? TILE_ROWS : int(block) * EACH<PARTS>;
+    const Chunk<PARTS, T> now{x + from * inputs, count, inputs, way,  w, finish,
+                              norm,              block, Tiled{tiled, tile_rows, w.steps}};
     for (int t = 0; t < threads; t++) shares[t] = {panels * t / threads, panels * (t + 1) / threads};
 #pragma omp parallel num_threads(threads)
     {
@@ -340,7 +343,7 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<PARTS
       if (norm.weight) normed.resize(inputs);
       if (way == DOTS) fetch_panel(w.panel(shares[me].next), w.panel_bytes());
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < count; r++) now.take(r, normed.data());
+      for (int64_t r = 0; r < count; r++) now.prepare(r, normed.data());
 #if defined(GM_AMX)
       AmxGuard guard(way == AMX);
       if (way == AMX) amx_whole_tiles();
@@ -351,6 +354,15 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<PARTS
     finish.out += count * (w.outputs >> (finish.form == GATED));
     if (norm.residual) norm.residual += count * inputs;
   }
+}
+
+template <int PARTS, class T>
+void product_int8(void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,
+                  const float* bias, int64_t rows, int outputs, int inputs, int form, const void* norm, void* residual,
+                  float eps, int way, int threads) {
+  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES))};
+  product<PARTS>((const T*)x, rows, inputs, w, Finish<PARTS, T>{(T*)out, outputs, form, bias, scales, ones, nullptr},
+                 Norm<T>{(const T*)norm, (T*)residual, eps}, way, threads);
 }
 
 }  // namespace
@@ -383,26 +395,14 @@ void gm_product_bf16(void* out, const void* x, const void* packed, const float* 
              Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, way, threads);
 }
 
-}  // extern "C"
-
-namespace {
-
-template <int PARTS, class T>
-void product_int8(void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,
-                  const float* bias, int64_t rows, int outputs, int inputs, int form, const void* norm, void* residual,
-                  float eps, int way, int threads) {
-  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES))};
-  product<PARTS>((const T*)x, rows, inputs, w, Finish<PARTS, T>{(T*)out, outputs, form, bias, nullptr, scales, ones},
-                 Norm<T>{(const T*)norm, (T*)residual, eps}, way, threads);
-}
-
-}  // namespace
-
 // x in float32 (wide) or bf16, in one part or two.
-extern "C" void gm_product_int8(int wide, int parts, void* out, const void* x, const void* packed, const float* scales,
-                                const int32_t* ones, const float* bias, int64_t rows, int outputs, int inputs,
-                                int form, const void* norm, void* residual, float eps, int way, int threads) {
-  auto run = parts == 2 ? wide ? product_int8<2, float> : product_int8<2, bf16>
-                        : wide ? product_int8<1, float> : product_int8<1, bf16>;
-  run(out, x, packed, scales, ones, bias, rows, outputs, inputs, form, norm, residual, eps, way, threads);
+void gm_product_int8(int wide, int parts, void* out, const void* x, const void* packed, const float* scales,
+                     const int32_t* ones, const float* bias, int64_t rows, int outputs, int inputs, int form,
+                     const void* norm, void* residual, float eps, int way, int threads) {
+  const auto in_float = parts == 2 ? product_int8<2, float> : product_int8<1, float>;
+  const auto in_bf16 = parts == 2 ? product_int8<2, bf16> : product_int8<1, bf16>;
+  (wide ? in_float : in_bf16)(out, x, packed, scales, ones, bias, rows, outputs, inputs, form, norm, residual, eps,
+                              way, threads);
 }
+
+}  // extern "C"

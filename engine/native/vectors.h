@@ -56,6 +56,20 @@ template <class T> inline vf as_stored(vf v) {
   if constexpr (std::is_same_v<T, bf16>) return widen(as_bf16(v));
   else return v;
 }
+// Dot products of 4 bytes of each of 16 lanes with the same 4: c[lane] += w[lane] . x, of two numbers in bf16, or of
+// four in int8, without a sign in x and with one in w.
+inline vf dot_pair(vf c, vu w, uint32_t x) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512i)w, (__m512bh)_mm512_set1_epi32(int(x)));
+#else
+  return c + (vf)(w << 16) * widen(bf16(x)) + (vf)(w & 0xffff0000u) * widen(bf16(x >> 16));
+#endif
+}
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+inline vi dot_four(vi c, vu w, uint32_t x) {
+  return (vi)_mm512_dpbusd_epi32((__m512i)c, _mm512_set1_epi32(int(x)), (__m512i)w);
+}
+#endif
 // The last, short vector of a row: missing lanes read as zero and are not written.
 template <class T> inline vf load_part(const T* p, int n) {
   T t[LANES] = {};
@@ -89,6 +103,15 @@ inline float largest(vf v) {
   return _mm512_reduce_max_ps((__m512)v);
 #else
   float m = v[0];
+  for (int i = 1; i < LANES; i++) m = std::max(m, v[i]);
+  return m;
+#endif
+}
+inline int32_t largest(vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t m = v[0];
   for (int i = 1; i < LANES; i++) m = std::max(m, v[i]);
   return m;
 #endif

@@ -8,6 +8,7 @@ Before the first answer: {"ready": {settings and versions}}.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -65,9 +66,17 @@ def memory() -> dict[str, float]:
 
 def family(pid: int) -> Iterator[int]:
     yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            yield from family(int(child))
+    for child in children(pid):
+        yield from family(child)
+
+
+def children(pid: int) -> list[int]:
+    """Of all its threads."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def peak_kib(pid: int) -> int:

@@ -15,18 +15,29 @@ from gristmill.engine.native.products import AMX, DOTS, Product, Products, in_us
 from gristmill.engine.quant.int8 import W8A8, Int8
 from torch import Tensor
 
-SHAPES = [(1, 576, 96), (5, 70, 50), (33, 130, 33), (64, 64, 32), (700, 96, 70), (17, 64, 640)]
-"""Rows, inputs, outputs."""
+from ..support.flavours import is_arm, kernel_target
+
+SHAPES = [
+    (1, 576, 96),
+    (5, 70, 50),
+    (33, 130, 33),
+    (64, 64, 32),
+    (700, 96, 70),
+    (17, 64, 640),
+    (70, 20000, 96),
+]
+"""Rows, inputs, outputs. Of the last, rows are cut: 70 are more than stay in the cache."""
 
 
 @pytest.fixture(scope="module")
 def ours(kernels: Path) -> Products:
-    return Products(build(kernels, "products"), 2)
+    if is_arm():
+        pytest.skip("no products there")
+    return Products(build(kernels, "products", kernel_target()), 2)
 
 
 @pytest.fixture(params=[AMX, DOTS], ids=["amx", "dots"])
-def way(ours: Products, request: pytest.FixtureRequest) -> int:
-    """Of int8."""
+def int8_way(ours: Products, request: pytest.FixtureRequest) -> int:
     if not ours.int8_ways & request.param:
         pytest.skip("this CPU has no such instructions")
     return request.param
@@ -52,12 +63,12 @@ def test_a_product_in_bf16_is_the_exact_one_rounded(
     x, weight, bias = case(*shape)
     exact = x.double() @ weight.double().T + bias.double()
     said = products.Dense(ours, weight, bias, bf16_way)(x)
-    torch.testing.assert_close(said.double(), exact, rtol=2**-8, atol=1e-4)
+    torch.testing.assert_close(said.double(), exact, rtol=2**-8, atol=1e-6 * max(100, shape[1]))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_product_in_int8_is_exact_but_for_the_rounding_of_inputs(
-    ours: Products, way: int, shape: tuple[int, int, int]
+    ours: Products, int8_way: int, shape: tuple[int, int, int]
 ) -> None:
     x, weight, bias = case(*shape)
     packed = Int8.nearest(weight, inputs=True)
@@ -65,35 +76,55 @@ def test_a_product_in_int8_is_exact_but_for_the_rounding_of_inputs(
     most = wide.abs().amax(1, keepdim=True)
     sums = (wide * (torch.tensor(127.0) / most)).round().double() @ packed.codes.double().T
     exact = sums * (most / 127).double() * packed.scales.double() + bias.double()
-    layer = products.Int8(ours, packed.codes, packed.scales, bias, way)
+    layer = products.Int8(ours, packed.codes, packed.scales, bias, int8_way)
     torch.testing.assert_close(layer(wide).double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_inputs_in_two_parts_are_next_to_exact(ours: Products, way: int, shape: tuple[int, int, int]) -> None:
+def test_inputs_in_two_parts_are_next_to_exact(
+    ours: Products, int8_way: int, shape: tuple[int, int, int]
+) -> None:
     x, weight, bias = case(*shape)
     packed = Int8.nearest(weight)
     wide, codes = x.double(), packed.codes.double()
     exact = wide @ codes.T * packed.scales.double() + bias.double()
-    said = products.Int8(ours, packed.codes, packed.scales, bias, way, parts=2)(x.float())
-    most = 2**-16 * wide.abs().amax(1, keepdim=True) * codes.abs().sum(1) * packed.scales.double()
-    assert bool(((said.double() - exact).abs() <= most + 1e-5).all())
-    assert bool((said.double() - exact).abs().mean() <= most.mean() / 8)
+    said = products.Int8(ours, packed.codes, packed.scales, bias, int8_way, parts=2)(x.float())
+    off, bound = (said.double() - exact).abs(), wide.abs().amax(1, keepdim=True) / 64516 * codes.abs().sum(1)
+    bound *= packed.scales.double()
+    assert bool((off <= bound + 1e-5 + 1e-6 * exact.abs()).all())
+    assert off.mean() <= bound.mean() / 8
 
 
-def test_a_row_of_zeros_is_the_bias(ours: Products, way: int) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("size", [0.0, 1e-35])
+def test_a_row_of_next_to_nothing_is_the_bias(ours: Products, int8_way: int, size: float, parts: int) -> None:
     _, weight, bias = case(1, 96, 40)
     packed = Int8.nearest(weight, inputs=True)
-    layer = products.Int8(ours, packed.codes, packed.scales, bias, way)
-    assert torch.equal(layer(torch.zeros(3, 96).bfloat16()), bias.expand(3, -1))
+    layer = products.Int8(ours, packed.codes, packed.scales, bias, int8_way, parts)
+    assert torch.equal(layer(torch.full((3, 96), size).bfloat16()), bias.expand(3, -1))
 
 
-def test_int8_says_what_onednn_says(ours: Products, way: int) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_is_not_lost(ours: Products, bad: float) -> None:
+    """Wherever in a row it stands; and other rows are what they are without it."""
+    x, weight, bias = case(9, 200, 40)
+    for layer in all_layers(ours, weight, bias):
+        clean = layer(x)
+        for at in (0, 17, 199):
+            spoilt = x.clone()
+            spoilt[4, at] = bad
+            said = layer(spoilt)
+            assert not said[4].isfinite().any()
+            said[4] = clean[4]
+            assert torch.equal(said, clean)
+
+
+def test_int8_says_what_onednn_says(ours: Products, int8_way: int) -> None:
     """On and off: the same codes and scales, so the same sums."""
     x, weight, bias = case(37, 192, 80)
     packed = Int8.nearest(weight, inputs=True)
-    said = products.Int8(ours, packed.codes, packed.scales, bias, way)(x.float())
+    said = products.Int8(ours, packed.codes, packed.scales, bias, int8_way)(x.float())
     torch.testing.assert_close(said, W8A8(packed, bias)(x.float()), rtol=1e-4, atol=1e-4)
 
 
@@ -105,12 +136,13 @@ def test_a_row_does_not_see_its_neighbours(ours: Products) -> None:
             assert torch.equal(layer(x[at : at + count]), together[at : at + count])
 
 
+@pytest.mark.parametrize(("rows", "inputs"), [(37, 70), (40, 20000)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_gated_is_what_the_activation_makes_of_both_halves(
-    ours: Products, kernels: Path, *, biased: bool
+    ours: Products, kernels: Path, rows: int, inputs: int, *, biased: bool
 ) -> None:
     """On and off, to the last bit."""
-    x, weight, bias = case(37, 70, 96)
+    x, weight, bias = case(rows, inputs, 96)
     layers = all_layers(ours, weight, bias if biased else None)
     library = load(kernels, torch.bfloat16, 2)
     assert library is not None
@@ -121,32 +153,47 @@ def test_gated_is_what_the_activation_makes_of_both_halves(
         assert torch.equal(halved.gated(x), library.silu_mul(layer(x)))
 
 
+@pytest.mark.parametrize(("rows", "inputs"), [(37, 70), (40, 20000)])
 @pytest.mark.parametrize("added", [False, True])
-def test_normed_is_the_product_of_the_norm(ours: Products, kernels: Path, *, added: bool) -> None:
+def test_normed_is_the_product_of_the_norm(
+    ours: Products, kernels: Path, rows: int, inputs: int, *, added: bool
+) -> None:
     """On and off, to the last bit, and the residual with it."""
-    x, weight, bias = case(37, 70, 96)
-    norm = torch.rand(70).bfloat16()
+    x, weight, bias = case(rows, inputs, 96)
+    norm = torch.rand(inputs).bfloat16()
     library = load(kernels, torch.bfloat16, 2)
     assert library is not None
     for layer in all_layers(ours, weight, bias):
-        held = case(37, 70, 1, seed=1)[0] if added else None
+        held = case(rows, inputs, 1, seed=1)[0] if added else None
         also = None if held is None else held.clone()
         expected = layer(library.rms_norm(x, norm, 1e-5, held))
         assert torch.equal(layer.normed(x, (norm, 1e-5), also), expected)
         assert held is None or torch.equal(held, also)
 
 
-def test_halves_that_are_no_whole_tiles_stay_together(ours: Products, way: int) -> None:
+def test_halves_that_are_no_whole_tiles_stay_together(ours: Products, int8_way: int) -> None:
     _, weight, _ = case(1, 64, 48)
     packed = Int8.nearest(weight, inputs=True)
-    assert products.Int8(ours, packed.codes, packed.scales, None, way).halved() is None
+    assert products.Int8(ours, packed.codes, packed.scales, None, int8_way).halved() is None
 
 
-def test_no_rows_are_no_work(ours: Products, way: int) -> None:
+def test_no_rows_are_no_work(ours: Products) -> None:
+    _, weight, bias = case(1, 64, 40)
+    for layer in all_layers(ours, weight, bias):
+        assert layer(torch.zeros(0, 64).bfloat16()).shape == (0, 40)
+
+
+def test_threads_that_are_too_many_have_nothing_to_do(ours: Products) -> None:
+    x, weight, bias = case(9, 64, 70)
+    many = Products(Path(ours.library._name), 8)
+    for few, alike in zip(all_layers(ours, weight, bias), all_layers(many, weight, bias), strict=True):
+        assert torch.equal(few(x), alike(x))
+
+
+def test_a_way_that_is_not_there_is_not_taken(ours: Products) -> None:
     _, weight, _ = case(1, 64, 40)
-    packed = Int8.nearest(weight, inputs=True)
-    layer = products.Int8(ours, packed.codes, packed.scales, None, way)
-    assert layer(torch.zeros(0, 64)).shape == (0, 40)
+    with pytest.raises(AssertionError, match="none of the instructions"):
+        products.Dense(ours, weight, None, 0)
 
 
 def test_layers_use_them_only_where_they_are_told_to(ours: Products) -> None:
