@@ -77,9 +77,12 @@ template <class T> Tile<T> tile_at(const Call<T>& c, const Keys& keys, int start
 
 template <class T> void meet(const Call<T>& c, const Keys& keys, int n, Rows<T>& rows) {
   const int dim16 = c.s.dim16();
+  Keys then = keys;                                                            // what this thread probably meets next
+  then.head = std::min(keys.head + 1, c.s.kv_heads - 1);
   Tile<T> tile = tile_at(c, keys, keys.begin, rows), next = tile;
   for (int start = keys.begin; start < keys.end; start += TILE, tile = next) {
-    if (start + TILE < keys.end && !c.packed.kind) next = tile_at(c, keys, start + TILE, rows);
+    const bool more = start + TILE < keys.end;
+    if (!c.packed.kind) next = more ? tile_at(c, keys, start + TILE, rows) : tile_at(c, then, then.begin, rows);
     int r = 0;
     if constexpr (ROWS == 4) {
       for (; r + 4 <= n; r += 4) tile_step<T, 4>(rows, r, start, keys.end, tile, next, dim16, c.how);
@@ -87,7 +90,7 @@ template <class T> void meet(const Call<T>& c, const Keys& keys, int n, Rows<T>&
       if (n - r == 2) tile_step<T, 2>(rows, r, start, keys.end, tile, next, dim16, c.how), r += 2;
     }
     for (; r < n; r++) tile_step<T, 1>(rows, r, start, keys.end, tile, next, dim16, c.how);
-    if (start + TILE < keys.end && c.packed.kind) next = tile_at(c, keys, start + TILE, rows);
+    if (more && c.packed.kind) next = tile_at(c, keys, start + TILE, rows);
   }
 }
 
