@@ -12,11 +12,13 @@ import signal
 import sys
 
 from .log_line import log_to_stderr
+from .priority import step_forward
 from .settings import EngineSettings
 
 
 def main() -> None:
     """Load, say Ready, serve until Stop. Exit status 0, or that of the error tree after a Failed."""
+    step_forward()
     # Service managers send it to all processes of a service; the consumer then drains, and needs us for it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gc.disable()  # until the engine is made: hardly anything that a start makes is garbage

@@ -11,12 +11,14 @@ import sys
 
 from . import quick_torch
 from .log_line import log_to_stderr
+from .priority import step_forward
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
     """As ``python -m gristmill.engine FD``; and that itself, if this torch cannot be had in part."""
+    step_forward()  # before there are other threads
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gc.disable()
     quick_torch.open_libraries()

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import click
 
 from ..backends import logs
+from ..engine.priority import step_aside
 from ..engine.quick_torch import will_do
 from ..engine.settings import KVDType, Quantize
 from ..engine.spawn import begin_early, drop_early
@@ -136,6 +137,7 @@ def run(debug: bool, **flags: Any) -> None:
         logs.install(settings.log_format, settings.log_level)
         if will_do(settings):
             begin_early()  # beside what follows
+        step_aside()
         try:
             from .app import WorkerApp  # slow: only once the settings are right
 

@@ -42,6 +42,22 @@ found = {"tokens": tokens, "left_out": left_out, "cpu": cpu, "looked": torch.opt
 print(json.dumps({**found, "still": quick_torch.left_out(), "meta": kernels("Meta")}))
 """
 
+ASIDE = """
+import json, os, sys
+from gristmill.engine.priority import step_aside
+from gristmill.engine.process import EngineProcess
+from gristmill.engine.settings import EngineSettings
+from gristmill.engine.spawn import begin_early
+
+step_aside()
+if sys.argv[2:]:
+    begin_early()
+with EngineProcess(EngineSettings.model_validate_json(sys.argv[1])) as engine:
+    engine.wait_ready(180)
+    threads = [os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{engine.pid}/task")]
+print(json.dumps([os.sched_getscheduler(0), threads]))
+"""
+
 ODD = """
 import sys
 
@@ -140,3 +156,19 @@ def ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux")
+@pytest.mark.parametrize("early", [False, True])
+def test_a_consumer_that_steps_aside_does_not_take_its_engine_along(
+    settings: EngineSettings, *, early: bool
+) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", ASIDE, settings.model_dump_json(), *["early"] * early],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    consumer, threads = json.loads(found.stdout)
+    assert consumer == os.SCHED_BATCH
+    assert len(threads) > 1
+    assert set(threads) == {os.SCHED_OTHER}
