@@ -7,11 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import matplotlib as mpl
-
-mpl.use("svg")
-import matplotlib.pyplot as plt
-
 WIDE = 10
 """Costs that differ by more than this are shown by a logarithmic axis, the others from 0 on."""
 
@@ -39,7 +34,12 @@ class Point(Protocol):
 
 
 def draw(path: Path, chart: Chart, series: Mapping[str, Sequence[Point]]) -> None:
-    """One line a series, named where there are several."""
+    """One line a series. Without charts nobody needs what draws them: hence imported here."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
     mpl.rcParams["svg.hashsalt"] = chart.title  # the same points give the same file
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for name, points in series.items():
