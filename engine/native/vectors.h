@@ -153,8 +153,8 @@ constexpr float LOG2E = 1.44269504089f;
 
 // x / (1 + e^-x), relative error about 2e-7; all below -83 are taken for it, and are next to nothing.
 inline vf silu(vf x) {
-#if defined(__AVX512F__)
   x = vmax(splat(-83.f), x);                                                   // in this order NaN stays NaN
+#if defined(__AVX512F__)
   const vf below = 1.f + exp2v(x * -LOG2E);
   const vf guess = (vf)_mm512_rcp14_ps((__m512)below);                         // one of Newton's steps instead of a division
   return x * (guess * (2.f - below * guess));
