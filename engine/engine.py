@@ -82,7 +82,7 @@ class Engine:
         self._seqs: dict[str, Sequence] = {}
         self._number = 0
         self._ended: list[Output] = []
-        self._step_s, self._step_tokens = 0.0, 0
+        self._step_s, self._loop_s, self._step_tokens = 0.0, 0.0, 0
         self._steps_since_shrunk = 0
         self._load_s = {**runner.load_s, "total": time.monotonic() - started}
 
@@ -118,6 +118,7 @@ class Engine:
             total_blocks=scheduler.pool.capacity,
             preemptions=scheduler.preemptions,
             step_s=self._step_s,
+            loop_s=self._loop_s,
             tokens=self._step_tokens,
             step_tokens=scheduler.step_tokens,
             max_running=scheduler.max_running,
@@ -184,6 +185,7 @@ class Engine:
         broken and wants to be made anew.
         """
         started = time.monotonic()
+        self._runner.computing.take()
         outputs, self._ended = self._ended, []
         for seq, begins in self._guide.ready(patiently=not (self._scheduler.has_work or outputs)):
             outputs += self._begin(seq, begins)
@@ -192,8 +194,10 @@ class Engine:
             outputs += self._run()
         else:
             self._step_tokens = 0
-            self._desk.wait(ADAPTER_POLL_S)
+            with self._runner.computing:
+                self._desk.wait(ADAPTER_POLL_S)
         self._step_s = time.monotonic() - started
+        self._loop_s = self._step_s - self._runner.computing.take()
         if self._step_tokens:
             self._costs.observe(self._step_tokens, self._step_s)
         return outputs
@@ -219,7 +223,8 @@ class Engine:
                 return [flight]
         if self._may_go_ahead(flight):
             self._flight = self._launch_behind(flight)
-        tokens = flight.tokens()
+        with self._runner.computing:
+            tokens = flight.tokens()
         if UNSETTLED in tokens:
             self._settle(flight, tokens)
         if self._speculation and flight.decodes and self._flight is None:
@@ -296,12 +301,14 @@ class Engine:
             coming = before.coming if before else None
             logits = self._runner.forward(plan, self._desk.loaded, scorer, coming)
             if self._overlap and scorer is None and all(map(draws_alone, works)):
-                drawn = self._device_sampler.draw(logits, rows)
+                with self._runner.computing:
+                    drawn = self._device_sampler.draw(logits, rows)
                 return Flight(plan, works, drawn, logits, None, None, None, began, decodes)
             scores = Scores.take(logits, rows)  # the model's own: before masks
             if masks:
                 masks.apply(logits)
-            tokens = self._sampler.sample(logits, rows) if rows else []
+            with self._runner.computing:
+                tokens = self._sampler.sample(logits, rows) if rows else []
         except Exception:
             if masks:
                 masks.drop()

@@ -48,6 +48,7 @@ from .quant.onload import quantizing
 from .quant.stored import stored_weights
 from .quant.weights import ModelWeights
 from .settings import EngineSettings
+from .stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ class Runner:
         self.load_s: dict[str, float] = {}
         self.ranks, self._leads = ranks, False
         self.graphs: Graphs | None = None
+        self.computing = Stopwatch()
+        """Inside the model, in its sampler, and waiting: the rest of a step is the loop's."""
         self.device = _device(settings, ranks)
         self.deterministic = _deterministic(settings, self.device)
         self.dtype = _dtype(settings, self.device)
@@ -217,9 +220,10 @@ class Runner:
         arrays = gather(plan.work, self.block_size, also)
         owners = adapted(plan.work, adapters, also) if adapters else Adapted()
         if self.graphs is not None and not (owners.fed or also):
-            hidden = self.graphs.run(arrays, coming, plan.work)
-            if hidden is not None:
-                return self._decoder.logits(hidden)
+            with self.computing:
+                hidden = self.graphs.run(arrays, coming, plan.work)
+                if hidden is not None:
+                    return self._decoder.logits(hidden)
         batch = upload(arrays, self.device)
         if coming is not None:
             assert not self._leads, "the other ranks do not have these tokens"
@@ -240,13 +244,14 @@ class Runner:
         self._run(upload(arrays, self.device), owners, None, scored)
 
     def _run(self, batch: Batch, owners: Adapted, scorer: Scorer | None, scored: int) -> Tensor:
-        hidden = self._decoder.forward(batch, self._attention, owners)
-        sampled = len(hidden) - scored
-        for start in range(sampled, len(hidden), SCORED_AT_ONCE):
-            logits = self._decoder.logits(hidden[start : start + SCORED_AT_ONCE])
-            if scorer is not None:
-                scorer.take(logits)
-        return self._decoder.logits(hidden[:sampled])
+        with self.computing:
+            hidden = self._decoder.forward(batch, self._attention, owners)
+            sampled = len(hidden) - scored
+            for start in range(sampled, len(hidden), SCORED_AT_ONCE):
+                logits = self._decoder.logits(hidden[start : start + SCORED_AT_ONCE])
+                if scorer is not None:
+                    scorer.take(logits)
+            return self._decoder.logits(hidden[:sampled])
 
     def adapter_desk(self, settings: EngineSettings) -> Desk:
         """Where sequences wait for adapters to this model."""

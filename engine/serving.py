@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
@@ -85,6 +86,7 @@ def _lost(sock: socket.socket, rank: int, failed: Failed | None) -> NoReturn:
 
 def serve(engine: Engine, sock: socket.socket, commands: Commands) -> None:
     """Obey and step until Stop. One Taken for each Add, one Step for each step, whatever came out of it."""
+    report_s = 0.0
     while True:
         outputs: list[Output] = []
         for command in _take(commands, engine):
@@ -96,7 +98,10 @@ def serve(engine: Engine, sock: socket.socket, commands: Commands) -> None:
             else:
                 outputs += _abort(engine, command)
         outputs += engine.step()
-        _send(sock, Step(outputs, engine.stats))
+        stats = replace(engine.stats, report_s=report_s)
+        ended = time.monotonic()
+        _send(sock, Step(outputs, stats))
+        report_s = time.monotonic() - ended
 
 
 def _take(commands: Commands, engine: Engine) -> Iterator[Add | Abort | Stop]:

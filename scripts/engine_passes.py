@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gristmill.engine.messages import Failed, Request
+from gristmill.engine.messages import Failed, Request, Stats
 from gristmill.engine.process import EngineProcess
 from workload import Row
 
@@ -33,6 +33,21 @@ class Pass:
     """Guesses that were checked …"""
     accepted: int
     """… and those of them that were right."""
+    stats: list[Stats]
+    """Of each step."""
+
+    @property
+    def loop(self) -> dict[str, float]:
+        """What the engine's own loop took, beside the model, the sampler and the consumer."""
+        own = sorted(step.loop_s + step.report_s for step in self.stats)
+        steps = sum(step.step_s + step.report_s for step in self.stats)
+        return {
+            "steps": len(own),
+            "step_ms": round(1000 * steps / len(own), 2),
+            "loop_ms": round(1000 * sum(own) / len(own), 2),
+            "loop_ms_p95": round(1000 * own[int(0.95 * (len(own) - 1))], 2),
+            "loop_share": round(sum(own) / steps, 4),
+        }
 
 
 def engine_pass(engine: EngineProcess, rows: Sequence[Row], group: str = "") -> Pass:
@@ -53,21 +68,20 @@ def engine_pass(engine: EngineProcess, rows: Sequence[Row], group: str = "") -> 
         for i, row in enumerate(rows)
     )
     ended = cached = 0
-    first = last = None
+    stats: list[Stats] = []
     while ended < len(rows):
         report = engine.recv(STEP_S)
         if report is None or isinstance(report, Failed):
             raise SystemExit(f"the engine failed: {report}")
-        first, last = first or report.stats, report.stats
+        stats.append(report.stats)
         for output in report.outputs:
             lengths[output.id] += len(output.token_ids)
             ended += output.finish is not None
             cached += output.cached_tokens or 0
     seconds = time.monotonic() - started
     assert lengths == {row.id: row.max_tokens for row in rows}
-    assert first
-    assert last
-    return Pass(seconds, cached, last.drafted - first.drafted, last.accepted - first.accepted)
+    first, last = stats[0], stats[-1]
+    return Pass(seconds, cached, last.drafted - first.drafted, last.accepted - first.accepted, stats)
 
 
 def circumstances() -> dict[str, Any]:

@@ -25,6 +25,10 @@ REQUEST_S = (
     0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60,
     120, 240, 480, 960, 1920, 7680, 28800, 86400,
 )  # fmt: skip
+LOOP_S = (
+    0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5,
+    1, 2.5, 5, 10,
+)  # fmt: skip
 PREFIX = "gristmill_"
 TOKENS = tuple(step * 10**power for power in range(6) for step in (1, 2, 5))
 
@@ -69,6 +73,12 @@ class Metrics:
             "engine_tokens", "Tokens fed to the model, recomputed ones included."
         )
         self._step_s = self._histogram("engine_step_seconds", "One step of the engine.", PER_TOKEN_S)
+        self._loop_s = self._histogram(
+            "engine_loop_seconds", "Of a step, what neither the model nor the sampler took.", LOOP_S
+        )
+        self._report_s = self._histogram(
+            "engine_report_seconds", "Until the worker had taken what a step brought.", LOOP_S
+        )
         self._inter_token_s = self._histogram(
             "inter_token_latency_seconds",
             "From one step to the next while sequences run, once a step.",
@@ -141,6 +151,8 @@ class Metrics:
         self._step_tokens.set(stats.step_tokens)
         self._kv_usage.set(1 - stats.free_blocks / max(1, stats.total_blocks))
         self._step_s.observe(stats.step_s)
+        self._loop_s.observe(stats.loop_s)
+        self._report_s.observe(stats.report_s)
         self._engine_tokens.inc(stats.tokens)
         self._catch_up(self._preemptions, "preemptions", stats.preemptions)
         self._catch_up(self._prefix_queries, "prefix_queries", stats.prefix_queries)

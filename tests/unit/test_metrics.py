@@ -48,6 +48,8 @@ def stats(*, running: int = 1, free: int = 6, preemptions: int = 0) -> Stats:
         total_blocks=8,
         preemptions=preemptions,
         step_s=0.02,
+        loop_s=0.003,
+        report_s=0.0004,
         tokens=5,
     )
 
@@ -75,6 +77,8 @@ def test_a_step_sets_the_gauges_and_counts_its_tokens(metrics: Metrics) -> None:
     assert value(metrics, "kv_cache_usage_ratio") == pytest.approx(0.25)
     assert value(metrics, "engine_tokens_total") == 5
     assert value(metrics, "engine_step_seconds_sum") == pytest.approx(0.02)
+    assert value(metrics, "engine_loop_seconds_sum") == pytest.approx(0.003)
+    assert value(metrics, "engine_report_seconds_sum") == pytest.approx(0.0004)
 
 
 def test_time_between_steps_counts_only_while_something_runs(metrics: Metrics, clock: Clock) -> None:
