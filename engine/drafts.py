@@ -64,10 +64,13 @@ class OwnText:
     def __init__(self) -> None:
         self._text = Text()
 
-    def propose(self, tokens: list[int], count: int) -> list[int]:
-        """Up to ``count`` tokens that once followed the last few of ``tokens``, which may only have grown."""
+    def propose(self, tokens: list[int], count: int, shortest: int = SHORTEST) -> list[int]:
+        """Up to ``count`` tokens that once followed the last few of ``tokens``, which may only have grown.
+
+        ``shortest``: so many must agree at least.
+        """
         self._text.extend(tokens[len(self._text) :])
-        for length in range(min(LONGEST, len(tokens) - 1), SHORTEST - 1, -1):
+        for length in range(min(LONGEST, len(tokens) - 1), shortest - 1, -1):
             if found := self._text.follow(tokens[-length:], count):
                 return found
         return []

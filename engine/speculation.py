@@ -7,20 +7,24 @@ its position alone, so what comes out is what would have come out without guesse
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from operator import itemgetter
 
-from .drafts import FinishedTexts, OwnText
+from .drafts import LONGEST, FinishedTexts, OwnText
 from .sequence import Sequence
 
 MOST_SEQS_AHEAD = 32
 """Where the next step is launched before the last one's tokens are known, guessing for more sequences than
 this costs more than it saves: guesses have to wait for those tokens."""
 FIRST_TRUST = 0.5
-"""Chance that a guess is right, as long as nothing is known of a sequence."""
+"""Chance that a guess is right, as long as nothing is known of a sequence …"""
+FIRST_WEIGHT = 2
+"""… which is worth as much as so many observations."""
 LEARN = 0.2
-"""Weight of the newest observation."""
+"""Weight of the newest observation, once there are many."""
 LEAST_TRUST = 0.1
 """Below this a sequence is left alone for a while."""
 LONGEST_REST = 64
@@ -64,9 +68,25 @@ class _Record:
 
     text: OwnText = field(default_factory=OwnText)
     trust: float = FIRST_TRUST
+    seen: int = 0
+    """Guessed tokens that turned out right or wrong."""
+    unchecked: tuple[int, int] | None = None
+    """A guess that no step checks: its place and its token. What comes there will tell all the same."""
     rest: int = 0
     """Steps for which it is left alone."""
     next_rest: int = 1
+
+    def learn(self, right: int, wrong: int) -> None:
+        """So many guessed tokens were right, and then, if any, one was wrong."""
+        count = right + wrong
+        self.seen += count
+        weight = max(1 - (1 - LEARN) ** count, count / (self.seen + FIRST_WEIGHT))
+        self.trust += weight * (right / count - self.trust)
+        if right:
+            self.next_rest = 1
+        elif self.trust < LEAST_TRUST:
+            self.rest = self.next_rest
+            self.next_rest = min(LONGEST_REST, 2 * self.next_rest)
 
 
 class Speculation:
@@ -75,7 +95,6 @@ class Speculation:
     def __init__(self, most: int, most_seqs: int | None = None) -> None:
         """``most`` guesses for one sequence in one step, of ``most_seqs`` at most (None: of any number)."""
         self._most, self._most_seqs = most, most_seqs
-        self._counts = sorted({most, *(count for count in (1, 2, 4, 8, 16) if count < most)})
         self.times = StepTimes()
         self.drafted = self.accepted = 0
         """Guesses checked, and those that were right, since the start."""
@@ -84,21 +103,14 @@ class Speculation:
 
     def draft(self, seqs: Rows[Sequence], budget: int) -> dict[Sequence, list[int]]:
         """Guesses worth checking beside the next token of each of ``seqs``: at most ``budget`` in all."""
-        base = self.times.expect(len(seqs))
-        if base is None or not self.looks_at(len(seqs)):
+        if not self.looks_at(len(seqs)):
             return {}
         guesses = {seq: found for seq in seqs if _may(seq) and (found := self._propose(seq))}
-        best, best_rate = 0, len(seqs) / base
-        for count in self._counts if guesses else ():
-            sizes = [min(count, len(found)) for found in guesses.values()]
-            if sum(sizes) > budget:
-                break
-            gained = sum(map(self._gain, guesses, sizes))
-            seconds = self.times.expect(len(seqs) + sum(sizes))
-            assert seconds is not None, "more tokens than the base"
-            if (rate := (len(seqs) + gained) / seconds) > best_rate:
-                best, best_rate = count, rate
-        return {seq: found[:best] for seq, found in guesses.items()} if best else {}
+        counts = self._worth(guesses, len(seqs), budget)
+        for seq, found in guesses.items():
+            if not counts[seq]:
+                self._records[seq].unchecked = (len(seq.tokens), found[0])
+        return {seq: found[: counts[seq]] for seq, found in guesses.items() if counts[seq]}
 
     def looks_at(self, seqs: int) -> bool:
         """Whether a step of so many sequences may have guesses."""
@@ -108,14 +120,7 @@ class Speculation:
         """``accepted`` of ``drafted`` guesses were right; the one after them, if any, was wrong."""
         self.drafted += drafted
         self.accepted += accepted
-        record = self._records[seq]
-        checked = min(drafted, accepted + 1)
-        record.trust += LEARN * (accepted / checked - record.trust)
-        if accepted:
-            record.next_rest = 1
-        elif record.trust < LEAST_TRUST:
-            record.rest = record.next_rest
-            record.next_rest = min(LONGEST_REST, 2 * record.next_rest)
+        self._records[seq].learn(accepted, wrong=min(1, drafted - accepted))
 
     def forget(self, seq: Sequence) -> None:
         """This sequence has ended; what it said may help others of its group."""
@@ -129,20 +134,47 @@ class Speculation:
 
     def _propose(self, seq: Sequence) -> list[int]:
         record = self._records.setdefault(seq, _Record())
+        if record.unchecked is not None and len(seq.tokens) > record.unchecked[0]:
+            place, token = record.unchecked
+            right = seq.tokens[place] == token
+            record.unchecked = None
+            record.learn(right, not right)
         if record.rest:
             record.rest -= 1
             return []
         count = min(self._most, seq.limit - len(seq.tokens) - 1)
         if count < 1:
             return []
-        group = seq.request.group
-        found = self._finished.propose(group, seq.tokens, count) if group else []
-        return found or record.text.propose(seq.tokens, count)
+        if not seq.request.group:
+            return record.text.propose(seq.tokens, count)
+        return (  # where as many tokens agree, its own text is the better witness
+            record.text.propose(seq.tokens, count, LONGEST)
+            or self._finished.propose(seq.request.group, seq.tokens, count)
+            or record.text.propose(seq.tokens, count)
+        )
 
-    def _gain(self, seq: Sequence, count: int) -> float:
-        """Tokens more than one that are expected of ``count`` guesses: p + p² + …"""
-        trust = self._records[seq].trust
-        return sum(trust**power for power in range(1, count + 1))
+    def _worth(self, guesses: dict[Sequence, list[int]], rows: int, budget: int) -> Counter[Sequence]:
+        """How many of each sequence's guesses a step of ``rows`` should check: the likeliest of all, as many
+        as promise the most tokens per second. The n-th of a sequence is right with a chance of trust ** n."""
+        base = self.times.expect(rows)
+        if base is None or not guesses:
+            return Counter()
+        chances = [
+            (self._records[seq].trust ** n, seq)
+            for seq, found in guesses.items()
+            for n in range(1, len(found) + 1)
+        ]
+        chances.sort(key=itemgetter(0), reverse=True)
+        del chances[budget:]
+        best, best_rate, gained = 0, rows / base, 0.0
+        for count, (chance, _) in enumerate(chances, 1):
+            gained += chance
+            if count & (count - 1) == 0 or count == len(chances):
+                seconds = self.times.expect(rows + count)
+                assert seconds is not None, "more tokens than the base"
+                if (rate := (rows + gained) / seconds) > best_rate:
+                    best, best_rate = count, rate
+        return Counter(seq for _, seq in chances[:best])
 
 
 def _may(seq: Sequence) -> bool:
