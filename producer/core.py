@@ -50,7 +50,7 @@ EMBEDDED = "embedded:"
 UNDECIDED = "undecided"
 MODEL_BYTES = 1024
 """Kept free in a draft's payload for the model's name."""
-POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.01, 1.3, 0.1
+POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.01, 1.3, 0.25
 """How a client waits for a result."""
 SAY_AFTER_S = 5.0
 """How long it waits before it asks whether the job's worker is in trouble."""

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import timeit
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_passes import READY_S, circumstances, engine_pass
 from gristmill.backends.models import pull
-from gristmill.engine.messages import Output, Request, Step
+from gristmill.engine import pipe
+from gristmill.engine.messages import Output, Request, Stats, Step
 from gristmill.engine.process import EngineProcess
 from gristmill.engine.settings import EngineSettings
 from gristmill.producer import Client
+from gristmill.schemas.events import Delta
 from gristmill.schemas.settings import Settings
 from tokenizers import Tokenizer
 from workload import w1
@@ -51,8 +54,11 @@ def main() -> None:
         engine_pass(engine, warm)
         queue_pass(client, warm)
         for turn, rows in enumerate(fresh):
-            alone.append(engine_pass(engine, rows).seconds)
-            queued.append(queue_pass(client, rows))
+            if turn % 2:  # who goes first changes: a machine that drifts cancels out
+                queued.append(queue_pass(client, rows))
+            alone.append(engine_pass(engine, rows, group="tenant").seconds)
+            if not turn % 2:
+                queued.append(queue_pass(client, rows))
             say(f"pass {turn + 1}: engine {alone[-1]:.1f} s, queue {queued[-1]:.1f} s")
         pickups, first_tokens, straight = pick_ups(client, log, engine)
 
@@ -67,6 +73,8 @@ def main() -> None:
         "pickup_ms": quantiles(pickups),
         "first_token_ms": quantiles(first_tokens),
         "engine_first_token_ms": quantiles(straight),
+        "token_us": {f"{rows} rows a step": token_us(rows) for rows in (1, 16, 128)},
+        "journal_token_us": journal_us(),
         "queue_adds_ms": round(statistics.median(first_tokens) - statistics.median(straight), 2),
         "workload": "w1" + (" quick: 32 requests" if args.quick else ""),
         "output_tokens": sum(asked),
@@ -163,6 +171,31 @@ def answered(engine: EngineProcess) -> list[Output]:
     report = engine.recv(READY_S)
     assert isinstance(report, Step), report
     return report.outputs
+
+
+def token_us(rows: int) -> dict[str, float]:
+    """What a token costs to write and to read between engine and worker, of a step with one for each row."""
+    outputs = [Output(id=f"job_{n:032x}@{n}", token_ids=[n]) for n in range(rows)]
+    stats = Stats(
+        running=rows, waiting=0, free_blocks=0, total_blocks=9, preemptions=0, step_s=0.1, tokens=rows
+    )
+    frame = pipe.encode(Step(outputs, stats))
+    written = best_us(lambda: pipe.encode(Step(outputs, stats)))
+    read = best_us(lambda: list(pipe.FrameReader().feed(frame)))
+    return {"write": round(written / rows, 2), "read": round(read / rows, 2), "bytes": len(frame) // rows}
+
+
+def journal_us() -> dict[str, float]:
+    """The same of an entry of the journal, as a follower reads it, with one token."""
+    delta = Delta(choice=0, offset=7, ids=(504,), text=" word")
+    line = delta.to_json()
+    read = best_us(lambda: Delta.from_json(line))
+    return {"write": round(best_us(delta.to_json), 2), "read": round(read, 2), "bytes": len(line)}
+
+
+def best_us(act: Callable[[], object]) -> float:
+    """Microseconds a call, the best of five times 2,000."""
+    return min(timeit.repeat(act, number=2_000, repeat=5)) / 2_000 * 1e6
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ class Held:
     rank: int
     """Of its class; 0 is the most urgent."""
     tokens: int
-    """Of the prompt and of all outputs; 0 until the prompt is known."""
+    """Of the prompt and of what earlier attempts made; 0 until that is known, and once it has started."""
     started: bool
     """It has made a token."""
     sequences: int = 1

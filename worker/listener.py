@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -44,6 +45,7 @@ class EngineListener:
     def on_step(self, outputs: list[Output], stats: Stats, now: float) -> None:
         """Tokens of one step: into their Generations, and wake the publisher."""
         aborts: list[str] = []
+        due_at = math.inf
         with self._publisher.lock:
             for output in outputs:
                 generation = self._slots.generation(output.id)
@@ -56,7 +58,9 @@ class EngineListener:
                     aborts.append(over)
                 if first and generation.first_token_at is not None:
                     self._metrics.on_first_token(now - generation.job.submitted_at)
-            self._publisher.wake()
+                if (at := generation.due_at()) is not None and at < due_at:
+                    due_at = at
+            self._publisher.wake(due_at)
         for request_id in aborts:
             self.engine.abort(request_id)
         self._metrics.on_step(stats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +39,8 @@ class Publisher:
         self._live: dict[str, Generation] = {}
         self._closing = False
         self._flushing = False
+        self._due_at = 0.0
+        """In unix time; nothing need be written before. Infinite: nothing at all."""
         self.healthy = True
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
@@ -50,7 +53,7 @@ class Publisher:
         with self.lock:
             for generation in generations:
                 self._live[generation.job.id] = generation
-            self.lock.notify_all()
+            self.wake()
 
     def discard(self, *generations: Generation) -> None:
         """Stop watching: nothing more of these attempts is written."""
@@ -61,9 +64,11 @@ class Publisher:
             if not self._live:  # nothing is left to find out with whether the server is back
                 self.healthy = True
 
-    def wake(self) -> None:
-        """Something may be due now. The caller holds ``lock``."""
-        self.lock.notify_all()
+    def wake(self, due_at: float = 0.0) -> None:
+        """Something is due then, in unix time; it may be now. The caller holds ``lock``."""
+        if due_at < self._due_at:
+            self._due_at = due_at
+            self.lock.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
         """Write every watched job's tokens now. False: not confirmed within ``timeout_s``."""
@@ -85,12 +90,13 @@ class Publisher:
         pause_s = RETRY_FIRST_S
         while True:
             with self.lock:
-                if not (self._closing or self._flushing):
-                    self.lock.wait(self._next_due_in())
+                self._due_at = self._next_due_at()
+                while not (self._closing or self._flushing) and (left_s := self._due_at - time.time()) > 0:
+                    self.lock.wait(None if left_s == math.inf else left_s)
                 if self._closing:
                     return
                 flushing = self._flushing
-                batch = self._take(float("inf") if flushing else time.time())
+                batch = self._take(math.inf if flushing else time.time())
             if self._write(batch):
                 pause_s = RETRY_FIRST_S
                 if flushing:
@@ -105,10 +111,8 @@ class Publisher:
             self._flushing = False
             self.lock.notify_all()
 
-    def _next_due_in(self) -> float | None:
-        """Seconds until something must be written; None: wait to be woken."""
-        due = [at for g in self._live.values() if (at := g.due_at()) is not None]
-        return max(0.0, min(due) - time.time()) if due else None
+    def _next_due_at(self) -> float:
+        return min((at for g in self._live.values() if (at := g.due_at()) is not None), default=math.inf)
 
     def _take(self, until: float) -> list[tuple[Generation, list[Write]]]:
         now = time.time()

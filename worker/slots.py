@@ -42,11 +42,12 @@ class Slot:
         generation, rank = self.generation, self.job.priority.rank
         if generation is None:
             return capacity.Held(rank, tokens=0, started=False, sequences=self.job.sampling.choices)
+        started = generation.first_token_at is not None
         return capacity.Held(
             rank,
-            tokens=len(generation.prompt_ids) + generation.tokens,
-            started=generation.first_token_at is not None,
-            sequences=sum(1 for _ in generation.running),
+            tokens=0 if started else len(generation.prompt_ids) + generation.tokens,
+            started=started,
+            sequences=sum(one.done is None for one in generation.completions),
         )
 
 
