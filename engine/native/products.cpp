@@ -356,13 +356,22 @@ void product(const T* x, int64_t rows, int inputs, const Packed& w, Finish<PARTS
   }
 }
 
+// A weight, as products.py lays it out: the same fields in the same order.
+struct Layer {
+  const void* packed;
+  const float *bias, *scales;                                                  // null: none
+  const int32_t* ones;
+  int outputs, inputs, parts, way, threads;                                    // parts 0: bf16
+};
+
 template <int PARTS, class T>
-void product_int8(void* out, const void* x, const void* packed, const float* scales, const int32_t* ones,
-                  const float* bias, int64_t rows, int outputs, int inputs, int form, const void* norm, void* residual,
-                  float eps, int way, int threads) {
-  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs, TILE_BYTES))};
-  product<PARTS>((const T*)x, rows, inputs, w, Finish<PARTS, T>{(T*)out, outputs, form, bias, scales, ones, nullptr},
-                 Norm<T>{(const T*)norm, (T*)residual, eps}, way, threads);
+void multiply(const Layer& layer, void* out, const void* x, int64_t rows, int form, const void* norm, void* residual,
+              float eps) {
+  const int row_bytes = layer.inputs * (PARTS ? 1 : 2);
+  const Packed w{(const uint8_t*)layer.packed, layer.outputs, int(tiles(row_bytes, TILE_BYTES))};
+  product<PARTS>((const T*)x, rows, layer.inputs, w,
+                 Finish<PARTS, T>{(T*)out, layer.outputs, form, layer.bias, layer.scales, layer.ones, nullptr},
+                 Norm<T>{(const T*)norm, (T*)residual, eps}, layer.way, layer.threads);
 }
 
 }  // namespace
@@ -387,22 +396,14 @@ void gm_pack(void* to, const void* weight, int outputs, int row_bytes, int threa
   pack((uint8_t*)to, (const uint8_t*)weight, outputs, row_bytes, threads);
 }
 
-void gm_product_bf16(void* out, const void* x, const void* packed, const float* bias, int64_t rows, int outputs,
-                     int inputs, int form, const void* norm, void* residual, float eps, int way, int threads) {
-  const Packed w{(const uint8_t*)packed, outputs, int(tiles(inputs * 2, TILE_BYTES))};
-  product<0>((const bf16*)x, rows, inputs, w,
-             Finish<0, bf16>{(bf16*)out, outputs, form, bias, nullptr, nullptr, nullptr},
-             Norm<bf16>{(const bf16*)norm, (bf16*)residual, eps}, way, threads);
-}
-
-// x in float32 (wide) or bf16, in one part or two.
-void gm_product_int8(int wide, int parts, void* out, const void* x, const void* packed, const float* scales,
-                     const int32_t* ones, const float* bias, int64_t rows, int outputs, int inputs, int form,
-                     const void* norm, void* residual, float eps, int way, int threads) {
-  const auto in_float = parts == 2 ? product_int8<2, float> : product_int8<1, float>;
-  const auto in_bf16 = parts == 2 ? product_int8<2, bf16> : product_int8<1, bf16>;
-  (wide ? in_float : in_bf16)(out, x, packed, scales, ones, bias, rows, outputs, inputs, form, norm, residual, eps,
-                              way, threads);
+// x and what comes out in float32 (wide: int8 only) or bf16.
+void gm_product(const void* of, void* out, const void* x, int64_t rows, int form, int wide, const void* norm,
+                void* residual, float eps) {
+  const Layer& layer = *(const Layer*)of;
+  const auto run = layer.parts == 0   ? multiply<0, bf16>
+                   : layer.parts == 1 ? (wide ? multiply<1, float> : multiply<1, bf16>)
+                                      : (wide ? multiply<2, float> : multiply<2, bf16>);
+  run(layer, out, x, rows, form, norm, residual, eps);
 }
 
 }  // extern "C"

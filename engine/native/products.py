@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,9 +35,17 @@ _SIGNATURES = {
     "gm_product_ways": (_i, (_i,)),
     "gm_packed_bytes": (_q, (_i, _i)),
     "gm_pack": (None, (_p, _p, _i, _i, _i)),
-    "gm_product_bf16": (None, (*(_p,) * 4, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
-    "gm_product_int8": (None, (_i, _i, *(_p,) * 6, _q, _i, _i, _i, _p, _p, _f, _i, _i)),
+    "gm_product": (None, (_p, _p, _p, _q, _i, _i, _p, _p, _f)),
 }
+
+
+class _Layer(ctypes.Structure):
+    """What a call needs to know of a weight, laid out once: products.cpp reads it."""
+
+    _fields_ = (
+        *((name, _p) for name in ("packed", "bias", "scales", "ones")),
+        *((name, _i) for name in ("outputs", "inputs", "parts", "way", "threads")),
+    )
 
 
 class Products:
@@ -66,7 +73,7 @@ NormOf = tuple[Tensor, float]
 """Of a row before it is multiplied: an RMS norm's weight, in the dtype of x, and its eps."""
 
 
-class Product(ABC):
+class Product:
     """x [rows, in] times a weight [out, in], packed."""
 
     def __init__(
@@ -76,16 +83,25 @@ class Product(ABC):
         weight: Tensor,
         bias: Tensor | None,
         arrays: tuple[Tensor, ...] = (),
+        parts: int = 0,
     ) -> None:
         """``ways``: of which the faster is taken. ``weight``: what is packed. ``arrays``: numbers for each
-        output beside the bias."""
+        output beside the bias. ``parts`` of int8 that a number of x is in; 0: bfloat16."""
         assert ways, "this CPU has none of the instructions asked for"
-        self._products, self._way = products, AMX if ways & AMX else ways
+        self._multiplied, self._threads = products.library.gm_product, products.threads
+        self._way, self._parts = AMX if ways & AMX else ways, parts
         self._outputs, self._inputs = weight.shape
         self._weight = products.pack(weight)
         self._arrays = [_filled(each) for each in arrays]
         self._bias = None if bias is None else _filled(bias.float())
         self._form = PLAIN
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        places = (self._weight, self._bias, *(self._arrays or (None, None)))
+        sizes = (self._outputs, self._inputs, self._parts, self._way, self._threads)
+        self._layer = _Layer(*(None if each is None else each.data_ptr() for each in places), *sizes)
+        self._address = ctypes.addressof(self._layer)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, out], in the dtype of ``x``."""
@@ -113,41 +129,33 @@ class Product(ABC):
         found._weight = _paired(tiles.flatten(0, 1)).transpose(1, 2).contiguous().flatten()
         found._arrays = [_paired(each.view(-1, TILE)).flatten() for each in self._arrays]
         found._bias = None if self._bias is None else _paired(self._bias.view(-1, TILE)).flatten()
+        found._lay_out()
         return found
 
     def _multiply(
         self, x: Tensor, form: int, width: int, norm: NormOf | None = None, residual: Tensor | None = None
     ) -> Tensor:
         rows, inputs = x.shape
+        wide = x.dtype == torch.float32
         assert inputs == self._inputs, (x.shape, self._inputs)
+        assert x.dtype == torch.bfloat16 or (wide and self._parts), x.dtype
         x = x.contiguous()
         out = x.new_empty(rows, width)
-        bias = None if self._bias is None else self._bias.data_ptr()
-        before: tuple[int | float | None, ...] = (None, None, 0.0)
+        weight, left, eps = None, None, 0.0
         if norm is not None:
             assert residual is None or residual.is_contiguous()
-            before = (norm[0].data_ptr(), None if residual is None else residual.data_ptr(), norm[1])
-        self._run(out, x, bias, (rows, self._outputs, inputs, form, *before))
+            weight, left, eps = norm[0].data_ptr(), None if residual is None else residual.data_ptr(), norm[1]
+        self._multiplied(self._address, out.data_ptr(), x.data_ptr(), rows, form, wide, weight, left, eps)
         return out
-
-    @abstractmethod
-    def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
-        """The kernel. ``rest``: rows, outputs, inputs, form, the norm's weight, the residual, eps."""
 
 
 class Dense(Product):
-    """A weight in bfloat16."""
+    """A weight in bfloat16; so is x."""
 
     def __init__(
         self, products: Products, weight: Tensor, bias: Tensor | None, ways: int = AMX | DOTS
     ) -> None:
         super().__init__(products, ways & products.bf16_ways, weight, bias)
-
-    def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
-        assert x.dtype == torch.bfloat16, x.dtype
-        ours = self._products
-        where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr())
-        ours.library.gm_product_bf16(*where, bias, *rest, self._way, ours.threads)
 
 
 class Int8(Product):
@@ -167,15 +175,7 @@ class Int8(Product):
         parts: int = 1,
     ) -> None:
         arrays = (scales.float(), codes.sum(1, dtype=torch.int32))
-        super().__init__(products, ways & products.int8_ways, codes, bias, arrays)
-        self._parts = parts
-
-    def _run(self, out: Tensor, x: Tensor, bias: int | None, rest: tuple[int | float | None, ...]) -> None:
-        assert x.dtype in (torch.float32, torch.bfloat16), x.dtype
-        ours, (scales, ones) = self._products, self._arrays
-        kind = (int(x.dtype == torch.float32), self._parts)
-        where = (out.data_ptr(), x.data_ptr(), self._weight.data_ptr(), scales.data_ptr(), ones.data_ptr())
-        ours.library.gm_product_int8(*kind, *where, bias, *rest, self._way, ours.threads)
+        super().__init__(products, ways & products.int8_ways, codes, bias, arrays, parts)
 
 
 _USED: ContextVar[Products | None] = ContextVar("products", default=None)
