@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,7 +14,7 @@ from ..layers.across import ALONE, Across
 from ..layers.elementwise import Elementwise
 from ..layers.invariant import Make
 from ..layers.linear import Linear
-from ..native.products import NormOf, Product
+from ..native.products import Link, NormOf, Product
 from .layout import Joint, MlpJoints, MoeJoints, head_order, joints, layer_prefix, moe_joints
 from .mlp import Experts, FeedForward, Mlp, Norm, Summed
 from .spec import ModelSpec
@@ -38,7 +38,7 @@ class Layer:
 
     attention_norm: Norm
     qkv: Linear
-    qkv_normed: Norm | None
+    qkv_normed: tuple[Product, NormOf] | None
     """attention_norm and qkv in one, for rows without adapters. None: there is no such."""
     on_qkv: Rowwise | None
     """What happens to queries, keys and values before attention, if it is not ``q_norm`` and ``k_norm``."""
@@ -56,6 +56,8 @@ class Layer:
     mlp_normed: Norm | None
     """mlp_norm and mlp in one, likewise."""
     mlp_post: Rowwise | None
+    rest: tuple[Link, ...]
+    """All behind attention in one, likewise; empty: there is no such."""
 
 
 class Embedding:
@@ -122,7 +124,16 @@ class Assembly:
         linears = {place: self._linear(prefix, joint) for place, joint in joints(spec, index).items()}
         fused = spec.qk_norm == "head" and spec.norm == "rms"  # the form that attention kernels know
         moe = moe_joints(spec, index)
-        mlp, mlp_normed = self._mlp_and_normed(prefix, linears, moe, index)
+        mlp = (
+            self._experts(prefix, moe, index)
+            if moe
+            else self._made(linears["gate_up"], linears["down"], index)
+        )
+        fusible = self._across.alone and isinstance(mlp, Mlp)
+        norm = self._fusible(prefix, names.mlp_norm) if fusible else None
+        links = mlp.links(norm) if isinstance(mlp, Mlp) and norm is not None else ()
+        attention_post, mlp_post = self._attention_post(prefix), self._post(prefix, names.mlp_post_norm)
+        bare = attention_post is None and mlp_post is None and not spec.parallel
         return Layer(
             attention_norm=self._norm_or_none(prefix, names.attention_norm) or _unnormed,
             qkv=linears["qkv"],
@@ -131,12 +142,13 @@ class Assembly:
             q_norm=self._head_weight(f"{prefix}{names.q_norm}.weight") if fused else None,
             k_norm=self._head_weight(f"{prefix}{names.k_norm}.weight") if fused else None,
             output=linears["output"],
-            attention_post=self._attention_post(prefix),
+            attention_post=attention_post,
             parallel=spec.parallel,
             mlp_norm=self._norm_or_none(prefix, names.mlp_norm) or (None if spec.parallel else _unnormed),
             mlp=self._whole(mlp),
-            mlp_normed=mlp_normed,
-            mlp_post=self._post(prefix, names.mlp_post_norm),
+            mlp_normed=mlp.after(norm) if isinstance(mlp, Mlp) and norm is not None else None,
+            mlp_post=mlp_post,
+            rest=self._rest(linears["output"], links) if bare else (),
         )
 
     def norm(self, name: str) -> Norm:
@@ -153,19 +165,14 @@ class Assembly:
             return None
         return self._norm_weight(f"{prefix}{name}.weight"), self.spec.norm_eps
 
-    def _mlp_and_normed(
-        self, prefix: str, linears: Mapping[str, Linear], moe: MoeJoints | None, index: int
-    ) -> tuple[FeedForward, Norm | None]:
-        if moe:
-            return self._experts(prefix, moe, index), None
-        mlp = self._made(linears["gate_up"], linears["down"], index)
-        norm = self._fusible(prefix, self.spec.names.mlp_norm) if self._across.alone else None
-        return mlp, None if norm is None else mlp.after(norm)
-
-    def _normed(self, linear: Linear, norm: NormOf | None) -> Norm | None:
+    def _normed(self, linear: Linear, norm: NormOf | None) -> tuple[Product, NormOf] | None:
         if norm is None or self.spec.parallel or not isinstance(linear, Product):
             return None
-        return lambda x, residual=None: linear.normed(x, norm, residual)
+        return linear, norm
+
+    @staticmethod
+    def _rest(output: Linear, mlp: tuple[Link, ...]) -> tuple[Link, ...]:
+        return ((output, None), *mlp) if mlp and isinstance(output, Product) else ()
 
     def _norm_or_none(self, prefix: str, name: str | None) -> Norm | None:
         return None if name is None else self.norm(prefix + name)

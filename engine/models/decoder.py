@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, starmap
+
 from torch import Tensor
 
 from ..attention.backend import Attention
@@ -11,7 +13,8 @@ from ..layers.elementwise import Elementwise
 from ..layers.invariant import Make
 from ..layers.linear import linear
 from ..lora.rows import Adapted, project
-from .assembly import Assembly, Fetch, Quantized, none_is
+from ..native.products import Chain
+from .assembly import Assembly, Fetch, Layer, Quantized, none_is
 from .spec import ModelSpec
 
 NOBODY = Adapted()
@@ -41,6 +44,7 @@ class Decoder:
         parts = Assembly(spec, fetch, ops, make, quantized, across, lend)
         self._embed = parts.embedding()
         self._layers = [parts.layer(index) for index in range(spec.num_layers)]
+        self._onward = [*starmap(_onward, pairwise(self._layers)), None]
         self._norm = parts.norm(spec.names.base + spec.names.norm)
         self._head = parts.head(self._embed.weight, head or make)
 
@@ -48,22 +52,31 @@ class Decoder:
         """Hidden states [wanted rows, hidden] of one step, for ``logits``; keys and values are cached."""
         attention.begin(batch)
         rows = adapted.fed
-        residual = x = self._embed(batch.tokens, batch.positions)
+        residual: Tensor = self._embed(batch.tokens, batch.positions)
+        x = residual
         last = len(self._layers) - 1
         update: Tensor | None = None  # what the previous half-layer adds to the residual
-        for index, layer in enumerate(self._layers):
-            # A norm given two adds the first to the second, in place, and norms the sum.
-            new, held = (residual, None) if update is None else (update, residual)
-            if layer.qkv_normed is not None and not rows:
-                qkv = layer.qkv_normed(new, held)
-            else:
-                x = layer.attention_norm(new, held)
-                qkv = project(layer.qkv, x, rows, index, "qkv")
+        qkv: Tensor | None = None  # if the previous layer has gone so far
+        for index, (layer, onward) in enumerate(zip(self._layers, self._onward, strict=True)):
+            if qkv is None:
+                # A norm given two adds the first to the second, in place, and norms the sum.
+                new, held = (residual, None) if update is None else (update, residual)
+                if layer.qkv_normed is not None and not rows:
+                    product, norm = layer.qkv_normed
+                    qkv = product.normed(new, norm, held)
+                else:
+                    x = layer.attention_norm(new, held)
+                    qkv = project(layer.qkv, x, rows, index, "qkv")
             if layer.on_qkv is not None:
                 qkv = layer.on_qkv(qkv)
             update = attention.attend(index, qkv, layer.q_norm, layer.k_norm)
+            qkv = None
+            if onward is not None and not rows:
+                qkv = onward(update, residual)
+                continue
             if index == last and batch.wanted is not None:
-                update, residual = update[batch.wanted], residual[batch.wanted]  # nobody reads the others
+                update = update[batch.wanted]  # nobody reads the others
+                residual = residual[batch.wanted]
                 x = x[batch.wanted] if layer.parallel else x
                 rows = adapted.wanted
             update = project(layer.output, update, rows, index, "output")
@@ -86,3 +99,10 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] to [rows, vocab], in the engine's dtype."""
         return self._head(hidden)
+
+
+def _onward(layer: Layer, following: Layer) -> Chain | None:
+    """From what attention says in one layer to what it reads in the next."""
+    if not layer.rest or following.qkv_normed is None:
+        return None
+    return Chain((*layer.rest, following.qkv_normed))

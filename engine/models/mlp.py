@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layers.linear import Linear
 from ..lora.rows import Rows, project
-from ..native.products import NormOf, Product
+from ..native.products import Link, NormOf, Product
 
 
 class FeedForward(Protocol):
@@ -53,6 +53,12 @@ class Mlp:
         if halved is None:
             return None
         return lambda x, residual=None: down(halved.gated(x, norm, residual))
+
+    def links(self, norm: NormOf) -> tuple[Link, ...]:
+        """The same as links of a chain; none: it cannot be put so."""
+        if self._halved is None or not isinstance(self._down, Product):
+            return ()
+        return (self._halved, norm), (self._down, None)
 
 
 class Summed:

@@ -364,6 +364,13 @@ struct Layer {
   int outputs, inputs, parts, way, threads;                                    // parts 0: bf16
 };
 
+struct Link {                                                                  // of a chain, likewise
+  const Layer* layer;
+  const void* norm;                                                            // null: none
+  float eps;
+  int form;
+};
+
 template <int PARTS, class T>
 void multiply(const Layer& layer, void* out, const void* x, int64_t rows, int form, const void* norm, void* residual,
               float eps) {
@@ -404,6 +411,19 @@ void gm_product(const void* of, void* out, const void* x, int64_t rows, int form
                    : layer.parts == 1 ? (wide ? multiply<1, float> : multiply<1, bf16>)
                                       : (wide ? multiply<2, float> : multiply<2, bf16>);
   run(layer, out, x, rows, form, norm, residual, eps);
+}
+
+// One product behind another: what one says is the next one's x. `between` has room for it twice, `apart` bytes each.
+// A norm adds what it is given to `residual`.
+void gm_chain(const void* of, int count, void* out, const void* x, int64_t rows, int wide, void* residual, void* between,
+              int64_t apart) {
+  const Link* links = (const Link*)of;
+  for (int i = 0; i < count; i++) {
+    void* to = i + 1 < count ? (uint8_t*)between + i % 2 * apart : out;
+    gm_product(links[i].layer, to, x, rows, links[i].form, wide, links[i].norm, links[i].norm ? residual : nullptr,
+               links[i].eps);
+    x = to;
+  }
 }
 
 }  // extern "C"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -36,6 +36,7 @@ _SIGNATURES = {
     "gm_packed_bytes": (_q, (_i, _i)),
     "gm_pack": (None, (_p, _p, _i, _i, _i)),
     "gm_product": (None, (_p, _p, _p, _q, _i, _i, _p, _p, _f)),
+    "gm_chain": (None, (_p, _i, _p, _p, _q, _i, _p, _p, _q)),
 }
 
 
@@ -46,6 +47,12 @@ class _Layer(ctypes.Structure):
         *((name, _p) for name in ("packed", "bias", "scales", "ones")),
         *((name, _i) for name in ("outputs", "inputs", "parts", "way", "threads")),
     )
+
+
+class _Link(ctypes.Structure):
+    """A product in a chain, likewise."""
+
+    _fields_ = (("layer", _p), ("norm", _p), ("eps", _f), ("form", _i))
 
 
 class Products:
@@ -88,7 +95,8 @@ class Product:
         """``ways``: of which the faster is taken. ``weight``: what is packed. ``arrays``: numbers for each
         output beside the bias. ``parts`` of int8 that a number of x is in; 0: bfloat16."""
         assert ways, "this CPU has none of the instructions asked for"
-        self._multiplied, self._threads = products.library.gm_product, products.threads
+        self.products, self._threads = products, products.threads
+        self._multiplied = products.library.gm_product
         self._way, self._parts = AMX if ways & AMX else ways, parts
         self._outputs, self._inputs = weight.shape
         self._weight = products.pack(weight)
@@ -96,6 +104,16 @@ class Product:
         self._bias = None if bias is None else _filled(bias.float())
         self._form = PLAIN
         self._lay_out()
+
+    @property
+    def width(self) -> int:
+        """Of what comes out: of a ``halved`` one, gated."""
+        return self._outputs // 2 if self._form == HALVES else self._outputs
+
+    def link(self, norm: NormOf | None) -> _Link:
+        """Its part of a chain."""
+        weight, eps = (None, 0.0) if norm is None else (norm[0].data_ptr(), norm[1])
+        return _Link(self._address, weight, eps, GATED if self._form == HALVES else PLAIN)
 
     def _lay_out(self) -> None:
         places = (self._weight, self._bias, *(self._arrays or (None, None)))
@@ -146,6 +164,34 @@ class Product:
             assert residual is None or residual.is_contiguous()
             weight, left, eps = norm[0].data_ptr(), None if residual is None else residual.data_ptr(), norm[1]
         self._multiplied(self._address, out.data_ptr(), x.data_ptr(), rows, form, wide, weight, left, eps)
+        return out
+
+
+Link = tuple["Product", NormOf | None]
+"""A product, and the norm of what it is given."""
+
+
+class Chain:
+    """Products one behind another in one call: what one says, a ``halved`` one gated, is the next one's x.
+
+    A step of few rows spends as long between two calls as in one of them. The bits are those of single calls.
+    """
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self._kept = tuple(links)  # what the addresses below are of
+        self._links = (_Link * len(links))(*(product.link(norm) for product, norm in links))
+        self._call = links[0][0].products.library.gm_chain
+        *inner, self._width = (product.width for product, _ in links)
+        self._widest = max(inner)
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        """[rows, out of the last]. Each norm adds what it is given to ``residual`` and norms the sum."""
+        rows, wide, size = len(x), x.dtype == torch.float32, x.element_size()
+        assert residual.is_contiguous()
+        x, between = x.contiguous(), x.new_empty(2, rows, self._widest)
+        out = x.new_empty(rows, self._width)
+        places = (out.data_ptr(), x.data_ptr(), rows, wide, residual.data_ptr(), between.data_ptr())
+        self._call(self._links, len(self._links), *places, rows * self._widest * size)
         return out
 
 

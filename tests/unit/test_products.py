@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gristmill.engine.engine import Engine
 from gristmill.engine.layers.invariant import RowInvariant, invariant
 from gristmill.engine.layers.linear import linear
+from gristmill.engine.messages import Request
+from gristmill.engine.models.tiny import write_tiny
 from gristmill.engine.native import products
 from gristmill.engine.native.build import build
 from gristmill.engine.native.library import load
-from gristmill.engine.native.products import AMX, DOTS, Product, Products, in_use, load_products, used
+from gristmill.engine.native.products import (
+    AMX,
+    DOTS,
+    Chain,
+    Product,
+    Products,
+    in_use,
+    load_products,
+    used,
+)
 from gristmill.engine.quant.int8 import W8A8, Int8
 from torch import Tensor
 
+from ..support.engines import tiny_settings
 from ..support.flavours import is_arm, kernel_target
 
 SHAPES = [
@@ -169,6 +183,66 @@ def test_normed_is_the_product_of_the_norm(
         expected = layer(library.rms_norm(x, norm, 1e-5, held))
         assert torch.equal(layer.normed(x, (norm, 1e-5), also), expected)
         assert held is None or torch.equal(held, also)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 40, 530])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_chain_says_what_its_products_say_one_by_one(ours: Products, rows: int, *, wide: bool) -> None:
+    """On and off, to the last bit, and the residual with it."""
+    x, first, bias = case(rows, 96, 64)
+    _, up, _ = case(1, 64, 192, seed=1)
+    _, down, _ = case(1, 96, 64, seed=2)
+    norms = [(torch.rand(64, dtype=torch.float32 if wide else torch.bfloat16), 1e-5) for _ in range(2)]
+    x = x.float() if wide else x
+    held = torch.randn(rows, 64, dtype=x.dtype)
+    for output, gate_up, lower, following in zip(
+        *(
+            all_layers(ours, *args)
+            for args in ((first, bias), (up, None), (down, None), (first[:, :64], None))
+        ),
+        strict=True,
+    ):
+        if wide and isinstance(output, products.Dense):
+            continue
+        halved = gate_up.halved()
+        assert halved is not None
+        singly, together = held.clone(), held.clone()
+        expected = lower(halved.gated(output(x), norms[0], singly))
+        expected = following.normed(expected, norms[1], singly)
+        chain = Chain([(output, None), (halved, norms[0]), (lower, None), (following, norms[1])])
+        assert torch.equal(chain(x, together), expected)
+        assert torch.equal(together, singly)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_model_says_the_same_with_chains_and_without(
+    ours: Products, kernels: Path, tmp_path: Path, quantize: str | None
+) -> None:
+    """Prompts and single tokens, to the last bit of their log probabilities."""
+    if not (ours.bf16_ways and ours.int8_ways):
+        pytest.skip("this CPU has no instructions for them")
+    settings = tiny_settings(
+        write_tiny(tmp_path),
+        attention="cpu",
+        dtype="bfloat16",
+        quantize=quantize,
+        kernel_cache=kernels,
+        speculate=0,
+    )
+    said: list[list[object]] = []
+    for chained in (True, False):
+        engine = Engine(settings)
+        decoder: Any = engine._runner._decoder
+        assert [each is not None for each in decoder._onward] == [True, True, False]
+        if not chained:
+            decoder._onward = [None] * 3
+        for n in range(5):
+            prompt = [7 * i % 250 + n for i in range(3 + 9 * n)]
+            engine.add(Request(id=str(n), prompt_ids=prompt, max_tokens=9, logprobs=4, seed=n))
+        said.append([])
+        while engine.has_work:
+            said[-1] += [(o.id, o.token_ids, o.logprobs) for o in engine.step()]
+    assert said[0] == said[1]
 
 
 def test_halves_that_are_no_whole_tiles_stay_together(ours: Products, int8_way: int) -> None:
