@@ -415,8 +415,8 @@ void gm_product(const void* of, void* out, const void* x, int64_t rows, int form
 
 // One product behind another: what one says is the next one's x. `between` has room for it twice, `apart` bytes each.
 // A norm adds what it is given to `residual`.
-void gm_chain(const void* of, int count, void* out, const void* x, int64_t rows, int wide, void* residual, void* between,
-              int64_t apart) {
+void gm_chain(const void* of, int count, void* out, const void* x, int64_t rows, int wide, void* residual,
+              void* between, int64_t apart) {
   const Link* links = (const Link*)of;
   for (int i = 0; i < count; i++) {
     void* to = i + 1 < count ? (uint8_t*)between + i % 2 * apart : out;
