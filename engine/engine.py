@@ -185,19 +185,21 @@ class Engine:
         broken and wants to be made anew.
         """
         started = time.monotonic()
-        self._runner.computing.take()
+        self._runner.away.take()
         outputs, self._ended = self._ended, []
-        for seq, begins in self._guide.ready(patiently=not (self._scheduler.has_work or outputs)):
+        with self._runner.away:
+            ready = self._guide.ready(patiently=not (self._scheduler.has_work or outputs))
+        for seq, begins in ready:
             outputs += self._begin(seq, begins)
         outputs += self._attend_to_adapters()
         if self._scheduler.has_work or self._flight:  # what is coming is also for who left for the desk
             outputs += self._run()
         else:
             self._step_tokens = 0
-            with self._runner.computing:
+            with self._runner.away:
                 self._desk.wait(ADAPTER_POLL_S)
         self._step_s = time.monotonic() - started
-        self._loop_s = self._step_s - self._runner.computing.take()
+        self._loop_s = self._step_s - self._runner.away.take()
         if self._step_tokens:
             self._costs.observe(self._step_tokens, self._step_s)
         return outputs
@@ -223,7 +225,7 @@ class Engine:
                 return [flight]
         if self._may_go_ahead(flight):
             self._flight = self._launch_behind(flight)
-        with self._runner.computing:
+        with self._runner.away:
             tokens = flight.tokens()
         if UNSETTLED in tokens:
             self._settle(flight, tokens)
@@ -301,13 +303,13 @@ class Engine:
             coming = before.coming if before else None
             logits = self._runner.forward(plan, self._desk.loaded, scorer, coming)
             if self._overlap and scorer is None and all(map(draws_alone, works)):
-                with self._runner.computing:
+                with self._runner.away:
                     drawn = self._device_sampler.draw(logits, rows)
                 return Flight(plan, works, drawn, logits, None, None, None, began, decodes)
-            scores = Scores.take(logits, rows)  # the model's own: before masks
-            if masks:
-                masks.apply(logits)
-            with self._runner.computing:
+            with self._runner.away:
+                scores = Scores.take(logits, rows)  # the model's own: before masks
+                if masks:
+                    masks.apply(logits)
                 tokens = self._sampler.sample(logits, rows) if rows else []
         except Exception:
             if masks:
@@ -356,7 +358,8 @@ class Engine:
             seq = work.seq
             if tokens[row] != UNSETTLED or self._seqs.get(seq.id) is not seq:
                 continue
-            tokens[row] = self._sampler.sample(flight.logits[row : row + 1], [seq])[0]
+            with self._runner.away:
+                tokens[row] = self._sampler.sample(flight.logits[row : row + 1], [seq])[0]
             seq.plain = False
             if behind and any(following.seq is seq for following in behind.works):
                 seq.computed -= 1

@@ -205,9 +205,9 @@ class Stats:
     """Since the start."""
     step_s: float
     loop_s: float = 0.0
-    """Of ``step_s``, what the model and the sampler did not take: planning, packing, the books."""
+    """Of ``step_s``, what the model, its sampler and waiting did not take: planning, packing, the books."""
     report_s: float = 0.0
-    """Telling the consumer of the step before, and waiting until it takes that."""
+    """Writing the report of the step before into the pipe; that waits while the pipe is full."""
     tokens: int
     """Fed to the model in this step, prompt and output."""
     step_tokens: int = 0

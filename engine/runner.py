@@ -126,8 +126,8 @@ class Runner:
         self.load_s: dict[str, float] = {}
         self.ranks, self._leads = ranks, False
         self.graphs: Graphs | None = None
-        self.computing = Stopwatch()
-        """Inside the model, in its sampler, and waiting: the rest of a step is the loop's."""
+        self.away = Stopwatch()
+        """In the model, with its logits (scores, masks, sampling), or waiting: all but the loop's own."""
         self.device = _device(settings, ranks)
         self.deterministic = _deterministic(settings, self.device)
         self.dtype = _dtype(settings, self.device)
@@ -220,7 +220,7 @@ class Runner:
         arrays = gather(plan.work, self.block_size, also)
         owners = adapted(plan.work, adapters, also) if adapters else Adapted()
         if self.graphs is not None and not (owners.fed or also):
-            with self.computing:
+            with self.away:
                 hidden = self.graphs.run(arrays, coming, plan.work)
                 if hidden is not None:
                     return self._decoder.logits(hidden)
@@ -244,7 +244,7 @@ class Runner:
         self._run(upload(arrays, self.device), owners, None, scored)
 
     def _run(self, batch: Batch, owners: Adapted, scorer: Scorer | None, scored: int) -> Tensor:
-        with self.computing:
+        with self.away:
             hidden = self._decoder.forward(batch, self._attention, owners)
             sampled = len(hidden) - scored
             for start in range(sampled, len(hidden), SCORED_AT_ONCE):

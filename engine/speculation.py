@@ -71,7 +71,7 @@ class _Record:
     seen: int = 0
     """Guessed tokens that turned out right or wrong."""
     unchecked: tuple[int, int] | None = None
-    """A guess that no step checks: its place and its token. What comes there will tell all the same."""
+    """A guess that no step has checked: its place and its token. What comes there will tell all the same."""
     rest: int = 0
     """Steps for which it is left alone."""
     next_rest: int = 1
@@ -107,9 +107,8 @@ class Speculation:
             return {}
         guesses = {seq: found for seq in seqs if _may(seq) and (found := self._propose(seq))}
         counts = self._worth(guesses, len(seqs), budget)
-        for seq, found in guesses.items():
-            if not counts[seq]:
-                self._records[seq].unchecked = (len(seq.tokens), found[0])
+        for seq, found in guesses.items():  # of all: a step may yet leave out what was chosen
+            self._records[seq].unchecked = (len(seq.tokens), found[0])
         return {seq: found[: counts[seq]] for seq, found in guesses.items() if counts[seq]}
 
     def looks_at(self, seqs: int) -> bool:
@@ -120,7 +119,9 @@ class Speculation:
         """``accepted`` of ``drafted`` guesses were right; the one after them, if any, was wrong."""
         self.drafted += drafted
         self.accepted += accepted
-        self._records[seq].learn(accepted, wrong=min(1, drafted - accepted))
+        record = self._records[seq]
+        record.unchecked = None
+        record.learn(accepted, wrong=min(1, drafted - accepted))
 
     def forget(self, seq: Sequence) -> None:
         """This sequence has ended; what it said may help others of its group."""

@@ -24,9 +24,9 @@ class Held:
     rank: int
     """Of its class; 0 is the most urgent."""
     tokens: int
-    """Of the prompt and of what earlier attempts made; 0 until that is known, and once it has started."""
+    """Of the prompt; 0 until that is known, and once it has started."""
     started: bool
-    """It has made a token."""
+    """It has made a token, in this attempt or an earlier one."""
     sequences: int = 1
     """Its choices that have not ended: so many places in the engine."""
 

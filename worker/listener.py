@@ -43,7 +43,7 @@ class EngineListener:
         self._on_capacity, self._on_gone = on_capacity, on_gone
 
     def on_step(self, outputs: list[Output], stats: Stats, now: float) -> None:
-        """Tokens of one step: into their Generations, and wake the publisher."""
+        """Tokens of one step: into their Generations, and the publisher is told when they are due."""
         aborts: list[str] = []
         due_at = math.inf
         with self._publisher.lock:

@@ -77,7 +77,9 @@ class Metrics:
             "engine_loop_seconds", "Of a step, what neither the model nor the sampler took.", LOOP_S
         )
         self._report_s = self._histogram(
-            "engine_report_seconds", "Until the worker had taken what a step brought.", LOOP_S
+            "engine_report_seconds",
+            "Writing what a step brought into the pipe; it waits while that is full.",
+            LOOP_S,
         )
         self._inter_token_s = self._histogram(
             "inter_token_latency_seconds",

@@ -45,7 +45,7 @@ class Slot:
         started = generation.first_token_at is not None
         return capacity.Held(
             rank,
-            tokens=0 if started else len(generation.prompt_ids) + generation.tokens,
+            tokens=0 if started else len(generation.prompt_ids),
             started=started,
             sequences=sum(one.done is None for one in generation.completions),
         )

@@ -12,6 +12,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -98,12 +99,17 @@ class Product:
         self.products, self._threads = products, products.threads
         self._multiplied = products.library.gm_product
         self._way, self._parts = AMX if ways & AMX else ways, parts
-        self._outputs, self._inputs = weight.shape
+        self._outputs, self.inputs = weight.shape
         self._weight = products.pack(weight)
         self._arrays = [_filled(each) for each in arrays]
         self._bias = None if bias is None else _filled(bias.float())
         self._form = PLAIN
         self._lay_out()
+
+    @property
+    def takes_float(self) -> bool:
+        """x may be float32, too."""
+        return self._parts > 0
 
     @property
     def width(self) -> int:
@@ -117,7 +123,7 @@ class Product:
 
     def _lay_out(self) -> None:
         places = (self._weight, self._bias, *(self._arrays or (None, None)))
-        sizes = (self._outputs, self._inputs, self._parts, self._way, self._threads)
+        sizes = (self._outputs, self.inputs, self._parts, self._way, self._threads)
         self._layer = _Layer(*(None if each is None else each.data_ptr() for each in places), *sizes)
         self._address = ctypes.addressof(self._layer)
 
@@ -155,8 +161,8 @@ class Product:
     ) -> Tensor:
         rows, inputs = x.shape
         wide = x.dtype == torch.float32
-        assert inputs == self._inputs, (x.shape, self._inputs)
-        assert x.dtype == torch.bfloat16 or (wide and self._parts), x.dtype
+        assert inputs == self.inputs, (x.shape, self.inputs)
+        assert x.dtype == torch.bfloat16 or (wide and self.takes_float), x.dtype
         x = x.contiguous()
         out = x.new_empty(rows, width)
         weight, left, eps = None, None, 0.0
@@ -178,6 +184,11 @@ class Chain:
     """
 
     def __init__(self, links: Sequence[Link]) -> None:
+        products = [product for product, _ in links]
+        assert len(links) > 1, "a chain of one"
+        assert all(a.width == b.inputs for a, b in pairwise(products)), [p.width for p in products]
+        self._inputs = products[0].inputs
+        self._takes_float = all(product.takes_float for product in products)
         self._kept = tuple(links)  # what the addresses below are of
         self._links = (_Link * len(links))(*(product.link(norm) for product, norm in links))
         self._call = links[0][0].products.library.gm_chain
@@ -187,7 +198,10 @@ class Chain:
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         """[rows, out of the last]. Each norm adds what it is given to ``residual`` and norms the sum."""
         rows, wide, size = len(x), x.dtype == torch.float32, x.element_size()
-        assert residual.is_contiguous()
+        assert x.shape[1] == self._inputs, (x.shape, self._inputs)
+        assert x.dtype == torch.bfloat16 or (wide and self._takes_float), x.dtype
+        assert residual.is_contiguous(), residual.stride()
+        assert residual.dtype == x.dtype, residual.dtype
         x, between = x.contiguous(), x.new_empty(2, rows, self._widest)
         out = x.new_empty(rows, self._width)
         places = (out.data_ptr(), x.data_ptr(), rows, wide, residual.data_ptr(), between.data_ptr())

@@ -245,6 +245,45 @@ def test_a_model_says_the_same_with_chains_and_without(
     assert said[0] == said[1]
 
 
+GRANITE = {
+    "model_type": "granite",
+    "architectures": ["GraniteForCausalLM"],
+    "residual_multiplier": 0.5,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "knobs", "chained"),
+    [
+        ({}, {"deterministic": True}, True),
+        ({}, {"native_products": False}, False),
+        (GRANITE, {}, False),
+        ({"num_hidden_layers": 1}, {}, False),
+    ],
+    ids=["deterministic", "no products", "scaled residual", "one layer"],
+)
+def test_what_stands_between_two_products_keeps_them_out_of_a_chain(
+    ours: Products,
+    kernels: Path,
+    tmp_path: Path,
+    config: dict[str, Any],
+    knobs: dict[str, Any],
+    *,
+    chained: bool,
+) -> None:
+    """In deterministic mode there is nothing more between them: sums have one order anyway."""
+    if not (ours.bf16_ways and ours.int8_ways):
+        pytest.skip("this CPU has no instructions for them")
+    settings = tiny_settings(
+        write_tiny(tmp_path, **config), attention="cpu", dtype="bfloat16", kernel_cache=kernels, **knobs
+    )
+    decoder: Any = Engine(settings)._runner._decoder
+    assert any(each is not None for each in decoder._onward) is chained
+
+
 def test_halves_that_are_no_whole_tiles_stay_together(ours: Products, int8_way: int) -> None:
     _, weight, _ = case(1, 64, 48)
     packed = Int8.nearest(weight, inputs=True)

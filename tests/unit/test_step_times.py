@@ -50,15 +50,16 @@ def test_a_slow_part_is_told_as_what_it_is(
     monkeypatch.setattr(owner, act, slowly(getattr(owner, act)))
     step_s, loop_s = step_of(engine)
     assert step_s >= SLOW_S
-    assert (loop_s >= SLOW_S) is the_loops, (step_s, loop_s)
     assert 0 < loop_s <= step_s
+    assert loop_s >= SLOW_S if the_loops else loop_s <= step_s - SLOW_S, (step_s, loop_s)
 
 
 def test_a_stopwatch_adds_up_what_is_inside_it() -> None:
-    watch = Stopwatch()
+    watch, began = Stopwatch(), time.monotonic()
     for _ in range(2):
         with watch:
             time.sleep(0.02)
         time.sleep(0.05)
-    assert 0.04 <= watch.take() < 0.1
+    whole_s = time.monotonic() - began
+    assert 0.04 <= watch.take() <= whole_s - 0.1
     assert watch.take() == 0.0
