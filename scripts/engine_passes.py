@@ -29,12 +29,18 @@ class Pass:
     """From the first request in to the last token out."""
     cached_tokens: int
     """Of the prompts."""
-    drafted: int
-    """Guesses that were checked …"""
-    accepted: int
-    """… and those of them that were right."""
     stats: list[Stats]
     """Of each step."""
+
+    @property
+    def drafted(self) -> int:
+        """Guesses that were checked …"""
+        return self.stats[-1].drafted - self.stats[0].drafted
+
+    @property
+    def accepted(self) -> int:
+        """… and those of them that were right."""
+        return self.stats[-1].accepted - self.stats[0].accepted
 
     @property
     def loop(self) -> dict[str, float]:
@@ -81,8 +87,7 @@ def engine_pass(engine: EngineProcess, rows: Sequence[Row], group: str = "") -> 
             cached += output.cached_tokens or 0
     seconds = time.monotonic() - started
     assert lengths == {row.id: row.max_tokens for row in rows}
-    first, last = stats[0], stats[-1]
-    return Pass(seconds, cached, last.drafted - first.drafted, last.accepted - first.accepted, stats)
+    return Pass(seconds, cached, stats)
 
 
 def circumstances() -> dict[str, Any]:

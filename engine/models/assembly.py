@@ -14,7 +14,7 @@ from ..layers.across import ALONE, Across
 from ..layers.elementwise import Elementwise
 from ..layers.invariant import Make
 from ..layers.linear import Linear
-from ..native.products import Link, NormOf, Product
+from ..native.products import Chain, Link, NormOf, Product
 from .layout import Joint, MlpJoints, MoeJoints, head_order, joints, layer_prefix, moe_joints
 from .mlp import Experts, FeedForward, Mlp, Norm, Summed
 from .spec import ModelSpec
@@ -53,7 +53,7 @@ class Layer:
     mlp_norm: Norm | None
     """None: the MLP reads what attention reads."""
     mlp: FeedForward
-    mlp_normed: Norm | None
+    mlp_normed: Chain | None
     """mlp_norm and mlp in one, likewise."""
     mlp_post: Rowwise | None
     rest: tuple[Link, ...]
@@ -129,9 +129,8 @@ class Assembly:
             if moe
             else self._made(linears["gate_up"], linears["down"], index)
         )
-        fusible = self._across.alone and isinstance(mlp, Mlp)
-        norm = self._fusible(prefix, names.mlp_norm) if fusible else None
-        links = mlp.links(norm) if isinstance(mlp, Mlp) and norm is not None else ()
+        norm = self._fusible(prefix, names.mlp_norm) if self._across.alone else None
+        links = mlp.links(norm) if isinstance(mlp, Mlp) else ()
         attention_post, mlp_post = self._attention_post(prefix), self._post(prefix, names.mlp_post_norm)
         bare = attention_post is None and mlp_post is None and not spec.parallel
         return Layer(
@@ -146,7 +145,7 @@ class Assembly:
             parallel=spec.parallel,
             mlp_norm=self._norm_or_none(prefix, names.mlp_norm) or (None if spec.parallel else _unnormed),
             mlp=self._whole(mlp),
-            mlp_normed=mlp.after(norm) if isinstance(mlp, Mlp) and norm is not None else None,
+            mlp_normed=Chain(links) if links else None,
             mlp_post=mlp_post,
             rest=self._rest(linears["output"], links) if bare else (),
         )

@@ -47,16 +47,9 @@ class Mlp:
             inner = self._activate(project(self._up, x, rows, self._layer, "gate_up"))
         return project(self._down, inner, rows, self._layer, "down")
 
-    def after(self, norm: NormOf) -> Norm | None:
-        """The same of what is normed first, rows without adapters; None: not in one."""
-        halved, down = self._halved, self._down
-        if halved is None:
-            return None
-        return lambda x, residual=None: down(halved.gated(x, norm, residual))
-
-    def links(self, norm: NormOf) -> tuple[Link, ...]:
-        """The same as links of a chain; none: it cannot be put so."""
-        if self._halved is None or not isinstance(self._down, Product):
+    def links(self, norm: NormOf | None) -> tuple[Link, ...]:
+        """The same of what is normed first, as links of a chain; none: it cannot be put so."""
+        if norm is None or self._halved is None or not isinstance(self._down, Product):
             return ()
         return (self._halved, norm), (self._down, None)
 
